@@ -1,0 +1,64 @@
+"""The counter-based dropout mask: a pure function of where a weight sits, never of how the work is cut.
+
+A weight is named by (seed, global row, global head, query index in the block, index), where index is the distance
+of a context key or the number of a persistent pair; the two kinds draw from domains of their own. Every
+implementation, tile size, context bucket and mesh therefore drops the same weights. The mixing function is the
+two-multiply "lowbias32" integer hash (C. Wellons, "Prospecting for Hash Functions", 2018).
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+CONTEXT = 0x243F6A88
+PERSISTENT = 0x85A308D3
+FEATURE = 0x13198A2E  # of an embedding or a hidden state; these have no head
+_STEP = 0x9E3779B9  # odd, so that index -> index * _STEP is a bijection of 32-bit words
+
+
+def mix(word: Array) -> Array:
+    """Hash 32-bit words, elementwise.
+
+    Args:
+      word: uint32 array of any shape.
+
+    Returns:
+      uint32 array of the same shape, each bit of which depends on every bit of the input.
+    """
+    word = word ^ (word >> 16)
+    word = word * jnp.uint32(0x7FEB352D)
+    word = word ^ (word >> 15)
+    word = word * jnp.uint32(0x846CA68B)
+    return word ^ (word >> 16)
+
+
+def query_key(seed: Array, row: Array, head: Array, query: Array, domain: int) -> Array:
+    """The hash that all weights of one query share.
+
+    Args:
+      seed, row, head, query: integers that broadcast together; row and head are global.
+      domain: CONTEXT or PERSISTENT.
+
+    Returns:
+      uint32 array of the broadcast shape.
+    """
+    word = mix(jnp.asarray(seed).astype(jnp.uint32) ^ jnp.uint32(domain))
+    for part in (row, head, query):
+        word = mix(word + jnp.asarray(part).astype(jnp.uint32) * jnp.uint32(_STEP))
+    return word
+
+
+def keep(key: Array, index: Array, rate: float) -> Array:
+    """Which weights stay.
+
+    Args:
+      key: uint32 from `query_key`.
+      index: integer distance or persistent index; broadcasts with key.
+      rate: probability of dropping, in [0, 1).
+
+    Returns:
+      bool array, True with probability 1 - rate.
+    """
+    threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return mix(key + jnp.asarray(index).astype(jnp.uint32) * jnp.uint32(_STEP)) >= threshold

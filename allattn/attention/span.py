@@ -1,0 +1,48 @@
+"""The soft span mask m(d) = clip((R - d + 1 + span) / R, 0, 1) of Sukhbaatar et al. 2019 (arXiv 1905.07799), eq. 4."""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+# Stands for m = 0 where the ramp just touches zero: small enough to add nothing, large enough that its product with
+# exp(logit - max) stays a normal float32, so that d log m / d span = 1 / (R m) gives the tie its full gradient.
+TIE = 1e-30
+# The logit of a pair that does not count: far below any real one, yet finite, so that no inf - inf can arise.
+NOTHING = -1e30
+
+
+def ramp_position(distance: Array, span: Array, ramp: int) -> Array:
+    """Where on the ramp a distance lies: >= 1 before it, 0 at its end, negative beyond.
+
+    Args:
+      distance: integer distances in tokens.
+      span: learned spans in tokens, broadcasting with distance.
+      ramp: length R of the ramp in tokens.
+
+    Returns:
+      (R - d + 1 + span) / R, unclipped.
+    """
+    return (ramp + 1 - distance + span) / ramp
+
+
+def log_span_mask(distance: Array, span: Array, ramp: int) -> Array:
+    """log m(d), finite everywhere: NOTHING beyond the ramp, log TIE where the ramp touches zero."""
+    position = ramp_position(distance, span, ramp)
+    return jnp.where(position >= 0, jnp.log(jnp.clip(position, TIE, 1)), NOTHING)
+
+
+def reach(span: Array, ramp: int, first_distance: int, limit: int) -> Array:
+    """How many rows of the position table a head needs, the tie at span + ramp + 1 included.
+
+    Args:
+      span: learned spans in tokens, any shape.
+      ramp: R in tokens.
+      first_distance: distance of the table's row 0.
+      limit: rows of the table, L.
+
+    Returns:
+      int32 of span's shape, in [0, limit].
+    """
+    last = jnp.floor(span).astype(jnp.int32) + ramp + 1
+    return jnp.clip(last - first_distance + 1, 0, limit)

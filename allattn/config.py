@@ -1,0 +1,112 @@
+"""Reading experiment files, command-line overrides and stored configurations."""
+
+import difflib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import ml_collections
+
+from allattn.errors import UserError
+
+# May differ between the run that made a workdir and one that goes on in it: none changes what an update computes.
+FREE = (
+    *("dataset.data_dir", "mesh.", "checkpoint.", "evaluate.", "model.implementation"),
+    *("train.steps", "train.finetune_steps", "train.log_every", "train.accumulation", "train.remat", "train.peak_flops"),
+)
+
+
+def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.ConfigDict:
+    """The configuration of an experiment file, with overrides.
+
+    Args:
+      path: a Python file with `get_config()`.
+      overrides: values as text, by dotted name; each is read in the type of the field.
+
+    Returns:
+      The locked configuration.
+
+    Raises:
+      UserError: no such file, it has no get_config(), an unknown field (the nearest is named) or a value of the
+        wrong type.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"--config: expected a Python file with get_config(), found no file {path}")
+    module = _import(file)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config: expected get_config() in {path}, found none")
+    config = module.get_config()
+    for name, text in (overrides or {}).items():
+        set_field(config, name, text)
+    return config.lock()
+
+
+def _import(file: Path) -> ModuleType:
+    """Run an experiment file; files beside it are importable as the package `configs`, wherever we were started."""
+    root = next((p.parent for p in file.resolve().parents if p.name == "configs"), file.resolve().parent)
+    sys.path.insert(0, str(root))
+    try:
+        spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
+        assert spec is not None and spec.loader is not None  # a path that is a file always gives both
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"--config: {file}: {error}") from error
+    finally:
+        sys.path.remove(str(root))
+    return module
+
+
+def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
+    """Set one field from text, in the type that the field has."""
+    known = dict(fields(config))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+        raise UserError(f"--config.{name}: no such field; did you mean --config.{near}?")
+    value = _parse(name, text, known[name])
+    *parents, last = name.split(".")
+    for parent in parents:
+        config = config[parent]
+    config[last] = value
+
+
+def _parse(name: str, text: str, old: Any) -> Any:
+    kind = type(old)
+    try:
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return int(text.replace("_", "")) if kind is int else kind(text)
+    except (ValueError, KeyError):
+        raise UserError(f"--config.{name}: expected a {kind.__name__} such as {old!r}, found {text!r}") from None
+
+
+def fields(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of a configuration as (dotted name, value)."""
+    for name in config:
+        if isinstance(config[name], ml_collections.ConfigDict):
+            yield from fields(config[name], f"{prefix}{name}.")
+        else:
+            yield prefix + name, config[name]
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """A configuration as JSON text, for a checkpoint."""
+    return json.dumps(config.to_dict(), sort_keys=True)
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """The inverse of `to_json`."""
+    return ml_collections.ConfigDict(json.loads(text)).lock()
+
+
+def changed_fields(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
+    """Fields that differ between two configurations, other than those that change no update."""
+    before, after = dict(fields(old)), dict(fields(new))
+    names = sorted(set(before) | set(after))
+    changed = (n for n in names if before.get(n) != after.get(n) and not n.startswith(FREE))
+    return [f"{n}: {before.get(n)!r} in the workdir, {after.get(n)!r} now" for n in changed]

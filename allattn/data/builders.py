@@ -1,0 +1,194 @@
+"""TFDS builders: each split is stored as fixed-size records of raw ids, the vocabulary in the builder's metadata.
+
+Nothing here needs TensorFlow: records are written as ArrayRecord and read back with `as_data_source`.
+"""
+
+import abc
+import platform
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from allattn.data.sources import STDLIB_HELD_OUT, Corpus, Text, folder_of_texts, standard_library
+from allattn.data.vocabulary import Unit, Vocabulary, closed
+from allattn.errors import UserError
+
+CHUNK_TOKENS = 65_536
+
+
+class TextBuilder(tfds.core.GeneratorBasedBuilder):
+    """Prepares the three splits of a text; a subclass says only where the texts are.
+
+    Args:
+      manual_dir: folder of files placed by hand; None: download.
+      downloads: folder for downloaded archives.
+      **options: TFDS's own (data_dir, config).
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    unit: Unit = "byte"
+    expected_size: ClassVar[int | None] = None
+    """Size of the vocabulary, where it is published."""
+    expected_tokens: ClassVar[dict[str, int]] = {}
+    """Tokens of each split, where they are published."""
+
+    def __init__(self, *, manual_dir: Path | None = None, downloads: Path, **options: Any) -> None:
+        self.manual_dir = manual_dir
+        self.downloads = downloads
+        super().__init__(file_format="array_record", **options)
+
+    @abc.abstractmethod
+    def texts(self) -> dict[str, Iterable[bytes]]:
+        """The chunks of each split, which can be read twice."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict({"tokens": tfds.features.Tensor(shape=(), dtype=np.object_)}),
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(),
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, dict]]]:
+        texts = self.texts()
+        vocabulary = Vocabulary.from_text(texts["train"], self.unit)
+        if self.expected_size not in (None, vocabulary.size):
+            raise UserError(f"{self.name}: expected a vocabulary of {self.expected_size}, found {vocabulary.size}")
+        self.info.metadata["vocabulary"] = vocabulary.to_json()
+        return {split: self._generate_examples(split, text, vocabulary) for split, text in texts.items()}
+
+    def _generate_examples(
+        self, split: str, text: Iterable[bytes], vocabulary: Vocabulary
+    ) -> Iterator[tuple[int, dict[str, bytes]]]:
+        count = 0
+        for key, ids in enumerate(_records(_encoded(text, vocabulary, f"{self.name}, split {split}"))):
+            count += ids.size
+            yield key, {"tokens": ids.astype(vocabulary.dtype).tobytes()}
+        if count != self.expected_tokens.get(split, count):
+            raise UserError(f"{self.name}: expected {self.expected_tokens[split]} {split} tokens, found {count}")
+
+
+class Enwik8(TextBuilder):
+    """The first 100,000,000 bytes of an English Wikipedia dump, 90M / 5M / 5M bytes."""
+
+    name = "enwik8"
+    expected_size = 205
+    sizes: ClassVar[tuple[int, int, int]] = (90_000_000, 5_000_000, 5_000_000)
+    corpus = Corpus(
+        name="enwik8",
+        archive="enwik8.zip",
+        urls=(
+            "https://mattmahoney.net/dc/enwik8.zip",
+            "http://mattmahoney.net/dc/enwik8.zip",
+            "https://data.deepai.org/enwik8.zip",
+        ),
+        checksum="sha256:547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc",
+        size=36_445_475,
+        members={"enwik8": ("md5:a1fa5ffddb56f4953e226637dabbb36a", 100_000_000)},
+    )
+
+    def texts(self) -> dict[str, Iterable[bytes]]:
+        """The three stretches of the one file."""
+        (text,) = self.corpus.find(self.manual_dir, self.downloads).values()
+        train, valid, _ = self.sizes
+        cuts = {"train": (0, train), "valid": (train, train + valid), "test": (train + valid, sum(self.sizes))}
+        return {split: Text(text.path, text.member, *cut) for split, cut in cuts.items()}
+
+
+class Text8(Enwik8):
+    """100,000,000 characters of cleaned Wikipedia text, a-z and space, 90M / 5M / 5M."""
+
+    name = "text8"
+    expected_size = 28
+    corpus = Corpus(
+        name="text8",
+        archive="text8.zip",
+        urls=("https://mattmahoney.net/dc/text8.zip", "http://mattmahoney.net/dc/text8.zip"),
+        checksum="sha256:a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
+        size=31_344_016,
+        members={"text8": ("md5:3bea1919949baf155f99411df5fada7e", 100_000_000)},
+    )
+
+
+class Wikitext103(TextBuilder):
+    """WikiText-103, word by word, with its official splits."""
+
+    name = "wikitext103"
+    unit = "word"
+    expected_size = 267_735
+    expected_tokens: ClassVar[dict[str, int]] = {"train": 103_227_021, "valid": 217_646, "test": 245_569}
+    corpus = Corpus(
+        name="wikitext103",
+        archive="wikitext-103-v1.zip",
+        # The original bucket (the second) no longer answers everywhere; the first is the author's own copy.
+        urls=(
+            "https://wikitext.smerity.com/wikitext-103-v1.zip",
+            "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-v1.zip",
+        ),
+        checksum="sha256:242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
+        size=None,
+        members={
+            "wikitext-103/wiki.train.tokens": ("sha1:b7497e2dfe77e72cfef5e3dbc61b7b53712ac211", None),
+            "wikitext-103/wiki.valid.tokens": ("sha1:c326ac59dc587676d58c422eb8a03e119582f92b", 1_142_309),
+            "wikitext-103/wiki.test.tokens": ("sha1:8a5befc548865cec54ed4273cf87dbbad60d1e47", 1_281_077),
+        },
+    )
+
+    def texts(self) -> dict[str, Iterable[bytes]]:
+        """The three files."""
+        found = self.corpus.find(self.manual_dir, self.downloads)
+        return {split: found[f"wiki.{split}.tokens"] for split in ("train", "valid", "test")}
+
+
+class Stdlib(TextBuilder):
+    """Source text of the running interpreter's standard library: real text that every machine has."""
+
+    name = "stdlib"
+    # Another interpreter has another text, so it makes another data set.
+    BUILDER_CONFIGS: ClassVar[list] = [tfds.core.BuilderConfig(name=f"python{platform.python_version()}")]
+
+    def texts(self) -> dict[str, Iterable[bytes]]:
+        """The last 200 kB are valid and test."""
+        text, held = standard_library(), STDLIB_HELD_OUT
+        return {"train": [text[: -2 * held]], "valid": [text[-2 * held : -held]], "test": [text[-held:]]}
+
+
+class Files(TextBuilder):
+    """A folder with train.txt, valid.txt and test.txt; the configuration's name is the unit and a fingerprint."""
+
+    name = "files"
+
+    def __init__(self, *, unit: Unit, variant: str, **options: Any) -> None:
+        self.unit = unit
+        super().__init__(config=tfds.core.BuilderConfig(name=variant), **options)
+
+    def texts(self) -> dict[str, Iterable[bytes]]:
+        """The three files."""
+        assert self.manual_dir is not None
+        return dict(folder_of_texts(self.manual_dir))
+
+
+def _encoded(text: Iterable[bytes], vocabulary: Vocabulary, what: str) -> Iterator[np.ndarray]:
+    offset = 0
+    for piece in closed(text, vocabulary.unit):
+        try:
+            yield vocabulary.encode(piece, offset=offset)
+        except UserError as error:
+            raise UserError(f"{what}: {error}") from None
+        offset += len(piece)
+
+
+def _records(arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Re-cuts ids into arrays of CHUNK_TOKENS; only the last may be shorter."""
+    rest = np.zeros(0, np.int32)
+    for ids in arrays:
+        rest = np.concatenate([rest, ids])
+        whole = rest.size // CHUNK_TOKENS * CHUNK_TOKENS
+        yield from rest[:whole].reshape(-1, CHUNK_TOKENS)
+        rest = rest[whole:]
+    if rest.size:
+        yield rest

@@ -1,0 +1,135 @@
+"""Downloads that resume, try several mirrors, and are complete and checked, or absent."""
+
+import hashlib
+import http.client
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from allattn.errors import UserError
+
+_TIMEOUT_SECONDS = 30.0
+_CHUNK_BYTES = 1 << 18
+_REFUSED = (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError)
+
+
+def fetch(
+    urls: Sequence[str],
+    destination: Path,
+    *,
+    checksum: str | None = None,
+    size: int | None = None,
+    attempts: int = 3,
+    pause: float = 1.0,
+) -> Path:
+    """Downloads one file; an interrupted download goes on where it stopped.
+
+    The bytes gather in DESTINATION.part and get their name only when whole and checked; an existing file is returned
+    as it is.
+
+    Args:
+      urls: mirrors of the same file, tried in turn; all of them are tried `attempts` times.
+      destination: path of the file.
+      checksum: "md5:...", "sha1:..." or "sha256:..." of the file; None: not checked.
+      size: of the file, in bytes; None: not checked.
+      attempts: rounds over the mirrors.
+      pause: seconds before the second round, doubled before each one after it.
+
+    Returns:
+      destination.
+
+    Raises:
+      UserError: no mirror gave the file; says what each of them answered in the last round.
+    """
+    destination = Path(destination)
+    if destination.exists():
+        return destination
+    _make_folder(destination.parent)
+    for attempt in range(attempts):
+        time.sleep(pause * 2 ** (attempt - 1) if attempt else 0)
+        failures = []
+        for url in urls:
+            try:
+                return _fetch_from(url, destination, checksum, size)
+            except (UserError, *_REFUSED) as error:
+                failures.append(f"{url}: {error}")
+    raise UserError(f"could not download {destination.name} ({'; '.join(failures)})")
+
+
+def digest_of(chunks: Iterable[bytes], checksum: str) -> tuple[str, int]:
+    """The digest "KIND:HEX" of the chunks, of the kind that `checksum` names, and their length in bytes."""
+    digest, length = hashlib.new(checksum.partition(":")[0], usedforsecurity=False), 0
+    for chunk in chunks:
+        digest.update(chunk)
+        length += len(chunk)
+    return f"{digest.name}:{digest.hexdigest()}", length
+
+
+def _fetch_from(url: str, destination: Path, checksum: str | None, size: int | None) -> Path:
+    part = destination.with_name(destination.name + ".part")
+    # A part that is already whole must not be asked to continue.
+    if size is None or not part.exists() or part.stat().st_size != size:
+        _receive(url, part, destination.name)
+    try:
+        _check(part, checksum, size)
+    except UserError:
+        part.unlink()  # its bytes cannot be trusted: the next attempt starts afresh
+        raise
+    return part.replace(destination)
+
+
+def _receive(url: str, part: Path, label: str) -> None:
+    """Appends to the part what it lacks; raises ConnectionError if the answer breaks off."""
+    begin = part.stat().st_size if part.exists() else 0
+    headers = {"User-Agent": "allattn"} | ({"Range": f"bytes={begin}-"} if begin else {})
+    try:
+        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_SECONDS)
+    except urllib.error.HTTPError as error:
+        if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise
+        error.close()
+        return  # nothing is lacking, or the part is too long: the check decides
+    with answer:
+        if begin and answer.status != http.HTTPStatus.PARTIAL_CONTENT:
+            begin = 0  # the server ignores ranges and sends the whole file
+        length = answer.headers.get("Content-Length")
+        total = begin + int(length) if length else None
+        _copy(answer, part, begin, total, label)
+    if total is not None and part.stat().st_size < total:
+        raise ConnectionError(f"connection closed after {part.stat().st_size} of {total} bytes")
+
+
+def _copy(answer: Any, part: Path, begin: int, total: int | None, label: str) -> None:
+    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with part.open("ab" if begin else "wb") as file, Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(label, total=total, completed=begin)
+        while chunk := answer.read(_CHUNK_BYTES):
+            file.write(chunk)
+            progress.advance(task, len(chunk))
+
+
+def _check(path: Path, checksum: str | None, size: int | None) -> None:
+    found = path.stat().st_size
+    if size is not None and found != size:
+        raise UserError(f"expected {size} bytes, found {found}")
+    if checksum is None:
+        return
+    with path.open("rb") as file:
+        actual, _ = digest_of(iter(partial(file.read, _CHUNK_BYTES), b""), checksum)
+    if actual != checksum:
+        raise UserError(f"expected {checksum}, found {actual} ({found} bytes)")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from None

@@ -1,0 +1,202 @@
+"""Where the texts come from: files placed by hand, archives, the standard library; each read in chunks and checked."""
+
+import hashlib
+import sysconfig
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from allattn.data.download import digest_of, fetch
+from allattn.errors import UserError
+
+CHUNK_BYTES = 1 << 20
+STDLIB_BYTES = 8_000_000
+STDLIB_HELD_OUT = 100_000
+
+
+@dataclass(frozen=True)
+class Text:
+    """A stretch of a file, or of a file within a zip archive, that can be read again and again.
+
+    Attributes:
+      path: the file, or the archive.
+      member: name within the archive; None for a plain file.
+      start, stop: the stretch, in bytes; stop None means the end of the file.
+    """
+
+    path: Path
+    member: str | None = None
+    start: int = 0
+    stop: int | None = None
+
+    def __iter__(self) -> Iterator[bytes]:
+        with self._opened() as file:
+            file.seek(self.start)
+            left = CHUNK_BYTES if self.stop is None else self.stop - self.start
+            while chunk := file.read(min(CHUNK_BYTES, left)):
+                left -= 0 if self.stop is None else len(chunk)
+                yield chunk
+
+    def __str__(self) -> str:
+        return f"{self.path}" if self.member is None else f"{self.member} in {self.path}"
+
+    def check(self, checksum: str, size: int | None = None) -> None:
+        """Raises UserError unless the text has this checksum ("md5:..." or another of hashlib's)."""
+        actual, length = digest_of(self, checksum)
+        if actual != checksum:
+            expected = checksum if size is None else f"{checksum} ({size} bytes)"
+            raise UserError(
+                f"{self} is damaged: expected {expected}, found {actual} ({length} bytes); replace it, or remove it to "
+                "download it again"
+            )
+
+    @contextmanager
+    def _opened(self) -> Iterator[IO[bytes]]:
+        try:
+            if self.member is None:
+                with self.path.open("rb") as file:
+                    yield file
+            else:
+                with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
+                    yield file
+        except KeyError:
+            raise UserError(f"{self.path} holds no {self.member}; expected the original archive") from None
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            size = self.path.stat().st_size
+            raise UserError(
+                f"{self.path} is not a whole zip archive ({size} bytes found): {error}; replace it, or remove it to "
+                "download it again"
+            ) from None
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A published text: one archive, and the files in it.
+
+    Attributes:
+      name: of the data set.
+      archive: file name of the archive.
+      urls: where the archive can be had, tried in turn.
+      checksum, size: of the archive, in bytes.
+      members: path in the archive -> (checksum, size in bytes, None where it is not known).
+    """
+
+    name: str
+    archive: str
+    urls: tuple[str, ...]
+    checksum: str
+    size: int | None
+    members: Mapping[str, tuple[str, int | None]]
+
+    def find(self, manual_dir: Path | None, downloads: Path) -> dict[str, Text]:
+        """Finds the texts, or downloads them, and checks them.
+
+        Args:
+          manual_dir: folder of files placed by hand (the archive or its files); None: use, or fill, `downloads`.
+          downloads: folder for downloaded archives.
+
+        Returns:
+          file name (without the archive's folder) -> text.
+
+        Raises:
+          UserError: a file is missing or damaged, or no mirror answers.
+        """
+        texts = self._present(manual_dir or downloads)
+        if texts is None and manual_dir is not None:
+            raise UserError(f"{self.name}: {self._missing(manual_dir)} in {manual_dir}; {self._advice()}")
+        if texts is None:
+            self._download(downloads)
+            texts = self._in_archive(downloads / self.archive)
+        for member, (checksum, size) in self.members.items():
+            texts[Path(member).name].check(checksum, size)
+        return texts
+
+    def _present(self, folder: Path) -> dict[str, Text] | None:
+        for base in (folder, *(folder / Path(member).parent for member in self.members)):
+            paths = [base / Path(member).name for member in self.members]
+            if all(path.is_file() for path in paths):
+                return {path.name: Text(path) for path in paths}
+        return self._in_archive(folder / self.archive) if (folder / self.archive).is_file() else None
+
+    def _in_archive(self, path: Path) -> dict[str, Text]:
+        return {Path(member).name: Text(path, member) for member in self.members}
+
+    def _missing(self, folder: Path) -> str:
+        names = [Path(member).name for member in self.members]
+        return f"no {', '.join(n for n in names if not (folder / n).is_file())}, and no {self.archive},"
+
+    def _advice(self) -> str:
+        names = ", ".join(Path(member).name for member in self.members)
+        return f"put {self.archive} (or {names}) into a folder and pass --manual_dir=DIR"
+
+    def _download(self, downloads: Path) -> None:
+        try:
+            fetch(self.urls, downloads / self.archive, checksum=self.checksum, size=self.size)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}; without a network, {self._advice()}") from None
+
+
+def standard_library(folder: Path | None = None) -> bytes:
+    """The first 8,000,000 bytes of the standard library's source text, in sorted order of relative path.
+
+    Left out: tests, installed packages, generated files that differ from one machine to another, and every file with
+    a byte other than printable ASCII or newline, so that a short end of the text holds no byte that the long beginning
+    lacks.
+
+    Args:
+      folder: the library's folder; None: the running interpreter's.
+
+    Raises:
+      UserError: the folder holds too little source text.
+    """
+    root = folder or Path(sysconfig.get_paths()["stdlib"])
+    parts, size = [], 0
+    for path in sorted((p for p in root.rglob("*.py") if _is_library(p.relative_to(root))), key=lambda p: p.as_posix()):
+        text = path.read_bytes()
+        if not text.translate(None, _PLAIN):
+            parts.append(text)
+            size += len(text)
+        if size >= STDLIB_BYTES:
+            break
+    if size < 10 * STDLIB_HELD_OUT:
+        raise UserError(f"stdlib: {root} holds {size} bytes of source text, expected at least {10 * STDLIB_HELD_OUT}")
+    return b"".join(parts)[:STDLIB_BYTES]
+
+
+_PLAIN = bytes(range(32, 127)) + b"\n"
+_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def _is_library(path: Path) -> bool:
+    if _NOT_LIBRARY.intersection(path.parts):
+        return False
+    return not path.parts[0].startswith(("config-", "_sysconfigdata"))
+
+
+def folder_of_texts(folder: Path) -> dict[str, Text]:
+    """The texts train.txt, valid.txt and test.txt of a folder, by split; UserError names the missing ones."""
+    texts = {split: Text(folder / f"{split}.txt") for split in ("train", "valid", "test")}
+    missing = [text.path.name for text in texts.values() if not text.path.is_file()]
+    if missing:
+        raise UserError(f"files: {folder} needs train.txt, valid.txt and test.txt; missing: {', '.join(missing)}")
+    empty = [text.path.name for text in texts.values() if not text.path.stat().st_size]
+    if empty:
+        raise UserError(f"files: {folder} needs three texts that are not empty; empty: {', '.join(empty)}")
+    return texts
+
+
+def fingerprint(texts: Mapping[str, Text]) -> str:
+    """Sixteen hexadecimal digits that change with the content of any split."""
+    digest = hashlib.sha256()
+    for split in sorted(texts):
+        part = hashlib.sha256()
+        for chunk in texts[split]:
+            part.update(chunk)
+        digest.update(part.digest())
+    return digest.hexdigest()[:16]

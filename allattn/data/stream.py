@@ -1,0 +1,123 @@
+"""The training stream: which tokens a given step reads, as a pure function of the step.
+
+Dimension key: B row of the batch, T position in the block, W position in the window of tokens held in memory.
+"""
+
+from bisect import bisect_right
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from allattn.errors import UserError
+
+_WINDOW_TOKENS = 65_536
+_PASSES_PER_DRAW = 4096
+
+
+class TokenSource(Protocol):
+    """Anything that has a length and gives a stretch of ids: `Tokens`, or a numpy array."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, window: slice, /) -> np.ndarray: ...
+
+
+class Batch(NamedTuple):
+    """One block of every row.
+
+    Attributes:
+      inputs_BT: int32 ids.
+      targets_BT: int32 ids, the inputs shifted by one.
+      start: a new pass begins here, so the cache must be zeroed first.
+    """
+
+    inputs_BT: np.ndarray
+    targets_BT: np.ndarray
+    start: bool
+
+
+class Stream:
+    """Reads a split as `batch` contiguous rows, block after block, pass after pass.
+
+    Row b holds the tokens from b * (tokens // batch). A pass goes on while a block and the target after it fit in the
+    row. The first begins at 0, each later one at an offset below one block, drawn from (seed, pass). The block at a
+    step depends on (tokens, batch, block, seed, step) and nothing else, so any step can be asked for.
+
+    Args:
+      tokens: the ids of the split.
+      batch: rows of the whole batch, over all processes.
+      block: tokens per row and step.
+      seed: of the offsets, not negative.
+      rows: the rows that this process reads.
+
+    Raises:
+      UserError: the split is too short for one block of every row.
+    """
+
+    def __init__(self, tokens: TokenSource, batch: int, block: int, seed: int = 0, rows: slice = slice(None)) -> None:
+        if batch < 1 or block < 1 or seed < 0:
+            raise UserError(f"batch and block must be at least 1 and seed 0, found {batch}, {block} and {seed}")
+        self.row_length = len(tokens) // batch
+        if self.row_length <= block:
+            raise UserError(
+                f"batch {batch} and block {block} leave no block in {len(tokens)} tokens: a row has {self.row_length} "
+                f"and needs {block + 1}"
+            )
+        self.block_length = block
+        self.seed = seed
+        self._tokens = tokens
+        self._rows = range(batch)[rows]
+        self._draws: list[tuple[np.ndarray, np.ndarray]] = []  # offset and first step of each pass
+        self._draw_ends = [0]  # first step after each draw; entry 0 is the start
+        self._window_begin, self._window_BW = 0, np.zeros((len(self._rows), 0), np.int32)
+
+    def block(self, step: int) -> Batch:
+        """The block of a step (int, 0 or more): arrays of shape (rows of this process, block)."""
+        offset, start = self._locate(step)[1:]
+        begin, length = offset - self._window_begin, self.block_length
+        if begin < 0 or begin + length + 1 > self._window_BW.shape[1]:
+            self._load(offset)
+            begin = offset - self._window_begin
+        inputs_BT = np.ascontiguousarray(self._window_BW[:, begin : begin + length])
+        targets_BT = np.ascontiguousarray(self._window_BW[:, begin + 1 : begin + length + 1])
+        return Batch(inputs_BT, targets_BT, start)
+
+    def position(self, step: int) -> tuple[int, int]:
+        """(pass, offset in the row) of a step."""
+        return self._locate(step)[:2]
+
+    def _locate(self, step: int) -> tuple[int, int, bool]:
+        if step < 0:
+            raise ValueError(f"step must not be negative, found {step}")
+        while self._draw_ends[-1] <= step:
+            self._extend()
+        draw = bisect_right(self._draw_ends, step) - 1
+        offsets, firsts = self._draws[draw]
+        index = int(np.searchsorted(firsts, step, side="right")) - 1
+        blocks = step - int(firsts[index])
+        return draw * _PASSES_PER_DRAW + index, int(offsets[index]) + blocks * self.block_length, blocks == 0
+
+    def _extend(self) -> None:
+        """Lays out the next passes; many at a time, so that a late step is found quickly in a short text."""
+        offsets = self._offsets(len(self._draws))
+        blocks = (self.row_length - 1 - offsets) // self.block_length
+        ends = self._draw_ends[-1] + np.cumsum(blocks)
+        self._draws.append((offsets, ends - blocks))
+        self._draw_ends.append(int(ends[-1]))
+
+    def _offsets(self, draw: int) -> np.ndarray:
+        """Offsets of the passes of one draw; each below a block, and such that a block is left."""
+        bound = min(self.block_length, self.row_length - self.block_length)
+        offsets = np.random.default_rng((self.seed, draw)).integers(bound, size=_PASSES_PER_DRAW)
+        if draw == 0:
+            offsets[0] = 0
+        return offsets
+
+    def _load(self, offset: int) -> None:
+        """Fills the window of every row from `offset`, or from earlier where the row ends."""
+        width = min(self.row_length, max(_WINDOW_TOKENS, self.block_length + 1))
+        begin = min(offset, self.row_length - width)
+        starts = [row * self.row_length + begin for row in self._rows]
+        self._window_BW = np.empty((len(starts), width), np.int32)
+        for row, start in enumerate(starts):
+            self._window_BW[row] = self._tokens[start : start + width]
+        self._window_begin = begin

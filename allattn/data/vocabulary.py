@@ -1,0 +1,198 @@
+"""The numbering of a text's symbols: bytes by first appearance, words by falling count."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import repeat
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from allattn.errors import UserError
+
+Unit = Literal["byte", "word"]
+END_OF_LINE = "\n"
+UNKNOWN = "<unk>"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The symbols of a text in the order of their numbers; the end of a line is the symbol "\\n".
+
+    Attributes:
+      unit: "byte" (each symbol is one character whose code is the byte) or "word".
+      symbols: symbol i has id i.
+    """
+
+    unit: Unit
+    symbols: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        check_unit(self.unit)
+        if END_OF_LINE not in self._ids or len(self._ids) != len(self.symbols):
+            raise UserError(f"a vocabulary needs distinct symbols and the end of line, found {self.symbols!r:.80}")
+        if self.unit == "byte" and not all(len(s) == 1 and ord(s) < 256 for s in self.symbols):
+            raise UserError("a byte vocabulary needs symbols of one byte each, found others")
+
+    @classmethod
+    def from_text(cls, text: bytes | Iterable[bytes], unit: Unit = "byte") -> "Vocabulary":
+        """Numbers the symbols of a training text.
+
+        Bytes are numbered in order of first appearance; words by falling count, the later first appearance first
+        among equals. The text's last line is closed if it is not.
+
+        Args:
+          text: the whole text, or its chunks in order, cut anywhere.
+          unit: "byte" or "word".
+
+        Raises:
+          UserError: the text is empty, or is not UTF-8 where words are asked for.
+        """
+        check_unit(unit)
+        chunks = closed([text] if isinstance(text, bytes) else text, unit)
+        symbols = _bytes_by_appearance(chunks) if unit == "byte" else _words_by_count(chunks)
+        if not symbols:
+            raise UserError("the training text is empty: a vocabulary needs at least one symbol")
+        return cls(unit, symbols)
+
+    @property
+    def size(self) -> int:
+        """Number of symbols."""
+        return len(self.symbols)
+
+    @property
+    def end_of_line(self) -> int:
+        """Id of the end-of-line symbol."""
+        return self._ids[END_OF_LINE]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest stored type that holds every id (little-endian)."""
+        return np.dtype("u1" if self.size <= 1 << 8 else "<u2" if self.size <= 1 << 16 else "<i4")
+
+    def encode(self, text: bytes, *, close: bool = False, offset: int = 0) -> np.ndarray:
+        """Turns text into ids; each newline becomes the end-of-line symbol.
+
+        Args:
+          text: the bytes; for words, UTF-8 split at white space.
+          close: append the end-of-line symbol if the text is not empty and does not end in a newline.
+          offset: where the text begins in its file, in bytes (for messages only).
+
+        Returns:
+          ids, int32, of shape (tokens,).
+
+        Raises:
+          UserError: a byte, or a word where `<unk>` is no symbol, is not in the vocabulary.
+        """
+        if close and text and not text.endswith(b"\n"):
+            text += b"\n"
+        return self._encode_bytes(text, offset) if self.unit == "byte" else self._encode_words(text, offset)
+
+    def decode(self, ids: Iterable[int] | np.ndarray) -> bytes:
+        """Turns ids back into text; words are joined by single spaces, lines end in a newline."""
+        symbols = [self.symbols[i] for i in np.asarray(ids).tolist()]
+        if self.unit == "byte":
+            return "".join(symbols).encode("latin-1")
+        return re.sub(" ?\n ?", "\n", " ".join(symbols)).encode()
+
+    def to_json(self) -> dict[str, Any]:
+        """The vocabulary as plain lists and strings."""
+        return {"unit": self.unit, "symbols": list(self.symbols)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Vocabulary":
+        """The inverse of `to_json`; UserError if `value` is something else."""
+        if not isinstance(value, dict) or not {"unit", "symbols"} <= set(value):
+            raise UserError(f"a stored vocabulary needs the keys unit and symbols, found {value!r:.80}")
+        return cls(value["unit"], tuple(value["symbols"]))
+
+    @cached_property
+    def _ids(self) -> dict[str, int]:
+        return {symbol: i for i, symbol in enumerate(self.symbols)}
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        table = np.full(256, -1, np.int32)
+        table[[ord(symbol) for symbol in self.symbols]] = np.arange(self.size)
+        return table
+
+    def _encode_bytes(self, text: bytes, offset: int) -> np.ndarray:
+        ids = self._table[np.frombuffer(text, np.uint8)]
+        if ids.size and ids.min() < 0:
+            first = int(np.argmax(ids < 0))
+            byte = text[first : first + 1]
+            raise UserError(f"byte {byte!r} at offset {offset + first} is none of the vocabulary's {self.size} symbols")
+        return ids
+
+    def _encode_words(self, text: bytes, offset: int) -> np.ndarray:
+        unknown = self._ids.get(UNKNOWN, -1)
+        words = _words(text, offset)
+        ids = np.fromiter(map(self._ids.get, words, repeat(unknown)), np.int32, len(words))
+        if unknown < 0 and ids.size and ids.min() < 0:
+            first = int(np.argmax(ids < 0))
+            raise UserError(
+                f"word {words[first]!r} at offset {offset + _offset_of(text, first)} is none of the vocabulary's "
+                f"{self.size} symbols, nor is {UNKNOWN}"
+            )
+        return ids
+
+
+def check_unit(unit: str) -> None:
+    """Raises UserError unless the unit is one of the two."""
+    if unit not in get_args(Unit):
+        raise UserError(f"unit must be byte or word, found {unit!r}")
+
+
+def closed(chunks: Iterable[bytes], unit: Unit) -> Iterator[bytes]:
+    """The same text with its last line ended, re-cut for words after white space, so that no word is torn."""
+    rest, last = b"", b"\n"
+    for chunk in chunks:
+        last = chunk[-1:] or last
+        cut = len(chunk) if unit == "byte" else max(chunk.rfind(b"\n"), chunk.rfind(b" ")) + 1
+        if cut:
+            yield rest + chunk[:cut]
+            rest = b""
+        rest += chunk[cut:]
+    if last != b"\n":
+        yield rest + b"\n"
+
+
+def _bytes_by_appearance(chunks: Iterable[bytes]) -> tuple[str, ...]:
+    order: list[int] = []
+    for chunk in chunks:
+        # Only bytes not seen so far are searched for, each at the speed of memchr.
+        found = {chunk.find(byte): byte for byte in set(range(256)).difference(order)}
+        order += [found[position] for position in sorted(found) if position >= 0]
+    return tuple(map(chr, order))
+
+
+def _words_by_count(chunks: Iterable[bytes]) -> tuple[str, ...]:
+    counts: Counter[str] = Counter()
+    offset = 0
+    for chunk in chunks:
+        counts.update(_words(chunk, offset))
+        offset += len(chunk)
+    # A Counter keeps the order of first appearance, and sorting is stable.
+    return tuple(sorted(reversed(counts), key=lambda word: -counts[word]))
+
+
+def _words(text: bytes, offset: int) -> list[str]:
+    try:
+        *lines, last = text.decode().split("\n")
+    except UnicodeDecodeError as error:
+        where = f"byte {text[error.start]:#04x} at offset {offset + error.start}"
+        raise UserError(f"words need UTF-8 text, found {where}") from None
+    words: list[str] = []
+    for line in lines:
+        words += line.split()
+        words.append(END_OF_LINE)
+    return words + last.split()
+
+
+def _offset_of(text: bytes, index: int) -> int:
+    """Offset, in bytes, of the word or newline number `index`."""
+    decoded = text.decode()
+    matches = list(re.finditer(r"\n|\S+", decoded))
+    return len(decoded[: matches[index].start()].encode())

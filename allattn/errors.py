@@ -1,0 +1,9 @@
+"""The two exceptions that end a command with one line instead of a traceback."""
+
+
+class UserError(ValueError):
+    """A mistake in the input that the user can correct: exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A run that failed by itself, such as a loss that is not a number: exit code 1."""

@@ -1,0 +1,131 @@
+"""The evaluation protocols; the only code that computes a bpc or a perplexity.
+
+Dimension key: X layer, R row of parallel work, T position in the block, S cached position, H head, K head width.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from allattn.data.stream import TokenSource
+from allattn.errors import UserError
+from allattn.model import KeyValue, Model, Params
+
+Array = jax.Array
+
+AUTHORS_ROWS = 8
+
+
+class Plan(NamedTuple):
+    """Which tokens each row reads and which targets it scores, as indices into the split."""
+
+    begin_R: np.ndarray  # first input token
+    first_R: np.ndarray  # first target scored
+    last_R: np.ndarray  # last target scored
+    blocks: int
+
+
+def authors_plan(tokens: int, block: int) -> Plan:
+    """8 streams from a zero cache, targets 1..floor((T-1)/M) M of each, the rest dropped."""
+    length = tokens // AUTHORS_ROWS
+    blocks = (length - 1) // block if length else 0
+    if not blocks:
+        raise UserError(f"protocol authors: expected at least {AUTHORS_ROWS * (block + 1)} tokens, found {tokens}")
+    begin_R = np.arange(AUTHORS_ROWS) * length
+    return Plan(begin_R, begin_R + 1, begin_R + blocks * block, blocks)
+
+
+def full_plan(tokens: int, block: int, rows: int, warm_up: int) -> Plan:
+    """Targets 1..T-1, each once with its full context; a row first reads `warm_up` tokens that it does not score."""
+    if tokens < 2:
+        raise UserError(f"protocol full: expected at least 2 tokens, found {tokens}")
+    rows = max(1, min(rows, tokens - 1))
+    bounds = 1 + np.arange(rows + 1) * (tokens - 1) // rows
+    first_R, last_R = bounds[:-1], bounds[1:] - 1
+    begin_R = np.maximum(0, first_R - 1 - warm_up)
+    return Plan(begin_R, first_R, last_R, -(-int((last_R - begin_R).max()) // block))
+
+
+def evaluate_tokens(
+    model: Model, params: Params, tokens: TokenSource, *, protocol: str, block: int, rows: int = 8
+) -> dict[str, float]:
+    """Score a split.
+
+    Args:
+      model: the network.
+      params: its parameters.
+      tokens: ids of the split, (T,).
+      protocol: "authors" or "full" (method page, "Evaluation protocols").
+      block: tokens read at once; part of the definition of `authors`, without effect on `full`.
+      rows: rows that share the work of `full`; without effect on the result beyond rounding.
+
+    Returns:
+      nll (mean, nats), bpc, ppl and tokens (targets scored).
+
+    Raises:
+      UserError: unknown protocol, or too few tokens.
+    """
+    context = context_length(model, params)
+    if protocol == "authors":
+        plan = authors_plan(len(tokens), block)
+    elif protocol == "full":
+        plan = full_plan(len(tokens), block, rows, model.config.depth * context)
+    else:
+        raise UserError(f"protocol: expected authors or full, found {protocol!r}")
+    total = score(model, params, tokens, plan, block, context)
+    return summary(total, int((plan.last_R - plan.first_R + 1).sum()))
+
+
+def summary(total_nll: float, tokens: int) -> dict[str, float]:
+    """Mean negative log-likelihood in its three units."""
+    nll = total_nll / tokens
+    return {"nll": nll, "bpc": nll / math.log(2), "ppl": math.exp(min(nll, 700)), "tokens": tokens}
+
+
+def context_length(model: Model, params: Params) -> int:
+    """How many earlier positions any head may look at, rounded up to 64 to share compiled code."""
+    config = model.config
+    if not config.adaptive:
+        return config.limit
+    longest = float(jnp.max(params["layers"]["span"])) * config.limit
+    return min(config.limit, -(-(math.ceil(longest) + config.ramp) // 64) * 64)
+
+
+def score(model: Model, params: Params, tokens: TokenSource, plan: Plan, block: int, context: int) -> float:
+    """Sum of the scored targets' negative log-likelihoods, in nats."""
+    cache, total = model.empty_key_value(len(plan.begin_R), context + block), 0.0
+    pending = None
+    for number in range(plan.blocks):
+        cache, nll = _score_block(model, params, cache, *_read(tokens, plan, block, number))
+        total, pending = total + float(pending or 0.0), nll  # read one block late, so that the device never waits
+    return total + float(pending)
+
+
+def _read(tokens: TokenSource, plan: Plan, block: int, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """inputs_RT, targets_RT and scored_RT of a block; what lies beyond the split is token 0, not scored."""
+    begin_R = plan.begin_R + number * block
+    window_RT = np.zeros((len(begin_R), block + 1), np.int32)
+    for row, begin in enumerate(begin_R):
+        ids = tokens[int(begin) : int(begin) + block + 1]
+        window_RT[row, : len(ids)] = ids
+    target_RT = begin_R[:, None] + 1 + np.arange(block)
+    scored_RT = (target_RT >= plan.first_R[:, None]) & (target_RT <= plan.last_R[:, None])
+    return window_RT[:, :-1], window_RT[:, 1:], scored_RT
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _score_block(model: Model, params: Params, cache: KeyValue, inputs_RT: Array, targets_RT: Array, scored_RT: Array):
+    """One block of every row: the shifted cache and the sum of the scored targets' nats."""
+    network, T = model.bind(params), inputs_RT.shape[1]
+    forward = network.cached_forward(inputs_RT, cache)
+    nll_RT = network.io.nll(forward.hidden_BTD, targets_RT)
+
+    def shift(old_XRSHK: Array, new_XRTHK: Array) -> Array:
+        context_XRSHK = jnp.concatenate([old_XRSHK[:, :, :-T], new_XRTHK], axis=2)[:, :, T:]
+        return jnp.concatenate([context_XRSHK, jnp.zeros_like(new_XRTHK)], axis=2)
+
+    return jax.tree.map(shift, cache, forward.new), jnp.sum(jnp.where(scored_RT, nll_RT, 0))

@@ -1,0 +1,321 @@
+"""The all-attention network: layers of joint attention over context and persistent vectors, and nothing else.
+
+Dimension key: X layer, B batch, T position in the block, S cached position, L distance, N persistent pair, H head,
+K head width, D model width, V vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import nnx
+
+from allattn.adaptive_io import TokenIO
+from allattn.attention import all_attention, dropout
+from allattn.attention.span import reach
+from allattn.attention.xla import buckets
+from allattn.errors import UserError
+
+Array = jax.Array
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Geometry of the network; the fields of `config.model`, whose comments in configs/base.py explain them."""
+
+    depth: int
+    width: int
+    heads: int
+    persistent: int
+    vocab_size: int
+    dropout: float
+    embedding_dropout: float
+    dtype: str
+    limit: int
+    adaptive: bool
+    ramp: int
+    init: float
+    implementation: str | None = None
+
+    @classmethod
+    def from_config(cls, config: ml_collections.ConfigDict) -> "ModelConfig":
+        """Read and check `config.model`.
+
+        Raises:
+          UserError: a field is out of range, or names a model that this version does not have.
+        """
+        model, span = config.model, config.model.span
+        for name, known in (("layer", "all_attention"), ("integration", "joint")):
+            if model[name] != known:
+                raise UserError(f"model.{name}: expected {known!r}, found {model[name]!r}")
+        if model.width % model.heads:
+            raise UserError(f"model.heads: expected a divisor of model.width {model.width}, found {model.heads}")
+        for name in ("depth", "width", "heads", "vocab_size"):
+            if model[name] < 1:
+                raise UserError(f"model.{name}: expected at least 1, found {model[name]}")
+        if span.limit < 1 or span.ramp < 1:
+            raise UserError(f"model.span: expected limit and ramp of at least 1, found {span.limit} and {span.ramp}")
+        for name, value in (("span.init", span.init), ("dropout", model.dropout)):
+            if not 0 <= value <= 1:
+                raise UserError(f"model.{name}: expected a number in [0, 1], found {value}")
+        shared = ("depth", "width", "heads", "persistent", "vocab_size", "dropout", "embedding_dropout", "dtype")
+        return cls(
+            **{name: model[name] for name in shared},
+            **{name: span[name] for name in ("limit", "adaptive", "ramp", "init")},
+            implementation=model.implementation or None,
+        )
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+
+class Forward(NamedTuple):
+    """What one pass over a block gives."""
+
+    hidden_BTD: Array  # final hidden states, after embedding dropout
+    new: Any  # what the cache gains: inputs_XBTD in training, KeyValue of (X, B, T, H, K) in inference
+    mass_X: Array  # mean share of the attention weight on persistent pairs
+
+
+class KeyValue(NamedTuple):
+    """Cached keys and values of every layer; exact where nothing is learned."""
+
+    key_XBSHK: Array
+    value_XBSHK: Array
+
+
+class Layer(nnx.Module):
+    """h = LayerNorm(h + attention(h)), which is the whole layer (arXiv 1907.01470, eq. 11)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        D, H, K, N = config.width, config.heads, config.head_width, config.persistent
+        bound = 1 / math.sqrt(D)
+
+        def linear(*shape: int) -> nnx.Param:
+            return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
+
+        self.query, self.key, self.value = linear(D, H, K), linear(D, H, K), linear(D, H, K)
+        self.output = linear(H, K, D)
+        if N:
+            self.persistent_key = nnx.Param(jax.random.normal(rngs.params(), (H, N, K)) / math.sqrt(K))
+            self.persistent_value = nnx.Param(jax.random.normal(rngs.params(), (H, N, K)) / math.sqrt(N))
+        if config.adaptive:
+            self.span = nnx.Param(jnp.full((H,), float(config.init)))
+        self.norm_scale, self.norm_bias = nnx.Param(jnp.ones(D)), nnx.Param(jnp.zeros(D))
+        self.config = config
+
+    def project(self, states_BSD: Array) -> tuple[Array, Array]:
+        """Keys and values of hidden states, as key_BSHK and value_BSHK."""
+        return tuple(
+            jnp.einsum("bsd,dhk->bshk", states_BSD, kernel[...].astype(states_BSD.dtype))
+            for kernel in (self.key, self.value)
+        )
+
+    def project_reach(self, cache_BSD: Array, h_BTD: Array) -> tuple[Array, Array]:
+        """Keys and values of cache and block, computed only for the cached states within reach of this layer's spans.
+
+        The others are zeros that no head looks at. The reach is known at run time, so code for each of a few
+        lengths is compiled and one of them runs.
+        """
+        S = cache_BSD.shape[1]
+        if not self.config.adaptive:
+            return self.project(jnp.concatenate([cache_BSD, h_BTD], axis=1))
+
+        def last(length: int) -> Callable:
+            def branch(cache_BSD: Array, h_BTD: Array) -> tuple[Array, Array]:
+                states_BSD = jnp.concatenate([cache_BSD[:, S - length :], h_BTD], axis=1)
+                key_BSHK, value_BSHK = self.project(states_BSD)
+                before = ((0, 0), (S - length, 0), (0, 0), (0, 0))
+                return jnp.pad(key_BSHK, before), jnp.pad(value_BSHK, before)
+
+            return branch
+
+        sizes = buckets(S)
+        needed = reach(jnp.max(self.span_tokens()), self.config.ramp, 1, S)
+        return jax.lax.switch(jnp.searchsorted(jnp.array(sizes), needed), [last(s) for s in sizes], cache_BSD, h_BTD)
+
+    def span_tokens(self) -> Array:
+        """Learned spans z L in tokens, as (H,)."""
+        return self.span[...] * self.config.limit
+
+    def attend(self, h_BTD, key_BSHK, value_BSHK, position_LK, attention, **options) -> tuple[Array, Array]:
+        """Attention, residual and norm.
+
+        Args:
+          h_BTD: the layer's input.
+          key_BSHK, value_BSHK: context, the block included.
+          position_LK: position keys in the compute dtype, nearest first.
+          attention: the operation, or the operation over a mesh.
+          **options: query_start and dropout arguments of the operation.
+
+        Returns:
+          The layer's output h_BTD, and the mean weight on persistent pairs.
+        """
+        config, dtype = self.config, h_BTD.dtype
+        L, persistent = position_LK.shape[0], {}
+        if config.persistent:  # stored so that the logit is q.key and the value sqrt(N) val; the operation scales both
+            key_HNK, value_HNK = self.persistent_key[...].astype(dtype), self.persistent_value[...].astype(dtype)
+            persistent["persistent_key_HNK"] = key_HNK * math.sqrt(config.head_width)
+            persistent["persistent_value_HNK"] = value_HNK * math.sqrt(config.persistent)
+        out_BTHK, mass_BTH = attention(
+            jnp.einsum("btd,dhk->bthk", h_BTD, self.query[...].astype(dtype)),
+            *(key_BSHK, value_BSHK),
+            position_HLK=position_LK[None],
+            span_H=_at_most(self.span_tokens(), L) if config.adaptive else None,
+            ramp=config.ramp,
+            dropout_rate=config.dropout if options.get("dropout_seed") is not None else 0.0,
+            return_persistent_mass=True,
+            implementation=config.implementation,
+            **persistent,
+            **options,
+        )
+        out_BTD = jnp.einsum("bthk,hkd->btd", out_BTHK, self.output[...].astype(dtype))
+        return layer_norm(h_BTD + out_BTD, self.norm_scale[...], self.norm_bias[...]), mass_BTH.mean()
+
+
+def _at_most(span_H: Array, L: int) -> Array:
+    """Spans within the context bucket, with the gradient of the unclipped ones."""
+    return span_H + jax.lax.stop_gradient(jnp.minimum(span_H, L) - span_H)
+
+
+def layer_norm(h_BTD: Array, scale_D: Array, bias_D: Array) -> Array:
+    """Layer normalisation with epsilon 1e-5, statistics at least in float32, result in the input's dtype."""
+    x_BTD = h_BTD.astype(jnp.promote_types(h_BTD.dtype, jnp.float32))
+    x_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
+    x_BTD = x_BTD * jax.lax.rsqrt(jnp.square(x_BTD).mean(-1, keepdims=True) + 1e-5)
+    return (x_BTD * scale_D.astype(x_BTD.dtype) + bias_D.astype(x_BTD.dtype)).astype(h_BTD.dtype)
+
+
+class Network(nnx.Module):
+    """Embedding, a stack of layers run by one scan, and the output softmax (in `io`)."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.io = TokenIO(config.vocab_size, config.width, rngs)
+        self.position = nnx.Param(jax.random.normal(rngs.params(), (config.limit, config.head_width)))
+        stack = nnx.vmap(lambda layer_rngs: Layer(config, layer_rngs), in_axes=0, out_axes=0)
+        self.layers = stack(nnx.Rngs(params=jax.random.split(rngs.params(), config.depth)))
+
+    def train_forward(self, tokens_BT, cache_XBSD, seeds_X=None, row_offset=0, attention=all_attention) -> Forward:
+        """One block in training: keys and values are recomputed from the cached inputs of each layer.
+
+        Args:
+          tokens_BT: int32.
+          cache_XBSD: earlier inputs of every layer, oldest first, as far back as any head may look; the gradient
+            does not enter them.
+          seeds_X: uint32 (depth + 2,) dropout seeds: layers, embedding, final hidden state; None: no dropout.
+          row_offset: global index of row 0.
+          attention: the operation, or the operation over a mesh.
+        """
+
+        def layer(layer: Layer, h_BTD, cache_BSD, position_LK, **options):
+            key_BSHK, value_BSHK = layer.project_reach(jax.lax.stop_gradient(cache_BSD), h_BTD)
+            out_BTD, mass = layer.attend(h_BTD, key_BSHK, value_BSHK, position_LK, attention, **options)
+            return out_BTD, (h_BTD, mass)
+
+        return self._scan(layer, tokens_BT, cache_XBSD, cache_XBSD.shape[2], seeds_X, row_offset)
+
+    def cached_forward(self, tokens_BT, cache: KeyValue, position=None, attention=all_attention) -> Forward:
+        """One block in inference, from cached keys and values.
+
+        Args:
+          tokens_BT: int32.
+          cache: room for the block included; what lies from `position` on is overwritten.
+          position: index in the cache at which the block begins, int32, may be traced; None: its last T places.
+          attention: the operation, or the operation over a mesh.
+        """
+        T, S = tokens_BT.shape[1], cache.key_XBSHK.shape[2]
+        start = S - T if position is None else position
+
+        def layer(layer: Layer, h_BTD, cache: KeyValue, position_LK, **options):
+            new = KeyValue(*layer.project(h_BTD))
+            context = (jax.lax.dynamic_update_slice_in_dim(c, n, start, 1) for c, n in zip(cache, new, strict=True))
+            out_BTD, mass = layer.attend(h_BTD, *context, position_LK, attention, query_start=position, **options)
+            return out_BTD, (new, mass)
+
+        return self._scan(layer, tokens_BT, cache, S, None, 0)
+
+    def _scan(self, layer: Callable, tokens_BT, cache, reachable: int, seeds_X, row_offset) -> Forward:
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        position_LK = self.position[: min(config.limit, reachable)].astype(dtype)
+        layers, state = nnx.split(self.layers)
+
+        def body(h_BTD, scanned):
+            state, cache, seed = scanned
+            options = {} if seed is None else {"dropout_seed": seed, "row_offset": row_offset}
+            return layer(nnx.merge(layers, state), h_BTD, cache, position_LK, **options)
+
+        seeds = None if seeds_X is None else seeds_X[: config.depth]
+        h_BTD = self._embedding_dropout(self.io.embed(tokens_BT, dtype), seeds_X, -2, row_offset)
+        h_BTD, (new, mass_X) = jax.lax.scan(body, h_BTD, (state, cache, seeds))
+        return Forward(self._embedding_dropout(h_BTD, seeds_X, -1, row_offset), new, mass_X)
+
+    def _embedding_dropout(self, h_BTD: Array, seeds_X: Array | None, which: int, row_offset) -> Array:
+        rate = self.config.embedding_dropout
+        if seeds_X is None or not rate:
+            return h_BTD
+        B, T, D = h_BTD.shape
+        row_B11, query_T1 = row_offset + jnp.arange(B)[:, None, None], jnp.arange(T)[:, None]
+        key_BT1 = dropout.query_key(seeds_X[which], row_B11, 0, query_T1, dropout.FEATURE)
+        return jnp.where(dropout.keep(key_BT1, jnp.arange(D), rate), h_BTD / (1 - rate), 0).astype(h_BTD.dtype)
+
+
+class Model:
+    """The network as pure functions of its parameters, which are a nested dict of arrays."""
+
+    def __init__(self, config: ModelConfig):
+        self.config = config
+        abstract = nnx.eval_shape(lambda: Network(config, nnx.Rngs(0)))
+        self._graph, self._state = nnx.split(abstract)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Model) and self.config == other.config
+
+    def __hash__(self) -> int:
+        return hash(self.config)
+
+    def init(self, key: Array) -> Params:
+        """Fresh parameters from a random key, in float32 (initialisation: method page)."""
+        return nnx.to_pure_dict(nnx.state(Network(self.config, nnx.Rngs(key)), nnx.Param))
+
+    def bind(self, params: Params) -> Network:
+        """The network with these parameters, for use inside one traced function."""
+        state = jax.tree.map(lambda x: x, self._state)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(self._graph, state)
+
+    def empty_cache(self, rows: int, length: int) -> Array:
+        """Zero states, as cache_XBSD; all-attention models attend them."""
+        return jnp.zeros((self.config.depth, rows, length, self.config.width), self.config.dtype)
+
+    def empty_key_value(self, rows: int, length: int) -> KeyValue:
+        """Keys and values of zero states, which are zeros since the projections have no bias."""
+        config = self.config
+        shape = (config.depth, rows, length, config.heads, config.head_width)
+        return KeyValue(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+
+def forward_flops(config: ModelConfig, mean_reach: float, block: int, cached: bool = False) -> float:
+    """Required products of one token's forward pass, in FLOPs; training requires three times as many.
+
+    Args:
+      config: geometry.
+      mean_reach: mean over layers and heads of min(L, span + ramp), in tokens.
+      block: T, over which the projections of the cached states are shared.
+      cached: keys and values of earlier blocks are not projected again.
+
+    Returns:
+      Per layer 2 D (3 reach + 2 N) for attention (query.key, weights.value, query.position; query.persistent key,
+      weights.persistent value), 8 D^2 for the four projections and 4 D^2 reach / T for keys and values of the cache;
+      and 2 D V for the output.
+    """
+    D = config.width
+    attention = 2 * D * (3 * mean_reach + 2 * config.persistent)
+    projections = 8 * D * D + (0 if cached else 4 * D * D * mean_reach / block)
+    return config.depth * (attention + projections) + 2 * D * config.vocab_size

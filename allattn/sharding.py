@@ -1,0 +1,148 @@
+"""Where every array lives: one mesh, one table from path pattern to PartitionSpec.
+
+Dimension key: X layer, B batch, T query position, S context key, L distance, N persistent pair, H head, K head width,
+D model width, V vocabulary.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from allattn.attention import all_attention
+from allattn.errors import UserError
+
+Array = jax.Array
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes over which rows of the batch, and of the cache with them, are spread
+
+# The first pattern found in an array's path decides. Optimizer state lies under the path of its parameter.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"layers/(query|key|value)$", P(None, "fsdp", "tensor", None)),  # XDHK
+    (r"layers/output$", P(None, "tensor", None, "fsdp")),  # XHKD
+    (r"layers/persistent_(key|value)$", P(None, "tensor", "fsdp", None)),  # XHNK
+    (r"layers/span$", P(None, "tensor")),  # XH
+    (r"layers/norm_(scale|bias)$", P()),  # XD
+    (r"io/(embedding|kernel)$", P(None, "fsdp")),  # VD
+    (r"io/bias$", P()),  # V
+    (r"position$", P("fsdp", None)),  # LK
+    (r"^cache$", P(None, ROWS)),  # XBSD
+    (r"(^step|^key|count)$", P()),
+)
+
+
+def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
+    """The mesh data x fsdp x tensor over all devices; one axis of -1 takes what the others leave.
+
+    Raises:
+      UserError: the product does not fit the devices, the heads or the rows.
+    """
+    sizes, devices = [config.mesh[axis] for axis in AXES], jax.device_count()
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh: expected positive sizes and at most one -1, found {dict(zip(AXES, sizes, strict=True))}")
+    rest = math.prod(size for size in sizes if size != -1)
+    sizes = [devices // rest if size == -1 else size for size in sizes]
+    if math.prod(sizes) != devices:
+        raise UserError(f"mesh: expected data x fsdp x tensor = {devices} devices, found {' x '.join(map(str, sizes))}")
+    rows, heads = sizes[0] * sizes[1], config.model.heads
+    if config.train.batch % (rows * config.train.accumulation):
+        parts = f"data x fsdp x accumulation = {rows * config.train.accumulation}"
+        raise UserError(f"train.batch: expected a multiple of {parts}, found {config.train.batch}")
+    if heads % sizes[2]:
+        raise UserError(f"mesh.tensor: expected a divisor of model.heads {heads}, found {sizes[2]}")
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """A NamedSharding for every array of a tree, by the table.
+
+    Args:
+      mesh: from `make_mesh`.
+      tree: arrays or ShapeDtypeStructs.
+
+    Returns:
+      The same tree of NamedSharding.
+
+    Raises:
+      UserError: an axis of the mesh does not divide the dimension that it should split.
+    """
+
+    def sharding(path: tuple, array: Any) -> NamedSharding:
+        name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
+        spec = next((spec for pattern, spec in RULES if re.search(pattern, name)), None)
+        if spec is None:
+            raise LookupError(f"{name}: no rule in sharding.RULES")
+        for size, axes in zip(array.shape, spec, strict=False):
+            parts = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+            if size % parts:
+                raise UserError(f"{name}: expected a dimension divisible by mesh axis {axes} = {parts}, found {size}")
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays whose leading dimension is rows."""
+    return NamedSharding(mesh, P(ROWS))
+
+
+def local_rows(mesh: Mesh, batch: int) -> slice:
+    """The rows of a batch that this process reads."""
+    places = row_sharding(mesh).addressable_devices_indices_map((batch,)).values()
+    bounds = [index[0].indices(batch)[:2] for index in places if index is not None]
+    return slice(min(b[0] for b in bounds), max(b[1] for b in bounds))
+
+
+def place_rows(mesh: Mesh, local: np.ndarray) -> Array:
+    """This process's rows as its part of the global array."""
+    return jax.make_array_from_process_local_data(row_sharding(mesh), local)
+
+
+def attention_over(mesh: Mesh, rows: int) -> Callable[..., Any]:
+    """The operation on a mesh: rows over data x fsdp, heads over tensor, no collective inside.
+
+    Args:
+      mesh: from `make_mesh`.
+      rows: rows of the whole batch; with accumulation a call sees a part of each device's rows, and `row_offset`
+        counts from the first row of each device.
+
+    Returns:
+      A function with the arguments of `all_attention`.
+    """
+    if mesh.size == 1:
+        return all_attention
+    rows_per_shard = rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    by_row_head, by_head = P(ROWS, None, "tensor", None), P("tensor", None, None)
+    specs = {
+        "position_HLK": P(None, None, None),
+        "persistent_key_HNK": by_head,
+        "persistent_value_HNK": by_head,
+        "span_H": P("tensor"),
+        "dropout_seed": P(),
+        "row_offset": P(),
+    }
+
+    def attention(query_BTHK, key_BSHK, value_BSHK, **options):
+        arrays = {name: options.pop(name) for name in specs if options.get(name) is not None}
+        arrays = {name: jax.numpy.asarray(array) for name, array in arrays.items()}
+
+        def local(query_BTHK, key_BSHK, value_BSHK, arrays):
+            first_row = jax.lax.axis_index(ROWS) * rows_per_shard + arrays.pop("row_offset", 0)
+            first_head = jax.lax.axis_index("tensor") * query_BTHK.shape[2]
+            offsets = {"row_offset": first_row, "head_offset": first_head}
+            return all_attention(query_BTHK, key_BSHK, value_BSHK, **arrays, **offsets, **options)
+
+        in_specs = (by_row_head, by_row_head, by_row_head, {name: specs[name] for name in arrays})
+        out_specs = (by_row_head, P(ROWS, None, "tensor")) if options.get("return_persistent_mass") else by_row_head
+        return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
+            query_BTHK, key_BSHK, value_BSHK, arrays
+        )
+
+    return attention

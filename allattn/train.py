@@ -1,0 +1,280 @@
+"""Training: one pure step, and the loop around it.
+
+Dimension key: X layer, A part of an accumulated batch, B batch, T position in the block, S cached position, H head,
+D model width.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from allattn import checkpoint, data, evaluate, metrics, optim, sharding
+from allattn.config import changed_fields, to_json
+from allattn.errors import RunError, UserError
+from allattn.model import Model, ModelConfig, Params, forward_flops
+
+Array = jax.Array
+
+SMALLEST_BUCKET = 128
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("step", "params", "optimizer", "cache", "key"),
+    meta_fields=(),
+)
+@dataclasses.dataclass
+class TrainState:
+    """Everything that a step reads and writes."""
+
+    step: Array  # updates made, int32
+    params: Params
+    optimizer: optax.OptState
+    cache: Array  # cache_XBSD: earlier inputs of every layer, oldest first
+    key: Array  # random key of the run; the step's own is folded from it
+
+
+# --- context buckets ---------------------------------------------------------------------------------------------
+
+
+def next_bucket(bucket: int, limit: int) -> int:
+    """The bucket after this one: twice as long, up to the limit."""
+    return min(2 * bucket, limit)
+
+
+def choose_bucket(config: ml_collections.ConfigDict, longest_span: float, current: int = 0) -> int:
+    """The smallest of 128, 256, ..., limit that holds the longest reach and a margin; never below the current one."""
+    span = config.model.span
+    if not span.adaptive:
+        return span.limit
+    needed = min(span.limit, math.ceil(longest_span * span.limit) + span.ramp + span.margin)
+    bucket = max(current, min(SMALLEST_BUCKET, span.limit))
+    while bucket < needed:
+        bucket = next_bucket(bucket, span.limit)
+    return bucket
+
+
+def grow_cache(cache_XBSD: Array, bucket: int, limit: int) -> Array:
+    """Room for the bucket after this one, on the old side: so the next growth will meet real states, not these zeros."""
+    missing = next_bucket(bucket, limit) - cache_XBSD.shape[2]
+    return jnp.pad(cache_XBSD, ((0, 0), (0, 0), (missing, 0), (0, 0))) if missing > 0 else cache_XBSD
+
+
+# --- the step ----------------------------------------------------------------------------------------------------
+
+
+def make_train_step(
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    config: ml_collections.ConfigDict,
+    bucket: int,
+    attention: Callable[..., Any],
+    shards: int = 1,
+) -> Callable[[TrainState, data.Batch], tuple[TrainState, metrics.TrainMetrics]]:
+    """The pure step for one context bucket.
+
+    Args:
+      model: the network.
+      optimizer: from `optim.optimizer`.
+      config: the whole configuration.
+      bucket: cached positions that the heads may look at; static.
+      attention: the operation, or the operation over a mesh.
+      shards: groups of devices that rows are spread over; each takes its share of every accumulated part.
+
+    Returns:
+      Function (state, batch) -> (state, metrics).
+    """
+    span, parts = config.model.span, config.train.accumulation
+    drops = config.model.dropout > 0 or config.model.embedding_dropout > 0
+
+    def split(x_BX: Array, axis: int) -> Array:
+        """Rows to (parts, rows of a part), each shard's rows staying where they are."""
+        rows = x_BX.shape[axis] // (shards * parts)
+        shape = (*x_BX.shape[:axis], shards, parts, rows, *x_BX.shape[axis + 1 :])
+        x_AX = jnp.moveaxis(x_BX.reshape(shape), axis + 1, 0)
+        return x_AX.reshape(parts, *x_BX.shape[:axis], shards * rows, *x_BX.shape[axis + 1 :])
+
+    def join(x_AX: Array, axis: int) -> Array:
+        rows = x_AX.shape[axis + 1] // shards
+        shape = (parts, *x_AX.shape[1 : axis + 1], shards, rows, *x_AX.shape[axis + 2 :])
+        x_BX = jnp.moveaxis(x_AX.reshape(shape), 0, axis + 1)
+        return x_BX.reshape(*x_AX.shape[1 : axis + 1], parts * shards * rows, *x_AX.shape[axis + 2 :])
+
+    def loss(params: Params, cache_XBSD, inputs_BT, targets_BT, seeds_X, row_offset):
+        network = model.bind(params)
+        forward = network.train_forward(inputs_BT, cache_XBSD, seeds_X, row_offset, attention)
+        nll = network.io.nll(forward.hidden_BTD, targets_BT).mean()
+        penalty = 0.0
+        if span.adaptive:  # coefficient x limit x mean over heads of z, summed over layers
+            penalty = span.loss * span.limit * params["layers"]["span"].mean(1).sum()
+        return nll + penalty, (nll, forward.mass_X.mean(), jax.lax.stop_gradient(forward.new))
+
+    def train_step(state: TrainState, batch: data.Batch) -> tuple[TrainState, metrics.TrainMetrics]:
+        cache_XBSD = jnp.where(batch.start, 0, state.cache).astype(state.cache.dtype)
+        seeds_X = None
+        if drops:
+            step_key = jax.random.fold_in(state.key, state.step)
+            seeds_X = jax.random.bits(step_key, (config.model.depth + 2,), jnp.uint32)
+
+        def part(gradients: Params, taken: tuple) -> tuple[Params, tuple]:
+            cache_part, inputs_BT, targets_BT, number = taken
+            row_offset = number * (inputs_BT.shape[0] // shards)
+            visible_XBSD = cache_part[:, :, max(0, cache_part.shape[2] - bucket) :]
+            arguments = (state.params, visible_XBSD, inputs_BT, targets_BT, seeds_X, row_offset)
+            (_, aux), new = jax.value_and_grad(loss, has_aux=True)(*arguments)
+            return jax.tree.map(jnp.add, gradients, new), aux
+
+        if parts == 1:
+            gradients, (nll, mass, new_XBTD) = part(
+                jax.tree.map(jnp.zeros_like, state.params), (cache_XBSD, batch.inputs_BT, batch.targets_BT, 0)
+            )
+        else:
+            taken = (split(cache_XBSD, 1), split(batch.inputs_BT, 0), split(batch.targets_BT, 0), jnp.arange(parts))
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            gradients, (nll, mass, new_AXBTD) = jax.lax.scan(part, zeros, taken)
+            gradients, nll, mass = jax.tree.map(lambda g: g / parts, gradients), nll.mean(), mass.mean()
+            new_XBTD = join(new_AXBTD, 1)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        if span.adaptive:
+            params["layers"]["span"] = jnp.clip(params["layers"]["span"], 0, 1)
+        cache_XBSD = jnp.concatenate([cache_XBSD, new_XBTD], axis=2)[:, :, new_XBTD.shape[2] :]
+        state = TrainState(state.step + 1, params, optimizer_state, cache_XBSD, state.key)
+        values = measure(config, params, nll, mass, optax.tree.norm(gradients), batch.inputs_BT.size)
+        return state, values
+
+    return train_step
+
+
+def measure(config: ml_collections.ConfigDict, params: Params, nll, mass, norm, tokens: int) -> metrics.TrainMetrics:
+    """The step's metrics; spans and the mean reach (which the FLOP count needs) in tokens."""
+    span = config.model.span
+    tokens_XH = jnp.full((1, 1), float(span.limit))
+    reach_XH = tokens_XH
+    if span.adaptive:
+        tokens_XH = params["layers"]["span"] * span.limit
+        reach_XH = jnp.minimum(tokens_XH + span.ramp, span.limit)
+    return metrics.TrainMetrics.single_from_model_output(
+        nll=nll,
+        tokens=tokens,
+        gradient_norm=norm,
+        mean_span=tokens_XH.mean(),
+        max_span=tokens_XH.max(),
+        mean_reach=reach_XH.mean(),
+        persistent_mass=mass,
+    )
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """The pieces of one run, made from its configuration; `train_and_evaluate` drives them."""
+
+    def __init__(self, config: ml_collections.ConfigDict, dataset: data.Dataset):
+        check(config, dataset)
+        self.config, self.dataset = config, dataset
+        self.mesh = sharding.make_mesh(config)
+        self.model = Model(ModelConfig.from_config(config))
+        self.optimizer = optim.optimizer(config)
+        self.rows = sharding.local_rows(self.mesh, config.train.batch)
+        train = config.train
+        self.stream = data.Stream(dataset.tokens("train"), train.batch, train.block, config.seed, self.rows)
+        self._steps: dict[int, Callable] = {}
+
+    def init_state(self, bucket: int) -> Callable[[], TrainState]:
+        """Function that makes the state of step 0; it is only traced until it is jitted with its shardings."""
+        train, limit = self.config.train, self.config.model.span.limit
+
+        def init() -> TrainState:
+            key = jax.random.key(self.config.seed)
+            params = self.model.init(key)
+            cache_XBSD = self.model.empty_cache(train.batch, next_bucket(bucket, limit))
+            run_key = jax.random.key_data(jax.random.fold_in(key, 1))
+            return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params), cache_XBSD, run_key)
+
+        return init
+
+    def abstract_state(self, bucket: int) -> TrainState:
+        """Shapes, dtypes and shardings of the state with this bucket."""
+        state = jax.eval_shape(self.init_state(bucket))
+        places = sharding.shardings(self.mesh, state)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
+
+    def fresh_state(self) -> tuple[TrainState, int]:
+        """The state of step 0, made in place on the mesh, and its bucket."""
+        bucket = choose_bucket(self.config, self.config.model.span.init)
+        places = jax.tree.map(lambda x: x.sharding, self.abstract_state(bucket))
+        return jax.jit(self.init_state(bucket), out_shardings=places)(), bucket
+
+    def batch(self, step: int) -> data.Batch:
+        """The block of a step, on the mesh."""
+        block = self.stream.block(step)
+        place = functools.partial(sharding.place_rows, self.mesh)
+        return data.Batch(place(block.inputs_BT), place(block.targets_BT), np.bool_(block.start))
+
+    def step(self, state: TrainState, bucket: int, batch: data.Batch) -> tuple[TrainState, metrics.TrainMetrics]:
+        """One update, by the code compiled for this bucket."""
+        if bucket not in self._steps:
+            attention = sharding.attention_over(self.mesh, self.config.train.batch)
+            shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+            step = make_train_step(self.model, self.optimizer, self.config, bucket, attention, shards)
+            places = sharding.shardings(self.mesh, jax.eval_shape(lambda s: s, state))
+            self._steps[bucket] = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+        return self._steps[bucket](state, batch)
+
+    def grow(self, state: TrainState, bucket: int) -> tuple[TrainState, int]:
+        """Choose the bucket again from the spans of this step, and make room in the cache if it grew."""
+        if not self.config.model.span.adaptive:
+            return state, bucket
+        longest = float(jnp.max(state.params["layers"]["span"]))
+        chosen = choose_bucket(self.config, longest, bucket)
+        if chosen > bucket:
+            state.cache = grow_cache(state.cache, chosen, self.config.model.span.limit)
+        return state, chosen
+
+    def evaluate(self, params: Params, split: str) -> dict[str, float]:
+        """Score a split as `config.evaluate` says."""
+        c = self.config
+        tokens = self.dataset.tokens(split)
+        if split == "valid" and c.evaluate.max_tokens:
+            tokens = tokens[: c.evaluate.max_tokens]
+        options = {"protocol": c.evaluate.protocol, "block": c.train.block, "rows": c.evaluate.batch}
+        return evaluate.evaluate_tokens(self.model, params, tokens, **options)
+
+    def meta(self, state: TrainState, bucket: int) -> dict[str, Any]:
+        """What a checkpoint says besides its arrays."""
+        return {
+            "step": int(state.step),
+            "key": np.asarray(state.key).tolist(),
+            "bucket": bucket,
+            "config": to_json(self.config),
+            "vocabulary": self.dataset.vocabulary.to_json(),
+            "versions": checkpoint.versions(),
+        }
+
+
+def check(config: ml_collections.ConfigDict, dataset: data.Dataset) -> None:
+    """Refuse what cannot run, before anything is written."""
+    span, train = config.model.span, config.train
+    if config.model.vocab_size != dataset.vocabulary.size:
+        found = f"{dataset.vocabulary.size} symbols in {dataset.name}"
+        raise UserError(f"model.vocab_size: expected what the data has, {found}; found {config.model.vocab_size}")
+    for name in ("log_every", "accumulation", "batch", "block"):
+        if train[name] < 1:
+            raise UserError(f"train.{name}: expected at least 1, found {train[name]}")
+    if span.adaptive and span.check_every * train.block < span.limit:
+        least = -(-span.limit // train.block)
+        raise UserError(
+            f"model.span.check_every: expected at least span.limit / train.block = {least} steps, so that a grown "
+            f"context holds real states; found {span.check_every}"
+        )

@@ -1,0 +1,69 @@
+"""Every field of an experiment, with its meaning and default. A config file changes the few that differ."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """All fields; `--config.a.b=value` on the command line overrides one."""
+    c = ConfigDict()
+    c.seed = 0  # of initialisation, dropout and the stream's offsets
+
+    c.dataset = ConfigDict()
+    c.dataset.name = "enwik8"  # enwik8, text8, wikitext103, stdlib or files
+    c.dataset.data_dir = ""  # prepared data, or for `files` the folder of texts; "": $ALLATTN_DATA_DIR or ~/.cache/allattn
+    c.dataset.unit = "byte"  # byte or word; for `files` only
+
+    c.model = ConfigDict()
+    c.model.layer = "all_attention"
+    c.model.integration = "joint"  # one softmax over context and persistent pairs
+    c.model.depth = 18  # layers
+    c.model.width = 512
+    c.model.heads = 8
+    c.model.persistent = 1024  # persistent key-value pairs per head (N)
+    c.model.vocab_size = 205  # checked against the data set
+    c.model.dropout = 0.0  # on attention weights
+    c.model.embedding_dropout = 0.0  # on the embedding's output and the final hidden state
+    c.model.dtype = "bfloat16"  # of activations and products; parameters and softmax statistics stay float32
+    c.model.implementation = ""  # of the attention operation; "": the best for the device
+
+    c.model.span = ConfigDict()
+    c.model.span.limit = 8192  # farthest distance in tokens, rows of the position table (L)
+    c.model.span.adaptive = True  # False: every head always sees `limit` tokens
+    c.model.span.ramp = 32  # length of the soft end in tokens (R)
+    c.model.span.init = 0.0  # initial span as a fraction of the limit
+    c.model.span.loss = 1e-7  # coefficient of limit x mean span, summed over layers
+    c.model.span.check_every = 100  # steps between choices of the context bucket
+    c.model.span.margin = 32  # tokens that the bucket exceeds the longest reach by when it is chosen
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adagrad"  # adagrad (the paper's rule), adam or adamw
+    c.optimizer.learning_rate = 0.07
+    c.optimizer.warmup = 32_000  # updates over which the rate rises linearly
+    c.optimizer.clip = 0.03  # gradient norm: per tensor with adagrad, global with adam; 0: none
+    c.optimizer.weight_decay = 0.0  # adamw only
+
+    c.train = ConfigDict()
+    c.train.batch = 64  # rows of the stream, over all devices
+    c.train.block = 512  # tokens of each row per step
+    c.train.accumulation = 1  # parts that a batch is split into, for memory; changes nothing else
+    c.train.remat = False  # recompute each layer in the backward pass, for memory
+    c.train.steps = 450_000
+    c.train.finetune_steps = 30_000  # further steps at a tenth of the rate
+    c.train.log_every = 100  # steps
+    c.train.peak_flops = 0.0  # FLOP/s of one device in this dtype, for the MFU metric; 0: not reported
+
+    c.mesh = ConfigDict()  # devices; -1: what is left
+    c.mesh.data = -1  # rows
+    c.mesh.fsdp = 1  # rows, and parameters and optimizer state
+    c.mesh.tensor = 1  # heads
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 5_000  # steps
+    c.checkpoint.keep = 3  # the last few; the best on dev is kept besides
+
+    c.evaluate = ConfigDict()
+    c.evaluate.every = 5_000  # steps between evaluations on dev
+    c.evaluate.protocol = "authors"  # authors or full
+    c.evaluate.batch = 8  # rows that share the work of protocol `full`; `authors` always has 8
+    c.evaluate.max_tokens = 0  # of dev, for the evaluations while training; 0: all
+    return c
