@@ -1,0 +1,165 @@
+"""Checkpoints by Orbax: params, optimizer, cache and meta, written together or not at all."""
+
+import importlib.metadata
+import logging
+import math
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from allattn.errors import UserError
+
+ARRAYS = ("params", "optimizer", "cache")
+Step = int | str | None  # a number, "best" or None for the newest
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide what the stored numbers mean."""
+    return {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+
+
+class Checkpointer:
+    """The checkpoints of one workdir: the last few, and the best on dev.
+
+    Args:
+      workdir: folder or bucket URL of the run; the checkpoints lie under `checkpoints`.
+      keep: how many of the newest are kept.
+      create: make the folder; False for readers, which refuse a workdir without one.
+
+    Raises:
+      UserError: a reader finds no checkpoint.
+    """
+
+    def __init__(self, workdir: str, keep: int = 3, create: bool = True):
+        self.workdir, self.folder = workdir, epath.Path(workdir) / "checkpoints"
+        if not create and not self.folder.exists():
+            raise UserError(f"no checkpoint in {workdir}: expected {self.folder}; `allattn train` makes it")
+        preservation = ocp.checkpoint_managers.AnyPreservationPolicy(
+            [
+                ocp.checkpoint_managers.LatestN(n=keep),
+                ocp.checkpoint_managers.BestN(
+                    get_metric_fn=lambda metrics: -metrics["dev_nll"], n=1, keep_checkpoints_without_metrics=False
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            create=create,
+            preservation_policy=preservation,
+            best_fn=lambda metrics: metrics["dev_nll"],
+            best_mode="min",
+            cleanup_tmp_directories=create,
+            read_only=not create,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps that have a whole checkpoint, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether this machine is about to be taken away."""
+        return self._manager.reached_preemption(step)
+
+    def save(
+        self, step: int, params: Any, optimizer: Any, cache: Any, meta: dict[str, Any], dev_nll: float | None = None
+    ) -> None:
+        """Write a checkpoint in the background; one that exists already is left as it is.
+
+        Args:
+          step: updates made.
+          params, optimizer, cache: trees of arrays.
+          meta: what JSON can hold.
+          dev_nll: score on dev in nats, if this step has one; it decides which checkpoint is the best.
+        """
+        if step in self._manager.all_steps():
+            return
+        arrays = dict(zip(ARRAYS, (params, optimizer, cache), strict=True))
+        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        known = dev_nll is not None and math.isfinite(dev_nll)
+        metrics = {"dev_nll": dev_nll} if known else None
+        self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)), metrics=metrics)
+
+    def resolve(self, step: Step = None) -> int:
+        """The number of the checkpoint asked for: the newest, "best" or a step.
+
+        Raises:
+          UserError: it is not there.
+        """
+        steps = self.steps()
+        if not steps:
+            raise UserError(f"no checkpoint in {self.workdir}: expected one under {self.folder}")
+        if step is None:
+            return steps[-1]
+        if step == "best":
+            best = self._manager.best_step()
+            if best is None:
+                raise UserError(f"no best checkpoint in {self.workdir}: none of {steps} has a score on dev")
+            return best
+        if not str(step).isdigit() or int(step) not in steps:
+            raise UserError(f"no checkpoint of step {step} in {self.workdir}: expected best or one of {steps}")
+        return int(step)
+
+    def readable(self) -> int | None:
+        """The newest step whose meta can be read; None if there is no checkpoint at all."""
+        for step in reversed(self.steps()):
+            try:
+                self.restore_meta(step)
+                return step
+            except UserError as error:
+                logging.warning("%s; trying the one before", error)
+        return None
+
+    def restore_meta(self, step: Step = None) -> dict[str, Any]:
+        """What a checkpoint says besides its arrays.
+
+        Raises:
+          UserError: no such checkpoint, or it cannot be read.
+        """
+        return self._restore(self.resolve(step), meta=ocp.args.JsonRestore())["meta"]
+
+    def restore(self, params: Any, optimizer: Any, cache: Any, step: Step = None) -> tuple[Any, Any, Any]:
+        """The arrays of a checkpoint, on the shardings of the given abstract ones.
+
+        Args:
+          params, optimizer, cache: trees of jax.ShapeDtypeStruct with shardings.
+          step: which checkpoint.
+
+        Returns:
+          params, optimizer and cache.
+
+        Raises:
+          UserError: no such checkpoint, or it cannot be read.
+        """
+        trees = dict(zip(ARRAYS, (params, optimizer, cache), strict=True))
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+        restored = self._restore(self.resolve(step), **items)
+        return restored["params"], restored["optimizer"], restored["cache"]
+
+    def restore_params(self, params: Any, step: Step = None) -> Any:
+        """The parameters alone, whatever mesh they were written on."""
+        return self._restore(self.resolve(step), params=ocp.args.StandardRestore(params))["params"]
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds for a damaged file
+            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"checkpoint {step} in {self.workdir} cannot be read: {first_line[:200]}") from error
+
+
+def on_one_device(tree: Any) -> Any:
+    """Shapes and dtypes of a tree, placed whole on the first device."""
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)

@@ -1,0 +1,219 @@
+"""What a run reports: clu metrics, event files for TensorBoard, a JSONL file, and progress on the screen."""
+
+import json
+import math
+import sys
+import time
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+from clu import metrics as clu_metrics
+from etils import epath
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class _Writer:
+    """The interface of clu's MetricWriter, which cannot be imported yet; images and the like are passed over."""
+
+    def _nothing(self, *_: Any, **__: Any) -> None:
+        pass
+
+    write_summaries = write_images = write_videos = write_audios = _nothing
+    write_histograms = write_pointcloud = write_hparams = write_texts = flush = close = _nothing
+
+
+class TensorBoardWriter(_Writer):
+    """Scalars and texts as TensorBoard event files, without TensorFlow.
+
+    Takes the place of the one class for which clu's metric writers need TensorFlow, and so has its interface.
+
+    Args:
+      logdir: folder of the event files.
+    """
+
+    def __init__(self, logdir: str) -> None:
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer = EventFileWriter(str(logdir))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Write the numbers of a step."""
+        for tag, value in scalars.items():
+            self._add(step, tag, simple_value=float(value))
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Write texts, such as samples."""
+        from tensorboard.compat.proto import summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
+
+        shape = tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=1)])
+        plugin = summary_pb2.SummaryMetadata(plugin_data=summary_pb2.SummaryMetadata.PluginData(plugin_name="text"))
+        for tag, text in texts.items():
+            tensor = tensor_pb2.TensorProto(
+                dtype=types_pb2.DT_STRING, tensor_shape=shape, string_val=[text.encode("utf-8", "replace")]
+            )
+            self._add(step, tag, tensor=tensor, metadata=plugin)
+
+    def _add(self, step: int, tag: str, **value: Any) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+
+        summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, **value)])
+        self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=int(step), summary=summary))
+
+    def flush(self) -> None:
+        """Bring everything to the disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close the file."""
+        self._writer.close()
+
+
+_shim = types.ModuleType("clu.metric_writers.tf.summary_writer")
+_shim.SummaryWriter = TensorBoardWriter  # type: ignore[attr-defined]
+sys.modules.setdefault(_shim.__name__, _shim)
+
+from clu import metric_writers  # noqa: E402  (only now can it be imported without TensorFlow)
+
+
+class JsonlWriter(_Writer):
+    """One JSON object per call, appended to metrics.jsonl; in a bucket, where nothing can be appended, a part file
+    of its own for every start, written whole at each flush."""
+
+    def __init__(self, workdir: str) -> None:
+        folder = epath.Path(workdir)
+        self._appends = "://" not in str(workdir)
+        self._rows: list[str] = []
+        self._path = folder / ("metrics.jsonl" if self._appends else f"metrics-{time.time_ns()}.jsonl")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Write the numbers of a step; what is not finite becomes null, as JSON has no word for it."""
+        numbers = {name: float(value) for name, value in scalars.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._rows.append(json.dumps({"step": int(step), **finite}) + "\n")
+        if self._appends:
+            self.flush()
+
+    def flush(self) -> None:
+        """Bring everything to the disk or the bucket."""
+        if self._appends:
+            with self._path.open("a") as file:
+                file.write("".join(self._rows))
+            self._rows.clear()
+        elif self._rows:
+            self._path.write_text("".join(self._rows))
+
+    def close(self) -> None:
+        """Flush."""
+        self.flush()
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Write texts beside the numbers."""
+        self._rows.append(json.dumps({"step": int(step), **texts}) + "\n")
+
+
+def create_writer(workdir: str) -> metric_writers.MetricWriter:
+    """Writes event files and JSONL into workdir; on processes other than the first, nothing.
+
+    Args:
+      workdir: folder or bucket URL; it exists.
+    """
+    if jax.process_index():
+        return metric_writers.MultiWriter([])
+    return metric_writers.MultiWriter([metric_writers.SummaryWriter(str(workdir)), JsonlWriter(workdir)])
+
+
+def read_jsonl(workdir: str) -> list[dict[str, Any]]:
+    """The rows of a run in the order of their steps; what a resumed run did again replaces the older row."""
+    rows: dict[tuple, dict[str, Any]] = {}
+    for path in sorted(epath.Path(workdir).glob("metrics*.jsonl")):
+        for row in map(json.loads, path.read_text().splitlines()):
+            rows[row["step"], *sorted(set(row) - {"step"})] = row
+    return sorted(rows.values(), key=lambda row: row["step"])
+
+
+@flax.struct.dataclass
+class TrainMetrics(clu_metrics.Collection):
+    """Metrics of one or several steps, merged; spans and reach in tokens, nll in nats."""
+
+    nll: clu_metrics.Average.from_output("nll")  # type: ignore[valid-type]
+    gradient_norm: clu_metrics.LastValue.from_output("gradient_norm")  # type: ignore[valid-type]
+    mean_span: clu_metrics.LastValue.from_output("mean_span")  # type: ignore[valid-type]
+    max_span: clu_metrics.LastValue.from_output("max_span")  # type: ignore[valid-type]
+    mean_reach: clu_metrics.LastValue.from_output("mean_reach")  # type: ignore[valid-type]
+    persistent_mass: clu_metrics.Average.from_output("persistent_mass")  # type: ignore[valid-type]
+
+
+def summarise(
+    values: Mapping[str, Any], seconds: float, tokens: int, flops: float = 0.0, peak_flops: float = 0.0
+) -> dict[str, float]:
+    """The numbers of an interval as they are logged.
+
+    Args:
+      values: from `TrainMetrics.compute()`.
+      seconds: length of the interval.
+      tokens: tokens read in it.
+      flops: required FLOPs of it.
+      peak_flops: FLOP/s that all devices together could do; 0: unknown.
+
+    Returns:
+      The values and bpc, ppl, tokens_per_s, and mfu if the peak is known.
+    """
+    found = {name: float(value) for name, value in values.items()}
+    found |= {"bpc": found["nll"] / math.log(2), "ppl": float(np.exp(min(found["nll"], 700.0)))}
+    found["tokens_per_s"] = tokens / seconds
+    if peak_flops:
+        found["mfu"] = flops / seconds / peak_flops
+    return found
+
+
+class RunProgress:
+    """Progress of a run on the screen: a live line on a terminal, otherwise one line now and then.
+
+    Args:
+      total: steps of the run.
+      every: least seconds between lines where there is no terminal.
+    """
+
+    def __init__(self, total: int, every: float = 10.0) -> None:
+        self._total, self._every, self._last = total, every, 0.0
+        columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[line]}"))
+        self._bar = Progress(*columns, TimeRemainingColumn(), transient=False, disable=bool(jax.process_index()))
+        self._live = sys.stdout.isatty()
+        self._begin: tuple[int, float] | None = None
+
+    def __enter__(self) -> "RunProgress":
+        if self._live:
+            self._bar.start()
+        self._task = self._bar.add_task("train", total=self._total, line="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Show how far the run is and its latest numbers."""
+        names = (("bpc", "{:.3f} bpc"), ("tokens_per_s", "{:,.0f} tokens/s"), ("dev_bpc", "dev {:.3f} bpc"))
+        line = "  ".join(text.format(values[name]) for name, text in names if name in values)
+        self._bar.update(self._task, completed=step, line=line)
+        now = time.monotonic()
+        self._begin = self._begin or (step, now)
+        if not self._live and now - self._last >= self._every and not jax.process_index():
+            self._last = now
+            print(f"step {step}/{self._total}  {line}  ETA {self._eta(step, now)}", flush=True)
+
+    def _eta(self, step: int, now: float) -> str:
+        first, begin = self._begin or (step, now)
+        if step == first:
+            return "-"
+        seconds = int((now - begin) / (step - first) * (self._total - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+    def message(self, text: str) -> None:
+        """Print a line above the progress."""
+        if not jax.process_index():
+            (self._bar.console.print(text, markup=False, highlight=False) if self._live else print(text, flush=True))
+

@@ -1,0 +1,79 @@
+"""Reading the golden numbers: ../shared when it is there, otherwise the small copies beside this file."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from allattn.model import ModelConfig
+
+HERE = Path(__file__).parent
+SHARED = HERE.parent.parent / "shared"
+
+
+def load(name: str, folder: str = "golden") -> dict[str, np.ndarray]:
+    """All arrays of one golden file; skips the test if neither place has it."""
+    for place in (SHARED / folder, HERE / folder):
+        if (place / f"{name}.npz").exists():
+            with np.load(place / f"{name}.npz") as file:
+                return dict(file)
+    pytest.skip(f"{folder}/{name}.npz: needs the shared golden numbers")
+
+
+def layer_config(g: dict[str, np.ndarray], **changes: Any) -> ModelConfig:
+    """The geometry of a layer_*, model_* or traj_* file."""
+    known = {k: int(g[k]) for k in ("heads", "span_max", "ramp", "pers_mem_size", "vocab", "n_layers") if k in g}
+    width = (g["p.proj_query.weight"] if "p.proj_query.weight" in g else g[_first(g, "in_emb.weight")]).shape[1]
+    adaptive = any("current_val" in k for k in g)
+    fields = dict(depth=known.get("n_layers", 1), width=width, heads=known["heads"], vocab_size=known.get("vocab", 2))
+    fields |= dict(persistent=known["pers_mem_size"], dropout=0.0, embedding_dropout=0.0, dtype="float32")
+    fields |= dict(limit=known["span_max"], adaptive=adaptive, ramp=known["ramp"], init=0.0)
+    return ModelConfig(**{**fields, **changes})
+
+
+def _first(g: dict[str, np.ndarray], ending: str) -> str:
+    return next(k for k in g if k.endswith(ending))
+
+
+def params(g: dict[str, np.ndarray], config: ModelConfig, prefix: str, dtype: Any = np.float32) -> dict[str, Any]:
+    """Our parameter tree from the authors' names: prefix `p.`, `g.`, `p0.`, `s1.` and so on."""
+    take = {k.removeprefix(prefix): v.astype(dtype) for k, v in g.items() if k.startswith(prefix)}
+    depth = 1 + max(int(m[1]) for k in take if (m := re.match(r"layers\.(\d+)\.", k)))
+    layers = [layer(take, config, f"layers.{i}.", "attn.") for i in range(depth)]
+    return {
+        "io": {"embedding": take["in_emb.weight"], "kernel": take["out_emb.weight"], "bias": take["out_emb.bias"]},
+        "position": position(take["key_pe"]),
+        "layers": {name: np.stack([x[name] for x in layers]) for name in layers[0]},
+    }
+
+
+def position(key_pe: np.ndarray) -> np.ndarray:
+    """(1, K, L), farthest first, to (L, K), nearest first."""
+    return np.ascontiguousarray(key_pe[0].T[::-1])
+
+
+def layer(take: dict[str, np.ndarray], config: ModelConfig, start: str, attn: str) -> dict[str, np.ndarray]:
+    """One layer's tensors; linear weights are (out, in) in the golden files and (in, heads, head width) here."""
+    D, H, K = config.width, config.heads, config.head_width
+    attn = start + attn
+    ours = {}
+    for short, name in (("query", "query"), ("key", "key"), ("val", "value")):
+        ours[name] = take[f"{attn}proj_{short}.weight"].T.reshape(D, H, K)
+    ours["output"] = take[f"{attn}proj_out.weight"].T.reshape(H, K, D)
+    if f"{attn}attn.persistent_memory.key" in take:
+        ours["persistent_key"] = take[f"{attn}attn.persistent_memory.key"].transpose(0, 2, 1)
+        ours["persistent_value"] = take[f"{attn}attn.persistent_memory.val"]
+    if f"{attn}attn.adaptive_span._mask.current_val" in take:
+        ours["span"] = take[f"{attn}attn.adaptive_span._mask.current_val"][:, 0, 0]
+    if f"{start}norm1.weight" in take:
+        ours["norm_scale"], ours["norm_bias"] = take[f"{start}norm1.weight"], take[f"{start}norm1.bias"]
+    return ours
+
+
+def error(ours: Any, theirs: Any) -> float:
+    """Largest difference over the largest entry of theirs."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape, f"shape {ours.shape} against {theirs.shape}"
+    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30))
