@@ -3,6 +3,7 @@
 import importlib.metadata
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,10 @@ Step = int | str | None  # a number, "best" or None for the newest
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide what the stored numbers mean."""
     return {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+
+
+class DamagedError(UserError):
+    """A checkpoint that is there but cannot be read."""
 
 
 class Checkpointer:
@@ -85,7 +90,7 @@ class Checkpointer:
         """
         if step in self._manager.all_steps():
             return
-        arrays = dict(zip(ARRAYS, (params, optimizer, cache), strict=True))
+        arrays = dict(zip(ARRAYS, (params, optimizer, {"states": cache}), strict=True))
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         known = dev_nll is not None and math.isfinite(dev_nll)
         metrics = {"dev_nll": dev_nll} if known else None
@@ -111,14 +116,29 @@ class Checkpointer:
             raise UserError(f"no checkpoint of step {step} in {self.workdir}: expected best or one of {steps}")
         return int(step)
 
-    def readable(self) -> int | None:
-        """The newest step whose meta can be read; None if there is no checkpoint at all."""
+    def restore_newest(self, abstract: Callable[[dict[str, Any]], tuple]) -> tuple[Any, Any, Any, dict] | None:
+        """The newest checkpoint that can be read; a damaged one is passed over with a warning.
+
+        Args:
+          abstract: from meta to the abstract params, optimizer and cache.
+
+        Returns:
+          params, optimizer, cache and meta; None if there is no checkpoint at all.
+
+        Raises:
+          UserError: there are checkpoints and all are damaged; also what `abstract` raises.
+        """
+        damaged: DamagedError | None = None
         for step in reversed(self.steps()):
             try:
-                self.restore_meta(step)
-                return step
-            except UserError as error:
+                meta = self.restore_meta(step)
+                trees = abstract(meta)
+                return (*self.restore(*trees, step), meta)
+            except DamagedError as error:
                 logging.warning("%s; trying the one before", error)
+                damaged = error
+        if damaged:
+            raise damaged
         return None
 
     def restore_meta(self, step: Step = None) -> dict[str, Any]:
@@ -142,10 +162,10 @@ class Checkpointer:
         Raises:
           UserError: no such checkpoint, or it cannot be read.
         """
-        trees = dict(zip(ARRAYS, (params, optimizer, cache), strict=True))
+        trees = dict(zip(ARRAYS, (params, optimizer, {"states": cache}), strict=True))
         items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
         restored = self._restore(self.resolve(step), **items)
-        return restored["params"], restored["optimizer"], restored["cache"]
+        return restored["params"], restored["optimizer"], restored["cache"]["states"]
 
     def restore_params(self, params: Any, step: Step = None) -> Any:
         """The parameters alone, whatever mesh they were written on."""
@@ -156,7 +176,7 @@ class Checkpointer:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds for a damaged file
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"checkpoint {step} in {self.workdir} cannot be read: {first_line[:200]}") from error
+            raise DamagedError(f"checkpoint {step} in {self.workdir} cannot be read: {first_line[:200]}") from error
 
 
 def on_one_device(tree: Any) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from allattn import checkpoint, data, evaluate, metrics, optim, sharding
-from allattn.config import changed_fields, to_json
+from allattn.config import changed_fields, from_json, to_json
 from allattn.errors import RunError, UserError
 from allattn.model import Model, ModelConfig, Params, forward_flops
 
@@ -278,3 +278,152 @@ def check(config: ml_collections.ConfigDict, dataset: data.Dataset) -> None:
             f"model.span.check_every: expected at least span.limit / train.block = {least} steps, so that a grown "
             f"context holds real states; found {span.check_every}"
         )
+
+
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+    """Train, or go on where the workdir's newest checkpoint stands, then score the test split.
+
+    Args:
+      config: the whole configuration (configs/base.py).
+      workdir: folder or bucket URL of the run.
+
+    Returns:
+      The scores of the test split (`evaluate.evaluate_tokens`), with split, protocol and step.
+
+    Raises:
+      UserError: the configuration does not fit the data, the devices or the workdir.
+      RunError: the loss is not a number.
+    """
+    # The order of a start:
+    # 1. check the configuration against data and devices, before anything is written
+    # 2. if the workdir has a checkpoint, check that it was made with this configuration
+    # 3. restore the state and the bucket from it, or make a fresh state
+    # 4. the stream needs only the step: nothing else is restored
+    dataset = data.prepare(config.dataset.name, config.dataset.data_dir or None, unit=config.dataset.unit)
+    if not config.model.vocab_size:
+        config = config.copy_and_resolve_references().lock()
+        config.model.vocab_size = dataset.vocabulary.size
+    trainer = Trainer(config, dataset)
+    with checkpoint.Checkpointer(workdir, config.checkpoint.keep) as checkpoints:
+        state, bucket = _restore(trainer, checkpoints) or trainer.fresh_state()
+        state = _run(trainer, checkpoints, state, bucket, workdir)
+    scores = trainer.evaluate(state.params, "test")
+    return {"split": "test", "protocol": config.evaluate.protocol, "step": int(state.step), **scores}
+
+
+def _restore(trainer: Trainer, checkpoints: checkpoint.Checkpointer) -> tuple[TrainState, int] | None:
+    """The state of the newest readable checkpoint and its bucket; None in a new workdir."""
+
+    def abstract(meta: dict[str, Any]) -> tuple[Any, Any, Any]:
+        changed = changed_fields(from_json(meta["config"]), trainer.config)
+        if changed:
+            raise UserError(
+                f"{checkpoints.workdir} was made with another configuration: {'; '.join(changed)}. Choose another "
+                f"--workdir, or go back to that configuration"
+            )
+        state = trainer.abstract_state(meta["bucket"])
+        return state.params, state.optimizer, state.cache
+
+    restored = checkpoints.restore_newest(abstract)
+    if restored is None:
+        return None
+    params, optimizer, cache, meta = restored
+    places = trainer.abstract_state(meta["bucket"])
+    step = jax.device_put(jnp.int32(meta["step"]), places.step.sharding)
+    key = jax.device_put(jnp.array(meta["key"], jnp.uint32), places.key.sharding)
+    return TrainState(step, params, optimizer, cache, key), meta["bucket"]
+
+
+def _run(
+    trainer: Trainer, checkpoints: checkpoint.Checkpointer, state: TrainState, bucket: int, workdir: str
+) -> TrainState:
+    """The loop. Metrics are read one step late, so that nothing waits for the device."""
+    c, first = trainer.config, int(state.step)
+    total = c.train.steps + c.train.finetune_steps
+    if first >= total:
+        print(f"{workdir} is complete: {first} of {total} steps", flush=True)
+        return state
+    recorder = Recorder(trainer, workdir, total, first)
+    with recorder:
+        for step in range(first, total):
+            if step % c.model.span.check_every == 0:
+                state, bucket = trainer.grow(state, bucket)
+            state, values = trainer.step(state, bucket, trainer.batch(step))
+            done, stopping = step + 1, checkpoints.reached_preemption(step + 1)
+            recorder.record(done, values)
+            evaluates = done % c.evaluate.every == 0 or done == total
+            if not (evaluates or stopping or done % c.checkpoint.every == 0):
+                continue
+            recorder.flush()  # refuses a loss that is not a number, before it reaches a checkpoint
+            dev = recorder.evaluate(state.params) if evaluates and not stopping else None
+            arrays = (state.params, state.optimizer, state.cache)
+            checkpoints.save(done, *arrays, trainer.meta(state, bucket), dev and dev["nll"])
+            if stopping:
+                raise RunError(f"stopped at step {done} because this machine is being taken away; run again to go on")
+    return state
+
+
+class Recorder:
+    """Turns the metrics of the steps into rows of the logs and lines on the screen."""
+
+    def __init__(self, trainer: Trainer, workdir: str, total: int, first: int) -> None:
+        self._trainer, self._config = trainer, trainer.config
+        self._writer = metrics.create_writer(workdir)
+        self._progress = metrics.RunProgress(total)
+        self._pending: tuple[int, metrics.TrainMetrics] | None = None
+        self._sum: metrics.TrainMetrics | None = None
+        self._step = self._logged = first
+        self._time = time.perf_counter()
+        self._dev: dict[str, float] = {}
+
+    def __enter__(self) -> "Recorder":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.flush()
+        self._progress.__exit__(*error)
+
+    def record(self, step: int, values: metrics.TrainMetrics) -> None:
+        """Take the metrics of a step and read those of the step before."""
+        self.flush()
+        self._pending = (step, values)
+
+    def flush(self) -> None:
+        """Read the metrics that are still on the device.
+
+        Raises:
+          RunError: the loss of that step is not a number.
+        """
+        if self._pending is None:
+            return
+        (step, values), self._pending = self._pending, None
+        self._step = step
+        values = jax.device_get(values)
+        if not math.isfinite(float(values.compute()["nll"])):
+            raise RunError(f"the loss of step {step} is not a number; the last good checkpoint is kept")
+        self._sum = values if self._sum is None else self._sum.merge(values)
+        if step % self._config.train.log_every == 0:
+            self._log(step)
+
+    def _log(self, step: int) -> None:
+        assert self._sum is not None
+        now, steps, train = time.perf_counter(), step - self._logged, self._config.train
+        found, tokens = self._sum.compute(), steps * train.batch * train.block
+        flops = 3 * tokens * forward_flops(self._trainer.model.config, float(found["mean_reach"]), train.block)
+        peak = train.peak_flops * self._trainer.mesh.size
+        row = metrics.summarise(found, max(now - self._time, 1e-9), tokens, flops, peak)
+        self._writer.write_scalars(step, row)
+        self._progress.update(step, {**row, **self._dev})
+        self._sum, self._logged, self._time = None, step, now
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """Score dev and log it; the time this takes is not counted as training."""
+        began, step = time.perf_counter(), self._step
+        scores = self._trainer.evaluate(params, "valid")
+        self._dev = {f"dev_{name}": scores[name] for name in ("nll", "bpc", "ppl")}
+        self._writer.write_scalars(step, self._dev)
+        protocol = self._config.evaluate.protocol
+        self._progress.message(f"step {step}: dev {scores['bpc']:.4f} bpc, {protocol}, {scores['tokens']} tokens")
+        self._time += time.perf_counter() - began
+        return scores

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     c.model.width = 512
     c.model.heads = 8
     c.model.persistent = 1024  # persistent key-value pairs per head (N)
-    c.model.vocab_size = 205  # checked against the data set
+    c.model.vocab_size = 205  # checked against the data; 0: as many as it has
     c.model.dropout = 0.0  # on attention weights
     c.model.embedding_dropout = 0.0  # on the embedding's output and the final hidden state
     c.model.dtype = "bfloat16"  # of activations and products; parameters and softmax statistics stay float32

@@ -1,0 +1,136 @@
+"""The command line: `allattn COMMAND --flag=value ...`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+
+from allattn.errors import RunError, UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+      argv: words after the program's name; None: those of this process.
+
+    Returns:
+      Exit code: 0, 1 for a failed run, 2 for a mistake in the input.
+    """
+    try:
+        arguments, rest = _parser().parse_known_args(argv)
+        overrides = _overrides(rest, allowed=arguments.command == "train")
+        return arguments.run(arguments, overrides) or 0
+    except UserError as error:
+        print(f"allattn: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"allattn: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("allattn: interrupted; run again to go on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _overrides(rest: Sequence[str], allowed: bool) -> dict[str, str]:
+    """`--config.a.b=v` words as {"a.b": "v"}."""
+    found = {}
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not allowed or not name.startswith("--config.") or not equals:
+            expected = "; settings are --config.name=value" if allowed else ""
+            raise UserError(f"unknown argument {word!r}; `allattn COMMAND --help` lists the flags{expected}")
+        found[name.removeprefix("--config.")] = value
+    return found
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="allattn", description="The all-attention network: train, evaluate, generate.")
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
+
+    def command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    train = command("train", _train, "train or resume; ends with an evaluation of the test split")
+    train.add_argument("--config", required=True, help="experiment file; --config.a.b=value changes one field")
+    train.add_argument("--workdir", required=True, help="folder or bucket URL of the run")
+
+    evaluate = command("evaluate", _evaluate, "score a checkpoint; prints one JSON line last")
+    _add_checkpoint_flags(evaluate)
+    evaluate.add_argument("--split", default="test", choices=("train", "valid", "test"))
+    evaluate.add_argument("--protocol", default="authors", choices=("authors", "full"))
+    evaluate.add_argument("--text", help="score this file instead of a split")
+    evaluate.add_argument("--data_dir", help="prepared data, if not where training had it")
+
+    generate = command("generate", _generate, "continue a prompt")
+    _add_checkpoint_flags(generate)
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--length", type=int, default=200, help="symbols to draw")
+    generate.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest")
+    generate.add_argument("--top_k", type=int, default=0, help="0: all")
+    generate.add_argument("--top_p", type=float, default=1.0)
+    generate.add_argument("--seed", type=int, default=0)
+
+    data = command("data", _data, "download or take over, check and prepare a data set")
+    data.add_argument("--dataset", required=True, help="enwik8, text8, wikitext103, stdlib or files")
+    data.add_argument("--data_dir", help="where to; for `files` the folder of texts")
+    data.add_argument("--manual_dir", help="folder of hand-placed archives")
+    data.add_argument("--unit", default="byte", choices=("byte", "word"), help="for `files`")
+    return parser
+
+
+def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workdir", required=True, help="folder or bucket URL of the run")
+    parser.add_argument("--step", default=None, help="a step or `best`; the newest if left out")
+
+
+# The imports are late so that `--help` and mistakes in the flags answer at once.
+
+
+def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from allattn import config, train
+
+    scores = train.train_and_evaluate(config.load(arguments.config, overrides), arguments.workdir)
+    print(f"checkpoints: {arguments.workdir}/checkpoints", flush=True)
+    print(json.dumps(scores), flush=True)
+
+
+def _evaluate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
+    from allattn import run
+
+    loaded = run.load(arguments.workdir, arguments.step)
+    scores = loaded.evaluate(arguments.split, arguments.protocol, arguments.text, arguments.data_dir)
+    print(json.dumps(scores), flush=True)
+
+
+def _generate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
+    from allattn import generate, run
+
+    loaded = run.load(arguments.workdir, arguments.step)
+    sampling = generate.Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    out = sys.stdout.buffer
+    pieces = loaded.generate(arguments.prompt.encode(), arguments.length, sampling, arguments.seed)
+    out.write(arguments.prompt.encode())
+    for piece in pieces:
+        out.write(piece)
+        out.flush()
+    out.write(b"\n")
+    out.flush()
+
+
+def _data(arguments: argparse.Namespace, _: dict[str, str]) -> None:
+    from allattn import data
+
+    dataset = data.prepare(arguments.dataset, arguments.data_dir, arguments.manual_dir, arguments.unit)
+    print(json.dumps(dataset.summary()), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

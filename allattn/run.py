@@ -1,0 +1,104 @@
+"""A trained run, loaded from its workdir alone."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from allattn import checkpoint, data, evaluate, generate
+from allattn.config import from_json
+from allattn.errors import UserError
+from allattn.model import Model, ModelConfig, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A model with its parameters, configuration and vocabulary."""
+
+    model: Model
+    params: Params
+    config: ml_collections.ConfigDict
+    vocabulary: data.Vocabulary
+    step: int
+
+    def evaluate(
+        self, split: str = "test", protocol: str = "authors", text: str | None = None, data_dir: str | None = None
+    ) -> dict[str, Any]:
+        """Score a split of the run's data set, or a text file.
+
+        Args:
+          split: train, valid or test.
+          protocol: authors or full.
+          text: path of a file to score instead.
+          data_dir: where the data set is, if not where training had it.
+
+        Returns:
+          split, protocol, step, nll, bpc, ppl and tokens.
+
+        Raises:
+          UserError: a missing file, a symbol outside the vocabulary, or too short a text.
+        """
+        tokens, c = self._tokens(split, text, data_dir), self.config
+        options = {"protocol": protocol, "block": c.train.block, "rows": c.evaluate.batch}
+        scores = evaluate.evaluate_tokens(self.model, self.params, tokens, **options)
+        return {"split": text or split, "protocol": protocol, "step": self.step, **scores}
+
+    def _tokens(self, split: str, text: str | None, data_dir: str | None) -> Any:
+        if text is not None:
+            if not Path(text).is_file():
+                raise UserError(f"--text: expected a file, found none at {text}")
+            return self.vocabulary.encode(Path(text).read_bytes(), close=True)
+        c = self.config.dataset
+        dataset = data.prepare(c.name, data_dir or c.data_dir or None, unit=c.unit)
+        if dataset.vocabulary != self.vocabulary:
+            raise UserError(f"{dataset.path}: expected the vocabulary of the checkpoint, found another")
+        return dataset.tokens(split)
+
+    def generate(
+        self, prompt: bytes, length: int = 200, sampling: generate.Sampling = generate.Sampling(), seed: int = 0
+    ) -> Iterator[bytes]:
+        """Continue a prompt.
+
+        Args:
+          prompt: text to start from, not empty.
+          length: symbols to draw.
+          sampling: temperature, top-k and top-p.
+          seed: of the draws.
+
+        Yields:
+          The text of each symbol as it is drawn.
+
+        Raises:
+          UserError: an empty prompt or one with a symbol outside the vocabulary.
+        """
+        ids = self.vocabulary.encode(prompt)
+        separator = b" " if self.vocabulary.unit == "word" else b""
+        for token in generate.generate(self.model, self.params, ids, length, sampling, seed):
+            yield separator + self.vocabulary.decode(np.array([token]))
+
+
+def load(workdir: str, step: int | str | None = None) -> Run:
+    """The run in a workdir.
+
+    Args:
+      workdir: folder or bucket URL.
+      step: a step, "best", or None for the newest.
+
+    Returns:
+      The run, its parameters whole on one device.
+
+    Raises:
+      UserError: no such checkpoint, or it cannot be read.
+    """
+    with checkpoint.Checkpointer(workdir, create=False) as checkpoints:
+        number = checkpoints.resolve(step)
+        meta = checkpoints.restore_meta(number)
+        config = from_json(meta["config"])
+        model = Model(ModelConfig.from_config(config))
+        abstract = jax.eval_shape(model.init, jax.random.key(0))
+        params = checkpoints.restore_params(checkpoint.on_one_device(abstract), number)
+    return Run(model, params, config, data.Vocabulary.from_json(meta["vocabulary"]), number)

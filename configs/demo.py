@@ -1,0 +1,33 @@
+"""A small all-attention network on the source text of Python's standard library; the first thing to run.
+
+Command:   make demo    (or: allattn train --config=configs/demo.py --workdir=runs/demo)
+Hardware:  2 CPU cores.
+"""
+
+from configs import base
+
+
+def get_config():
+    c = base.get_config()
+    c.dataset.name = "stdlib"
+    c.model.depth = 4
+    c.model.width = 192
+    c.model.heads = 3
+    c.model.persistent = 384
+    c.model.vocab_size = 0
+    c.model.dtype = "float32"
+    c.model.span.limit = 256
+    c.model.span.check_every = 10
+    c.model.span.loss = 0.0
+    c.optimizer.name = "adam"
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.warmup = 50
+    c.optimizer.clip = 1.0
+    c.train.batch = 16
+    c.train.block = 64
+    c.train.steps = 1000
+    c.train.finetune_steps = 150
+    c.train.log_every = 10
+    c.checkpoint.every = 200
+    c.evaluate.every = 400
+    return c
