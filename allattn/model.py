@@ -106,7 +106,7 @@ class Layer(nnx.Module):
             self.persistent_key = nnx.Param(jax.random.normal(rngs.params(), (H, N, K)) / math.sqrt(K))
             self.persistent_value = nnx.Param(jax.random.normal(rngs.params(), (H, N, K)) / math.sqrt(N))
         if config.adaptive:
-            self.span = nnx.Param(jnp.full((H,), float(config.init)))
+            self.span = nnx.Param(jnp.full((H,), config.init, jnp.float32))
         self.norm_scale, self.norm_bias = nnx.Param(jnp.ones(D)), nnx.Param(jnp.zeros(D))
         self.config = config
 

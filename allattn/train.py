@@ -347,6 +347,7 @@ def _run(
     with recorder:
         for step in range(first, total):
             if step % c.model.span.check_every == 0:
+                recorder.flush()  # refuses spans that are not numbers
                 state, bucket = trainer.grow(state, bucket)
             state, values = trainer.step(state, bucket, trainer.batch(step))
             done, stopping = step + 1, checkpoints.reached_preemption(step + 1)

@@ -1,0 +1,8 @@
+"""What all tests share: one compilation cache, since many of them compile the same small programs."""
+
+import tempfile
+
+import jax
+
+jax.config.update("jax_compilation_cache_dir", tempfile.gettempdir() + "/allattn-test-cache")
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

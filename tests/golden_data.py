@@ -1,12 +1,17 @@
-"""Reading the golden numbers: ../shared when it is there, otherwise the small copies beside this file."""
+"""Reading the golden numbers: ../shared when it is there, otherwise the small copies beside this file.
+
+Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K head width.
+"""
 
 import re
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from allattn.attention import all_attention, reference
 from allattn.model import ModelConfig
 
 HERE = Path(__file__).parent
@@ -77,3 +82,32 @@ def error(ours: Any, theirs: Any) -> float:
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, f"shape {ours.shape} against {theirs.shape}"
     return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30))
+
+
+def authors_attention(query_BTHK, key_BSHK, value_BSHK, **options):
+    """Our reference as the authors compute it: their weights are divided by (sum + 1e-8) after the mask.
+
+    With s the share of the unmasked softmax that the mask leaves, that multiplies every output by s / (s + 1e-8).
+    They trim distances beyond reach before the softmax, in steps of 64, which changes s and nothing else.
+    """
+    out_BTHK, mass_BTH = all_attention(query_BTHK, key_BSHK, value_BSHK, **{**options, "implementation": "reference"})
+    if options["span_H"] is None:
+        return out_BTHK, mass_BTH
+    (_, T, H, K), S, R = query_BTHK.shape, key_BSHK.shape[1], options["ramp"]
+    span_H, L = options["span_H"], options["position_HLK"].shape[1]
+    size = jnp.clip(jnp.ceil(span_H.max()) + R, 0, L)
+    kept = L - jnp.floor(jnp.minimum(L - 1, L - size) / 64) * 64
+    distance_TS = S - T + jnp.arange(T)[:, None] - jnp.arange(S)
+    logits_BHTS = reference.context_logits(
+        *(query_BTHK, query_BTHK, key_BSHK, options["position_HLK"]), distance_TS[None] - 1, K**-0.5
+    )
+    visible_TS = (distance_TS >= 1) & (distance_TS <= kept)
+    context_BHTS = jnp.where(visible_TS, jnp.exp(logits_BHTS), 0)
+    persistent_BHT = 0.0
+    if options.get("persistent_key_HNK") is not None:
+        persistent_BHTN = jnp.einsum("bthk,hnk->bhtn", query_BTHK, options["persistent_key_HNK"]) * K**-0.5
+        persistent_BHT = jnp.exp(persistent_BHTN).sum(-1)
+    mask_HTS = reference.span_mask(distance_TS, span_H, R)[0]
+    left_BHT = (context_BHTS * mask_HTS).sum(-1) + persistent_BHT
+    share_BTH = (left_BHT / (context_BHTS.sum(-1) + persistent_BHT)).transpose(0, 2, 1)
+    return out_BTHK * (share_BTH / (share_BTH + 1e-8))[..., None], mass_BTH

@@ -79,10 +79,10 @@ def all_attention(
 
 
 def buckets(limit: int) -> tuple[int, ...]:
-    """Numbers of distances for which code is compiled: powers of two and the steps halfway between, up to limit."""
+    """Numbers of distances for which code is compiled: powers of two and, from 512 on, the steps halfway between."""
     sizes, size = [], SMALLEST_BUCKET
     while size < limit:
-        sizes += [size, size * 3 // 2]
+        sizes += [size, size * 3 // 2] if size >= 512 else [size]
         size *= 2
     return (*(s for s in sizes if s < limit), limit)
 
