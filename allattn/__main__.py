@@ -32,6 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def console() -> None:
+    """Entry point of the installed command."""
+    sys.exit(main())
+
+
 def _overrides(rest: Sequence[str], allowed: bool) -> dict[str, str]:
     """`--config.a.b=v` words as {"a.b": "v"}."""
     found = {}

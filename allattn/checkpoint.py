@@ -133,7 +133,8 @@ class Checkpointer:
             try:
                 meta = self.restore_meta(step)
                 trees = abstract(meta)
-                return (*self.restore(*trees, step), meta)
+                params, optimizer, cache = trees
+                return (*self.restore(params, optimizer, cache, step), meta)
             except DamagedError as error:
                 logging.warning("%s; trying the one before", error)
                 damaged = error

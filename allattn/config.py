@@ -16,7 +16,14 @@ from allattn.errors import UserError
 # May differ between the run that made a workdir and one that goes on in it: none changes what an update computes.
 FREE = (
     *("dataset.data_dir", "mesh.", "checkpoint.", "evaluate.", "model.implementation"),
-    *("train.steps", "train.finetune_steps", "train.log_every", "train.accumulation", "train.remat", "train.peak_flops"),
+    *(
+        "train.steps",
+        "train.finetune_steps",
+        "train.log_every",
+        "train.accumulation",
+        "train.remat",
+        "train.peak_flops",
+    ),
 )
 
 

@@ -98,10 +98,10 @@ def context_length(model: Model, params: Params) -> int:
 def score(model: Model, params: Params, tokens: TokenSource, plan: Plan, block: int, context: int) -> float:
     """Sum of the scored targets' negative log-likelihoods, in nats."""
     cache, total = model.empty_key_value(len(plan.begin_R), context + block), 0.0
-    pending = None
+    pending: Array | float = 0.0
     for number in range(plan.blocks):
         cache, nll = _score_block(model, params, cache, *_read(tokens, plan, block, number))
-        total, pending = total + float(pending or 0.0), nll  # read one block late, so that the device never waits
+        total, pending = total + float(pending), nll  # read one block late, so that the device never waits
     return total + float(pending)
 
 

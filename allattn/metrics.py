@@ -216,4 +216,3 @@ class RunProgress:
         """Print a line above the progress."""
         if not jax.process_index():
             (self._bar.console.print(text, markup=False, highlight=False) if self._live else print(text, flush=True))
-

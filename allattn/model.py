@@ -112,10 +112,11 @@ class Layer(nnx.Module):
 
     def project(self, states_BSD: Array) -> tuple[Array, Array]:
         """Keys and values of hidden states, as key_BSHK and value_BSHK."""
-        return tuple(
-            jnp.einsum("bsd,dhk->bshk", states_BSD, kernel[...].astype(states_BSD.dtype))
-            for kernel in (self.key, self.value)
-        )
+
+        def linear(kernel: nnx.Param) -> Array:
+            return jnp.einsum("bsd,dhk->bshk", states_BSD, kernel[...].astype(states_BSD.dtype))
+
+        return linear(self.key), linear(self.value)
 
     def project_reach(self, cache_BSD: Array, h_BTD: Array) -> tuple[Array, Array]:
         """Keys and values of cache and block, computed only for the cached states within reach of this layer's spans.
@@ -235,8 +236,10 @@ class Network(nnx.Module):
 
         def layer(layer: Layer, h_BTD, cache: KeyValue, position_LK, **options):
             new = KeyValue(*layer.project(h_BTD))
-            context = (jax.lax.dynamic_update_slice_in_dim(c, n, start, 1) for c, n in zip(cache, new, strict=True))
-            out_BTD, mass = layer.attend(h_BTD, *context, position_LK, attention, query_start=position, **options)
+            key_BSHK = jax.lax.dynamic_update_slice_in_dim(cache.key_XBSHK, new.key_XBSHK, start, 1)
+            value_BSHK = jax.lax.dynamic_update_slice_in_dim(cache.value_XBSHK, new.value_XBSHK, start, 1)
+            options["query_start"] = position
+            out_BTD, mass = layer.attend(h_BTD, key_BSHK, value_BSHK, position_LK, attention, **options)
             return out_BTD, (new, mass)
 
         return self._scan(layer, tokens_BT, cache, S, None, 0)

@@ -33,7 +33,7 @@ def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
 class AdagradState(NamedTuple):
     """Updates made so far, and the sum of squared gradients of every parameter."""
 
-    count: Array
+    made: Array
     sums: optax.Updates
 
 
@@ -62,12 +62,12 @@ def paper_adagrad(learning_rate: optax.Schedule, clip: float) -> optax.GradientT
 
     def update(gradients: optax.Updates, state: AdagradState, params: optax.Params | None = None):
         del params
-        rate = learning_rate(state.count)
+        rate = learning_rate(state.made)
         sums = jax.tree.map(lambda s, g: s + g * g, state.sums, gradients)
         updates = jax.tree_util.tree_map_with_path(
             lambda path, g, s: (-rate * scale(path, g) * g / (jnp.sqrt(s) + 1e-10)).astype(g.dtype), gradients, sums
         )
-        return updates, AdagradState(state.count + 1, sums)
+        return updates, AdagradState(state.made + 1, sums)
 
     return optax.GradientTransformation(init, update)
 

@@ -34,7 +34,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"io/bias$", P()),  # V
     (r"position$", P("fsdp", None)),  # LK
     (r"^cache$", P(None, ROWS)),  # XBSD
-    (r"(^step|^key|count)$", P()),
+    (r"(^step|^key|count|made)$", P()),
 )
 
 
@@ -46,7 +46,9 @@ def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
     """
     sizes, devices = [config.mesh[axis] for axis in AXES], jax.device_count()
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UserError(f"mesh: expected positive sizes and at most one -1, found {dict(zip(AXES, sizes, strict=True))}")
+        raise UserError(
+            f"mesh: expected positive sizes and at most one -1, found {dict(zip(AXES, sizes, strict=True))}"
+        )
     rest = math.prod(size for size in sizes if size != -1)
     sizes = [devices // rest if size == -1 else size for size in sizes]
     if math.prod(sizes) != devices:

@@ -64,7 +64,7 @@ def choose_bucket(config: ml_collections.ConfigDict, longest_span: float, curren
 
 
 def grow_cache(cache_XBSD: Array, bucket: int, limit: int) -> Array:
-    """Room for the bucket after this one, on the old side: so the next growth will meet real states, not these zeros."""
+    """Room for the bucket after this one, on the old side, so that the next growth meets real states."""
     missing = next_bucket(bucket, limit) - cache_XBSD.shape[2]
     return jnp.pad(cache_XBSD, ((0, 0), (0, 0), (missing, 0), (0, 0))) if missing > 0 else cache_XBSD
 
@@ -245,7 +245,7 @@ class Trainer:
     def evaluate(self, params: Params, split: str) -> dict[str, float]:
         """Score a split as `config.evaluate` says."""
         c = self.config
-        tokens = self.dataset.tokens(split)
+        tokens: data.TokenSource = self.dataset.tokens(split)
         if split == "valid" and c.evaluate.max_tokens:
             tokens = tokens[: c.evaluate.max_tokens]
         options = {"protocol": c.evaluate.protocol, "block": c.train.block, "rows": c.evaluate.batch}
@@ -358,7 +358,7 @@ def _run(
             recorder.flush()  # refuses a loss that is not a number, before it reaches a checkpoint
             dev = recorder.evaluate(state.params) if evaluates and not stopping else None
             arrays = (state.params, state.optimizer, state.cache)
-            checkpoints.save(done, *arrays, trainer.meta(state, bucket), dev and dev["nll"])
+            checkpoints.save(done, *arrays, trainer.meta(state, bucket), dev["nll"] if dev else None)
             if stopping:
                 raise RunError(f"stopped at step {done} because this machine is being taken away; run again to go on")
     return state

@@ -93,7 +93,7 @@ def authors_attention(query_BTHK, key_BSHK, value_BSHK, **options):
     out_BTHK, mass_BTH = all_attention(query_BTHK, key_BSHK, value_BSHK, **{**options, "implementation": "reference"})
     if options["span_H"] is None:
         return out_BTHK, mass_BTH
-    (_, T, H, K), S, R = query_BTHK.shape, key_BSHK.shape[1], options["ramp"]
+    (_, T, _, K), S, R = query_BTHK.shape, key_BSHK.shape[1], options["ramp"]
     span_H, L = options["span_H"], options["position_HLK"].shape[1]
     size = jnp.clip(jnp.ceil(span_H.max()) + R, 0, L)
     kept = L - jnp.floor(jnp.minimum(L - 1, L - size) / 64) * 64

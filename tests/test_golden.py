@@ -125,8 +125,6 @@ def test_model(name: str) -> None:
         close(nll, g["nll"][block], OUTPUT)
         close(logp, g["logp"][block], OUTPUT)
         cache = jnp.concatenate([cache, new], axis=2)[:, :, M:]
-    for ours, theirs in zip(
-        jax.tree.leaves(gradients), jax.tree.leaves(golden.params(g, config, "g.")), strict=True
-    ):
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(golden.params(g, config, "g.")), strict=True):
         close(ours, theirs, GRADIENT)
     assert math.isclose(float(nll.mean()), float(g["loss"][3]), rel_tol=OUTPUT)

@@ -1,7 +1,10 @@
 """The one expensive operation: joint attention over context and persistent key-value pairs.
 
-Dimension key: B batch, T query position in the block, S context key, L distance, N persistent pair, H head, K head width.
+Dimension key: B batch, T query position in the block, S context key, L distance, N persistent pair, H head,
+K head width.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +82,7 @@ def all_attention(
     _check_persistent(query_BTHK, persistent_key_HNK, persistent_value_HNK)
     _check_numbers(H, L, first_distance, span_H, ramp, dropout_rate, dropout_seed)
     static_start = query_start is None and isinstance(key_start, int) and key_start == 0
-    arguments = {
+    arguments: dict[str, Any] = {
         "position_HLK": position_HLK,
         "position_query_BTHK": query_BTHK if position_query_BTHK is None else position_query_BTHK,
         "first_distance": first_distance,

@@ -33,7 +33,7 @@ def mix(word: Array) -> Array:
     return word ^ (word >> 16)
 
 
-def query_key(seed: Array, row: Array, head: Array, query: Array, domain: int) -> Array:
+def query_key(seed: Array | int, row: Array | int, head: Array | int, query: Array | int, domain: int) -> Array:
     """The hash that all weights of one query share.
 
     Args:

@@ -1,6 +1,7 @@
 """The definition of the operation: whole arrays, ordinary differentiation, nothing clever.
 
-Dimension key: B batch, T query position in the block, S context key, L distance, N persistent pair, H head, K head width.
+Dimension key: B batch, T query position in the block, S context key, L distance, N persistent pair, H head,
+K head width.
 """
 
 import jax

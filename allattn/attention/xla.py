@@ -72,8 +72,14 @@ def all_attention(
         span_H = jax.lax.stop_gradient(jnp.full(query_BTHK.shape[2], float(L + 1)))
     static = Static(first_distance, ramp, dropout_rate, scale, whole_context, one_query)
     inputs = Inputs(
-        *(query_BTHK, position_query_BTHK, key_BSHK, value_BSHK, position_HLK),
-        *(persistent_key_HNK, persistent_value_HNK, span_H),
+        query_BTHK,
+        position_query_BTHK,
+        key_BSHK,
+        value_BSHK,
+        position_HLK,
+        persistent_key_HNK,
+        persistent_value_HNK,
+        span_H,
     )
     return _attention(static, inputs, Dynamic(**dynamic))
 
@@ -103,11 +109,10 @@ def _attention_backward(static, residuals, cotangents):
     dtype, d_out_BTHK = lse_HBT.dtype, cotangents[0]
     delta_HBT = jnp.einsum("bthk,bthk->hbt", d_out_BTHK, out_BTHK, preferred_element_type=dtype)
     gradients = _for_each_head(static, inputs, dynamic, _head_backward, (d_out_BTHK, lse_HBT, delta_HBT))
-    *by_row, position_HLK, persistent_key_HNK, persistent_value_HNK, span_H = gradients
+    rows, (position_HLK, *by_head) = gradients[:4], gradients[4:]
     if inputs.position_HLK.shape[0] == 1:
         position_HLK = position_HLK.sum(0, keepdims=True)
-    by_row = [x_HBTK.transpose(1, 2, 0, 3) for x_HBTK in by_row]
-    gradients = Inputs(*by_row, position_HLK, persistent_key_HNK, persistent_value_HNK, span_H)
+    gradients = Inputs._make((*(x_HBTK.transpose(1, 2, 0, 3) for x_HBTK in rows), position_HLK, *by_head))
     return jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, inputs), None
 
 
@@ -147,7 +152,7 @@ class Head(NamedTuple):
     persistent_key_NK: Array
     persistent_value_NK: Array
     span: Array
-    index: Array
+    number: Array
 
 
 def _select_head(inputs: Inputs, shape: Shape, head: Array) -> Head:
@@ -166,7 +171,7 @@ def _select_head(inputs: Inputs, shape: Shape, head: Array) -> Head:
         persistent_key_NK=inputs.persistent_key_HNK[head],
         persistent_value_NK=inputs.persistent_value_HNK[head],
         span=inputs.span_H[head],
-        index=head,
+        number=head,
     )
 
 
@@ -260,10 +265,8 @@ def _kept(static: Static, R: int, tile: Tile, head: Head, dynamic: Dynamic, N: i
     """Dropout's factors, 0 or 1 / (1 - rate), for the window and for the persistent pairs."""
     T, C = tile.query_TK.shape[0], tile.key_CK.shape[0]
     query_T = tile.first_query + jnp.arange(T)
-    place = (dynamic.dropout_seed, dynamic.row_offset + tile.row, dynamic.head_offset + head.index, query_T)
-    context_T, persistent_T = (
-        dropout.query_key(*place, domain) for domain in (dropout.CONTEXT, dropout.PERSISTENT)
-    )
+    place = (dynamic.dropout_seed, dynamic.row_offset + tile.row, dynamic.head_offset + head.number, query_T)
+    context_T, persistent_T = (dropout.query_key(*place, domain) for domain in (dropout.CONTEXT, dropout.PERSISTENT))
     distance_TC = static.first_distance + R - 1 + jnp.arange(T)[:, None] - jnp.arange(C)
     rate = static.dropout_rate
     return (
@@ -309,7 +312,7 @@ def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dy
     """Returns the gradients of one head's inputs, in the order of `Inputs`."""
     position_RK = head.position_LK[:R][::-1]
     distance_R, bias_R = _span_bias(static, R, head.span)
-    rows = _select_rows(shape, head.index, *extra)
+    rows = _select_rows(shape, head.number, *extra)
 
     def one_tile(sums, number: Array):
         tile = _select_tile(static, shape, R, head, dynamic, number)
@@ -319,7 +322,7 @@ def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dy
         )
         d_context_TC = _dot(d_out_TK, tile.value_CK, 1, 1)
         d_persistent_TN = _dot(d_out_TK, head.persistent_value_NK, 1, 1)
-        kept_TC = kept_TN = 1
+        kept_TC, kept_TN = jnp.ones((), lse_T.dtype), jnp.ones((), lse_T.dtype)
         if static.dropout_rate:
             kept_TC, kept_TN = _kept(static, R, tile, head, dynamic, persistent_TN.shape[1])
         d_value_CK = _dot((context_TC * kept_TC).astype(d_out_TK.dtype), d_out_TK, 0, 0)

@@ -4,7 +4,7 @@ Dimension key: B row of the batch, T position in the block, W position in the wi
 """
 
 from bisect import bisect_right
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,9 +30,9 @@ class Batch(NamedTuple):
       start: a new pass begins here, so the cache must be zeroed first.
     """
 
-    inputs_BT: np.ndarray
-    targets_BT: np.ndarray
-    start: bool
+    inputs_BT: Any
+    targets_BT: Any
+    start: Any
 
 
 class Stream:

@@ -1,0 +1,40 @@
+"""Installation. Versions are bounded on both sides: below is what was tried, above what is not known yet."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="allattn",
+    version="0.1.0",
+    description="The all-attention network in JAX: persistent vectors instead of feed-forward layers, adaptive spans",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["allattn", "allattn.*"]),
+    install_requires=[
+        "jax>=0.10.2,<0.13",
+        "flax>=0.12.8,<0.13",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "tensorflow-datasets>=4.9.10,<5",
+        "importlib_resources>=6,<8",  # tensorflow-datasets forgets it
+        "array_record>=0.8.6,<0.9",
+        "ml-collections>=1.1,<2",
+        "clu>=0.0.12,<0.1",
+        "tensorboard>=2.20,<3",
+        "etils[epath]>=1.12,<2",
+        "rich>=14,<16",
+        "numpy>=2,<3",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8.3,<10",
+            "pytest-timeout>=2.3,<3",
+            "pytest-xdist>=3.6,<4",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.14,<0.17",
+            "mypy>=1.18,<3",
+        ],
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+        "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+        "torch": ["torch>=2.9,<3"],
+    },
+    entry_points={"console_scripts": ["allattn = allattn.__main__:console"]},
+)
