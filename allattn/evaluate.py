@@ -100,12 +100,12 @@ def score(model: Model, params: Params, tokens: TokenSource, plan: Plan, block: 
     cache, total = model.empty_key_value(len(plan.begin_R), context + block), 0.0
     pending: Array | float = 0.0
     for number in range(plan.blocks):
-        cache, nll = _score_block(model, params, cache, *_read(tokens, plan, block, number))
+        cache, nll = score_block(model, params, cache, *read_block(tokens, plan, block, number))
         total, pending = total + float(pending), nll  # read one block late, so that the device never waits
     return total + float(pending)
 
 
-def _read(tokens: TokenSource, plan: Plan, block: int, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def read_block(tokens: TokenSource, plan: Plan, block: int, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """inputs_RT, targets_RT and scored_RT of a block; what lies beyond the split is token 0, not scored."""
     begin_R = plan.begin_R + number * block
     window_RT = np.zeros((len(begin_R), block + 1), np.int32)
@@ -118,7 +118,7 @@ def _read(tokens: TokenSource, plan: Plan, block: int, number: int) -> tuple[np.
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _score_block(model: Model, params: Params, cache: KeyValue, inputs_RT: Array, targets_RT: Array, scored_RT: Array):
+def score_block(model: Model, params: Params, cache: KeyValue, inputs_RT: Array, targets_RT: Array, scored_RT: Array):
     """One block of every row: the shifted cache and the sum of the scored targets' nats."""
     network, T = model.bind(params), inputs_RT.shape[1]
     forward = network.cached_forward(inputs_RT, cache)

@@ -1,0 +1,147 @@
+"""Speed of training and evaluation, beside the machine's own matrix product measured in the same run.
+
+Command:  python -m benchmarks.train --geometry=small-8 --spans=full [--mode=evaluate] [--seconds=20]
+Last line: JSON with tokens_per_s, matmul_gflops (before and after), share (required FLOPs over that rate) and
+peak_memory_mb. Dimension key: X layer, H head, B batch, T position in the block.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from allattn import data, evaluate, optim, train
+from allattn.attention import all_attention
+from allattn.model import Model, ModelConfig, forward_flops
+from configs import base
+
+# layers, width, heads, span limit, block, persistent pairs
+GEOMETRIES = {"tiny": (4, 256, 4, 256, 128, 512), "small-8": (8, 256, 4, 1024, 256, 1024)}
+BATCH, VOCABULARY = 8, 205
+
+
+def configuration(geometry: str, dropout: float, dtype: str, implementation: str) -> ml_collections.ConfigDict:
+    """A geometry as a configuration; the rate is 0, so that the spans stay as they are set."""
+    c = base.get_config()
+    m = c.model
+    m.depth, m.width, m.heads, m.span.limit, c.train.block, m.persistent = GEOMETRIES[geometry]
+    c.train.batch, m.vocab_size, m.dropout, m.dtype, m.implementation = BATCH, VOCABULARY, dropout, dtype, implementation
+    c.optimizer.learning_rate, m.span.loss = 0.0, 0.0
+    return c
+
+
+def spans(c: ml_collections.ConfigDict, name: str) -> np.ndarray:
+    """z of every layer and head: all of the limit, nothing, or 32 tokens in all heads but one of the limit."""
+    limit, heads = c.model.span.limit, c.model.heads
+    tokens_H = {"full": [limit] * heads, "zero": [0] * heads, "mixed": [32] * (heads - 1) + [limit]}[name]
+    return np.tile(np.array(tokens_H, np.float32) / limit, (c.model.depth, 1))
+
+
+def matmul_gflops(dtype: str = "float32", size: int = 2048) -> float:
+    """Rate of a square product, the median of ten."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype)
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    seconds = [_seconds(lambda: product(x)) for _ in range(10)]
+    return 2 * size**3 / statistics.median(seconds) / 1e9
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - began
+
+
+def trainer(c: ml_collections.ConfigDict, params: Any, model: Model, longest: float) -> Callable[[], Any]:
+    """A function that makes one update of a running state."""
+    bucket, limit = train.choose_bucket(c, longest), c.model.span.limit
+    optimizer = optim.optimizer(c)
+    cache_XBSD = model.empty_cache(BATCH, train.next_bucket(bucket, limit))
+    key = jax.random.key_data(jax.random.key(0))
+    state = train.TrainState(jnp.int32(0), params, optimizer.init(params), cache_XBSD, key)
+    step = jax.jit(train.make_train_step(model, optimizer, c, bucket, all_attention), donate_argnums=0)
+    rng, holder = np.random.default_rng(0), [state]
+    tokens_BT = rng.integers(VOCABULARY, size=(BATCH, c.train.block + 1), dtype=np.int32)
+    batch = data.Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], np.bool_(False))
+
+    def run() -> Any:
+        holder[0], values = step(holder[0], batch)
+        return values
+
+    return run
+
+
+def evaluator(c: ml_collections.ConfigDict, params: Any, model: Model) -> Callable[[], Any]:
+    """A function that scores one block of 8 rows."""
+    rng, block = np.random.default_rng(0), c.train.block
+    tokens = rng.integers(VOCABULARY, size=BATCH * (block + 1), dtype=np.int32)
+    plan, context = evaluate.authors_plan(len(tokens), block), evaluate.context_length(model, params)
+    holder = [model.empty_key_value(BATCH, context + block)]
+    arrays = evaluate.read_block(tokens, plan, block, 0)
+
+    def run() -> Any:
+        holder[0], nll = evaluate.score_block(model, params, holder[0], *arrays)
+        return nll
+
+    return run
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time the steps between two measurements of the matrix product."""
+    c = configuration(arguments.geometry, arguments.dropout, arguments.dtype, arguments.implementation)
+    config = ModelConfig.from_config(c)
+    model, z_XH = Model(config), spans(c, arguments.spans)
+    params = jax.jit(model.init)(jax.random.key(0))
+    params["layers"]["span"] = jnp.asarray(z_XH)
+    evaluates = arguments.mode == "evaluate"
+    run = evaluator(c, params, model) if evaluates else trainer(c, params, model, float(z_XH.max()))
+    before = matmul_gflops(arguments.dtype)
+    for _ in range(2):
+        jax.block_until_ready(run())
+    times, began = [], time.perf_counter()
+    while time.perf_counter() - began < arguments.seconds or len(times) < 3:
+        times.append(_seconds(run))
+    after = matmul_gflops(arguments.dtype)
+    tokens, second = BATCH * c.train.block, statistics.median(times)
+    reach = float(np.minimum(z_XH * config.limit + config.ramp, config.limit).mean())
+    flops = tokens * forward_flops(config, reach, c.train.block, cached=evaluates) * (1 if evaluates else 3)
+    return {
+        "geometry": arguments.geometry,
+        "spans": arguments.spans,
+        "mode": arguments.mode,
+        "dropout": arguments.dropout,
+        "dtype": arguments.dtype,
+        "tokens_per_s": round(tokens / second, 1),
+        "matmul_gflops": [round(before, 1), round(after, 1)],
+        "share": round(flops / second / 1e9 / ((before + after) / 2), 4),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "steps": len(times),
+        "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+    }
+
+
+def main() -> None:
+    """Parse the flags, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="tiny")
+    parser.add_argument("--spans", choices=("full", "zero", "mixed"), default="full")
+    parser.add_argument("--mode", choices=("train", "evaluate"), default="train")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--implementation", default="", help="of the attention operation")
+    parser.add_argument("--seconds", type=float, default=20.0, help="least time to measure")
+    print(json.dumps(measure(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()
