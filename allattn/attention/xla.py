@@ -142,15 +142,18 @@ def _shape(static: Static, B: int, T: int, S: int, L: int) -> Shape:
 
 
 class Head(NamedTuple):
-    """One head's arrays, keys and values padded so that every window lies inside them."""
+    """One head's arrays, keys and values padded so that every window lies inside them.
+
+    Keys and values have their width first: the products with them then run up to twice as fast on a CPU.
+    """
 
     query_BTK: Array
     position_query_BTK: Array
-    key_BSK: Array
-    value_BSK: Array
-    position_LK: Array
-    persistent_key_NK: Array
-    persistent_value_NK: Array
+    key_BKS: Array
+    value_BKS: Array
+    position_KL: Array
+    persistent_key_KN: Array
+    persistent_value_KN: Array
     span: Array
     number: Array
 
@@ -165,11 +168,11 @@ def _select_head(inputs: Inputs, shape: Shape, head: Array) -> Head:
     return Head(
         query_BTK=rows(inputs.query_BTHK, 0, beyond),
         position_query_BTK=rows(inputs.position_query_BTHK, 0, beyond),
-        key_BSK=rows(inputs.key_BSHK, shape.left, shape.right),
-        value_BSK=rows(inputs.value_BSHK, shape.left, shape.right),
-        position_LK=inputs.position_HLK[position_head],
-        persistent_key_NK=inputs.persistent_key_HNK[head],
-        persistent_value_NK=inputs.persistent_value_HNK[head],
+        key_BKS=rows(inputs.key_BSHK, shape.left, shape.right).transpose(0, 2, 1),
+        value_BKS=rows(inputs.value_BSHK, shape.left, shape.right).transpose(0, 2, 1),
+        position_KL=inputs.position_HLK[position_head].T,
+        persistent_key_KN=inputs.persistent_key_HNK[head].T,
+        persistent_value_KN=inputs.persistent_value_HNK[head].T,
         span=inputs.span_H[head],
         number=head,
     )
@@ -195,8 +198,8 @@ class Tile(NamedTuple):
 
     query_TK: Array
     position_query_TK: Array
-    key_CK: Array
-    value_CK: Array
+    key_KC: Array
+    value_KC: Array
     absent_C: Array | None  # 0 where a key exists, NOTHING elsewhere
     row: Array
     first_query: Array
@@ -208,8 +211,11 @@ def _select_tile(static: Static, shape: Shape, R: int, head: Head, dynamic: Dyna
     oldest = dynamic.query_start_B[row] + first_query - (static.first_distance + R - 1)
     first_column = oldest + shape.left
 
-    def cut(x_BXK: Array, start: Array, length: int) -> Array:
-        return jax.lax.dynamic_slice(x_BXK, (row, start, 0), (1, length, x_BXK.shape[2]))[0]
+    def queries(x_BTK: Array) -> Array:
+        return jax.lax.dynamic_slice(x_BTK, (row, first_query, 0), (1, shape.tile, x_BTK.shape[2]))[0]
+
+    def window(x_BKS: Array) -> Array:
+        return jax.lax.dynamic_slice(x_BKS, (row, 0, first_column), (1, x_BKS.shape[1], R + shape.tile))[0]
 
     absent_C = None
     if shape.masked:
@@ -217,10 +223,10 @@ def _select_tile(static: Static, shape: Shape, R: int, head: Head, dynamic: Dyna
         exists_C = (index_C >= jnp.maximum(dynamic.key_start_B[row], 0)) & (index_C < shape.S)
         absent_C = jnp.where(exists_C, 0.0, NOTHING)
     return Tile(
-        query_TK=cut(head.query_BTK, first_query, shape.tile),
-        position_query_TK=cut(head.position_query_BTK, first_query, shape.tile),
-        key_CK=cut(head.key_BSK, first_column, R + shape.tile),
-        value_CK=cut(head.value_BSK, first_column, R + shape.tile),
+        query_TK=queries(head.query_BTK),
+        position_query_TK=queries(head.position_query_BTK),
+        key_KC=window(head.key_BKS),
+        value_KC=window(head.value_BKS),
         absent_C=absent_C,
         row=row,
         first_query=first_query,
@@ -253,17 +259,17 @@ def _span_bias(static: Static, R: int, span: Array) -> tuple[Array, Array]:
     return distance_R, log_span_mask(distance_R, span, static.ramp)
 
 
-def _logits(static: Static, tile: Tile, position_RK: Array, bias_R: Array, head: Head) -> tuple[Array, Array]:
-    position_TR = _dot(tile.position_query_TK, position_RK, 1, 1) * static.scale + bias_R
-    context_TC = _dot(tile.query_TK, tile.key_CK, 1, 1) * static.scale + _skew(position_TR)
+def _logits(static: Static, tile: Tile, position_KR: Array, bias_R: Array, head: Head) -> tuple[Array, Array]:
+    position_TR = _dot(tile.position_query_TK, position_KR, 1, 0) * static.scale + bias_R
+    context_TC = _dot(tile.query_TK, tile.key_KC, 1, 0) * static.scale + _skew(position_TR)
     if tile.absent_C is not None:
         context_TC += tile.absent_C.astype(context_TC.dtype)
-    return context_TC, _dot(tile.query_TK, head.persistent_key_NK, 1, 1) * static.scale
+    return context_TC, _dot(tile.query_TK, head.persistent_key_KN, 1, 0) * static.scale
 
 
 def _kept(static: Static, R: int, tile: Tile, head: Head, dynamic: Dynamic, N: int) -> tuple[Array, Array]:
     """Dropout's factors, 0 or 1 / (1 - rate), for the window and for the persistent pairs."""
-    T, C = tile.query_TK.shape[0], tile.key_CK.shape[0]
+    T, C = tile.query_TK.shape[0], tile.key_KC.shape[1]
     query_T = tile.first_query + jnp.arange(T)
     place = (dynamic.dropout_seed, dynamic.row_offset + tile.row, dynamic.head_offset + head.number, query_T)
     context_T, persistent_T = (dropout.query_key(*place, domain) for domain in (dropout.CONTEXT, dropout.PERSISTENT))
@@ -277,12 +283,12 @@ def _kept(static: Static, R: int, tile: Tile, head: Head, dynamic: Dynamic, N: i
 
 def _head_forward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic, extra: tuple):
     """Returns out_BTK, mass_BT and lse_BT of one head, given R, the number of distances that it needs."""
-    position_RK = head.position_LK[:R][::-1]
+    position_KR = head.position_KL[:, :R][:, ::-1]
     _, bias_R = _span_bias(static, R, head.span)
 
     def one_tile(number: Array):
         tile = _select_tile(static, shape, R, head, dynamic, number)
-        context_TC, persistent_TN = _logits(static, tile, position_RK, bias_R, head)
+        context_TC, persistent_TN = _logits(static, tile, position_KR, bias_R, head)
         top_T = jnp.max(context_TC, axis=1)
         top_T = jnp.maximum(top_T, jnp.max(persistent_TN, axis=1, initial=NOTHING))
         top_T = jnp.maximum(top_T, NOTHING / 10)  # a query that sees nothing gets weights exp(-9e29) = 0
@@ -294,8 +300,9 @@ def _head_forward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dyn
         if static.dropout_rate:
             kept_TC, kept_TN = _kept(static, R, tile, head, dynamic, persistent_TN.shape[1])
             context_TC, persistent_TN = context_TC * kept_TC, persistent_TN * kept_TN
-        out_TK = _dot(context_TC.astype(tile.value_CK.dtype), tile.value_CK, 1, 0)
-        out_TK += _dot(persistent_TN.astype(tile.value_CK.dtype), head.persistent_value_NK, 1, 0)
+        dtype = tile.value_KC.dtype
+        out_TK = _dot(context_TC.astype(dtype), tile.value_KC, 1, 1)
+        out_TK += _dot(persistent_TN.astype(dtype), head.persistent_value_KN, 1, 1)
         out_TK = (out_TK / total_T[:, None]).astype(tile.query_TK.dtype)
         return out_TK, persistent_T / total_T, top_T + jnp.log(total_T)
 
@@ -308,25 +315,36 @@ def _rows(shape: Shape, x_XTK: Array) -> Array:
     return x_XTK.reshape(shape.B, shape.tiles * shape.tile, *x_XTK.shape[2:])[:, : shape.T]
 
 
+class Sums(NamedTuple):
+    """Gradients of one head that tiles add to; keys, positions and persistent keys still lack the scale."""
+
+    key_BKS: Array
+    value_BKS: Array
+    position_KR: Array
+    persistent_key_KN: Array
+    persistent_value_KN: Array
+    bias_R: Array
+
+
 def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic, extra: tuple):
     """Returns the gradients of one head's inputs, in the order of `Inputs`."""
-    position_RK = head.position_LK[:R][::-1]
+    position_KR = head.position_KL[:, :R][:, ::-1]
     distance_R, bias_R = _span_bias(static, R, head.span)
     rows = _select_rows(shape, head.number, *extra)
 
-    def one_tile(sums, number: Array):
+    def one_tile(sums: Sums, number: Array):
         tile = _select_tile(static, shape, R, head, dynamic, number)
         d_out_TK, lse_T, delta_T = (x[number] for x in rows)
         context_TC, persistent_TN = (
-            jnp.exp(x - lse_T[:, None]) for x in _logits(static, tile, position_RK, bias_R, head)
+            jnp.exp(x - lse_T[:, None]) for x in _logits(static, tile, position_KR, bias_R, head)
         )
-        d_context_TC = _dot(d_out_TK, tile.value_CK, 1, 1)
-        d_persistent_TN = _dot(d_out_TK, head.persistent_value_NK, 1, 1)
+        d_context_TC = _dot(d_out_TK, tile.value_KC, 1, 0)
+        d_persistent_TN = _dot(d_out_TK, head.persistent_value_KN, 1, 0)
         kept_TC, kept_TN = jnp.ones((), lse_T.dtype), jnp.ones((), lse_T.dtype)
         if static.dropout_rate:
             kept_TC, kept_TN = _kept(static, R, tile, head, dynamic, persistent_TN.shape[1])
-        d_value_CK = _dot((context_TC * kept_TC).astype(d_out_TK.dtype), d_out_TK, 0, 0)
-        d_persistent_value_NK = _dot((persistent_TN * kept_TN).astype(d_out_TK.dtype), d_out_TK, 0, 0)
+        d_value_KC = _dot(d_out_TK, (context_TC * kept_TC).astype(d_out_TK.dtype), 0, 0)
+        d_persistent_value_KN = _dot(d_out_TK, (persistent_TN * kept_TN).astype(d_out_TK.dtype), 0, 0)
         d_context_TC = context_TC * (d_context_TC * kept_TC - delta_T[:, None])
         d_persistent_TN = persistent_TN * (d_persistent_TN * kept_TN - delta_T[:, None])
         d_position_TR = _unskew(d_context_TC)
@@ -334,35 +352,35 @@ def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dy
 
         dtype = tile.query_TK.dtype
         d_context_TC, d_persistent_TN, d_position_TR = (
-            (x * static.scale).astype(dtype) for x in (d_context_TC, d_persistent_TN, d_position_TR)
+            x.astype(dtype) for x in (d_context_TC, d_persistent_TN, d_position_TR)
         )
-        d_query_TK = _dot(d_context_TC, tile.key_CK, 1, 0) + _dot(d_persistent_TN, head.persistent_key_NK, 1, 0)
-        d_position_query_TK = _dot(d_position_TR, position_RK, 1, 0)
+        d_query_TK = _dot(d_context_TC, tile.key_KC, 1, 1) + _dot(d_persistent_TN, head.persistent_key_KN, 1, 1)
+        d_position_query_TK = _dot(d_position_TR, position_KR, 1, 1)
         if static.one_query:
             d_query_TK, d_position_query_TK = d_query_TK + d_position_query_TK, jnp.zeros_like(d_query_TK)
-        d_key_BSK, d_value_BSK, *others = sums
-        sums = (
-            _add_at(d_key_BSK, tile, _dot(d_context_TC, tile.query_TK, 0, 0)),
-            _add_at(d_value_BSK, tile, d_value_CK),
-            others[0] + _dot(d_position_TR, tile.position_query_TK, 0, 0),
-            others[1] + _dot(d_persistent_TN, tile.query_TK, 0, 0),
-            others[2] + d_persistent_value_NK,
-            others[3] + d_bias_R,
+        sums = Sums(
+            key_BKS=_add_at(sums.key_BKS, tile, _dot(tile.query_TK, d_context_TC, 0, 0)),
+            value_BKS=_add_at(sums.value_BKS, tile, d_value_KC),
+            position_KR=sums.position_KR + _dot(tile.position_query_TK, d_position_TR, 0, 0),
+            persistent_key_KN=sums.persistent_key_KN + _dot(tile.query_TK, d_persistent_TN, 0, 0),
+            persistent_value_KN=sums.persistent_value_KN + d_persistent_value_KN,
+            bias_R=sums.bias_R + d_bias_R,
         )
-        return sums, (d_query_TK, d_position_query_TK)
+        return sums, (d_query_TK * static.scale, d_position_query_TK * static.scale)
 
-    dtype = bias_R.dtype
-    of = (head.key_BSK, head.value_BSK, position_RK, head.persistent_key_NK, head.persistent_value_NK, bias_R)
-    zeros = tuple(jnp.zeros(x.shape, dtype) for x in of)
+    of = (head.key_BKS, head.value_BKS, position_KR, head.persistent_key_KN, head.persistent_value_KN, bias_R)
+    zeros = Sums._make(jnp.zeros(x.shape, bias_R.dtype) for x in of)
     sums, by_tile = jax.lax.scan(one_tile, zeros, jnp.arange(shape.B * shape.tiles))
-    d_key_BSK, d_value_BSK, d_position_RK, d_persistent_key_NK, d_persistent_value_NK, d_bias_R = sums
     real = slice(shape.left, shape.left + shape.S)
+    unseen = ((0, head.position_KL.shape[1] - R), (0, 0))
     return (
         *(_rows(shape, x) for x in by_tile),
-        *(d_key_BSK[:, real], d_value_BSK[:, real]),
-        jnp.pad(d_position_RK[::-1], ((0, head.position_LK.shape[0] - R), (0, 0))),
-        *(d_persistent_key_NK, d_persistent_value_NK),
-        _span_gradient(static, distance_R, head.span, d_bias_R),
+        sums.key_BKS[:, :, real].transpose(0, 2, 1) * static.scale,
+        sums.value_BKS[:, :, real].transpose(0, 2, 1),
+        jnp.pad(sums.position_KR[:, ::-1].T, unseen) * static.scale,
+        sums.persistent_key_KN.T * static.scale,
+        sums.persistent_value_KN.T,
+        _span_gradient(static, distance_R, head.span, sums.bias_R),
     )
 
 
@@ -375,10 +393,10 @@ def _select_rows(shape: Shape, head: Array, d_out_BTHK: Array, lse_HBT: Array, d
     return d_out_BTK.reshape(*split, -1), lse_BT.reshape(split), delta_BT.reshape(split)
 
 
-def _add_at(sum_BSK: Array, tile: Tile, window_CK: Array) -> Array:
-    start = (tile.row, tile.first_column, 0)
-    window_BCK = window_CK[None] + jax.lax.dynamic_slice(sum_BSK, start, (1, *window_CK.shape))
-    return jax.lax.dynamic_update_slice(sum_BSK, window_BCK, start)
+def _add_at(sum_BKS: Array, tile: Tile, window_KC: Array) -> Array:
+    start = (tile.row, 0, tile.first_column)
+    window_BKC = window_KC[None] + jax.lax.dynamic_slice(sum_BKS, start, (1, *window_KC.shape))
+    return jax.lax.dynamic_update_slice(sum_BKS, window_BKC, start)
 
 
 def _span_gradient(static: Static, distance_R: Array, span: Array, d_bias_R: Array) -> Array:
