@@ -34,7 +34,13 @@ def configuration(geometry: str, dropout: float, dtype: str, implementation: str
     c = base.get_config()
     m = c.model
     m.depth, m.width, m.heads, m.span.limit, c.train.block, m.persistent = GEOMETRIES[geometry]
-    c.train.batch, m.vocab_size, m.dropout, m.dtype, m.implementation = BATCH, VOCABULARY, dropout, dtype, implementation
+    c.train.batch, m.vocab_size, m.dropout, m.dtype, m.implementation = (
+        BATCH,
+        VOCABULARY,
+        dropout,
+        dtype,
+        implementation,
+    )
     c.optimizer.learning_rate, m.span.loss = 0.0, 0.0
     return c
 

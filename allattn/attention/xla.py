@@ -7,7 +7,8 @@ distances is the smallest static bucket that holds the head's reach, chosen at r
 The backward pass keeps the output and one log-sum-exp per query, and recomputes the weights.
 
 Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K head width;
-inside one tile also: C column of the window of keys, R distance in the bucket (farthest first).
+inside one tile also: G row of the group, C column of the window of keys, R distance in the bucket (farthest first),
+P the same padded to R + T + 1, A width and the span's bias.
 """
 
 import dataclasses
@@ -23,7 +24,9 @@ from allattn.attention.span import NOTHING, TIE, log_span_mask, ramp_position, r
 
 Array = jax.Array
 
-TILE = 256
+TILE = 256  # queries of one row
+SHORT_TILE = 64
+ELEMENTS = 2**19  # weights that are worked on at once, if rows are grouped
 SMALLEST_BUCKET = 64
 
 
@@ -124,31 +127,49 @@ class Shape(NamedTuple):
 
     B: int
     T: int
-    tile: int  # queries in a tile
-    tiles: int  # tiles in a row; the last may reach beyond T
     S: int
+    N: int
+    length: int  # T, rounded up to whole tiles
     left: int  # zero keys before the first, so that every window lies inside
     right: int
     masked: bool  # whether a window can hold keys that do not exist
+    together: bool  # whether all rows have their windows at the same place
+
+    def tile(self, R: int) -> int:
+        """Queries of one row in a tile: few where a head sees little, since a window holds R + tile keys."""
+        tile = min(self.length, TILE)
+        return SHORT_TILE if R <= SHORT_TILE and tile % SHORT_TILE == 0 else tile
+
+    def rows(self, R: int) -> int:
+        """Rows in a tile: as many as keep its arrays in the cache."""
+        tile = self.tile(R)
+        most = max(1, ELEMENTS // (tile * (R + tile + self.N))) if self.together else 1
+        return max(rows for rows in range(1, self.B + 1) if self.B % rows == 0 and rows <= most)
+
+    def tiles(self, R: int) -> int:
+        """How many tiles the work has."""
+        return self.B // self.rows(R) * (self.length // self.tile(R))
 
 
-def _shape(static: Static, B: int, T: int, S: int, L: int) -> Shape:
-    tile = min(T, TILE)
-    tiles = -(-T // tile)
+def _shape(static: Static, inputs: Inputs) -> Shape:
+    (B, T), S, L = inputs.query_BTHK.shape[:2], inputs.key_BSHK.shape[1], inputs.position_HLK.shape[1]
+    whole, tile = static.whole_context, min(T, TILE)
+    length = -(-T // tile) * tile
     farthest = static.first_distance + L - 1
-    left = max(0, farthest - (S - T)) if static.whole_context else farthest
-    right = tiles * tile + 1 - static.first_distance - (T if static.whole_context else 0)
-    return Shape(B, T, tile, tiles, S, left, right, masked=left > 0 or not static.whole_context)
+    left = max(0, farthest - (S - T)) if whole else farthest
+    right = length + 1 - static.first_distance - (T if whole else 0)
+    masked = left > 0 or not whole
+    return Shape(B, T, S, inputs.persistent_key_HNK.shape[1], length, left, right, masked, together=whole)
 
 
 class Head(NamedTuple):
-    """One head's arrays, keys and values padded so that every window lies inside them.
+    """One head's arrays, padded so that every window of keys and every tile of queries lies inside them.
 
     Keys and values have their width first: the products with them then run up to twice as fast on a CPU.
     """
 
-    query_BTK: Array
-    position_query_BTK: Array
+    query_BTK: Array  # times the scale
+    position_query_BTA: Array  # times the scale, and a last column of ones that picks up the span's bias
     key_BKS: Array
     value_BKS: Array
     position_KL: Array
@@ -158,20 +179,24 @@ class Head(NamedTuple):
     number: Array
 
 
-def _select_head(inputs: Inputs, shape: Shape, head: Array) -> Head:
+def _select_head(static: Static, inputs: Inputs, shape: Shape, head: Array) -> Head:
+    dtype = jnp.promote_types(inputs.query_BTHK.dtype, jnp.float32)
+
     def rows(x_BXHK: Array, before: int, after: int) -> Array:
         x_BXK = jax.lax.dynamic_index_in_dim(x_BXHK, head, 2, keepdims=False)
         return jnp.pad(x_BXK, ((0, 0), (before, after), (0, 0)))
 
+    def queries(x_BTHK: Array) -> Array:  # scaled here, once, and not in every product; in float32, so exactly enough
+        return rows(x_BTHK, 0, shape.length - shape.T).astype(dtype) * static.scale
+
     position_head = jnp.minimum(head, inputs.position_HLK.shape[0] - 1)
-    beyond = shape.tiles * shape.tile - shape.T
     return Head(
-        query_BTK=rows(inputs.query_BTHK, 0, beyond),
-        position_query_BTK=rows(inputs.position_query_BTHK, 0, beyond),
-        key_BKS=rows(inputs.key_BSHK, shape.left, shape.right).transpose(0, 2, 1),
+        query_BTK=queries(inputs.query_BTHK),
+        position_query_BTA=jnp.pad(queries(inputs.position_query_BTHK), ((0, 0), (0, 0), (0, 1)), constant_values=1),
+        key_BKS=rows(inputs.key_BSHK, shape.left, shape.right).transpose(0, 2, 1).astype(dtype),
         value_BKS=rows(inputs.value_BSHK, shape.left, shape.right).transpose(0, 2, 1),
-        position_KL=inputs.position_HLK[position_head].T,
-        persistent_key_KN=inputs.persistent_key_HNK[head].T,
+        position_KL=inputs.position_HLK[position_head].T.astype(dtype),
+        persistent_key_KN=inputs.persistent_key_HNK[head].T.astype(dtype),
         persistent_value_KN=inputs.persistent_value_HNK[head].T,
         span=inputs.span_H[head],
         number=head,
@@ -180,228 +205,224 @@ def _select_head(inputs: Inputs, shape: Shape, head: Array) -> Head:
 
 def _for_each_head(static: Static, inputs: Inputs, dynamic: Dynamic, work: Callable, extra: tuple):
     """Run `work` on every head with the code of the bucket that its span needs; outputs gain a leading head axis."""
-    (B, T, H, _), S, L = inputs.query_BTHK.shape, inputs.key_BSHK.shape[1], inputs.position_HLK.shape[1]
-    shape, sizes = _shape(static, B, T, S, L), buckets(L)
+    L, shape = inputs.position_HLK.shape[1], _shape(static, inputs)
+    sizes = buckets(L)
 
     def one_head(head: Array):
-        selected = _select_head(inputs, shape, head)
+        selected = _select_head(static, inputs, shape, head)
         needed = reach(selected.span, static.ramp, static.first_distance, L)
         bucket = jnp.searchsorted(jnp.array(sizes), needed)
         branches = [functools.partial(work, static, shape, size) for size in sizes]
         return jax.lax.switch(bucket, branches, selected, dynamic, extra)
 
-    return jax.lax.map(one_head, jnp.arange(H))
+    return jax.lax.map(one_head, jnp.arange(inputs.query_BTHK.shape[2]))
 
 
 class Tile(NamedTuple):
-    """One tile of queries and its window of keys."""
+    """Some queries of a group of rows, and their windows of keys."""
 
-    query_TK: Array
-    position_query_TK: Array
-    key_KC: Array
-    value_KC: Array
+    query_GTK: Array
+    position_query_GTA: Array
+    key_GKC: Array
+    value_GKC: Array
     absent_C: Array | None  # 0 where a key exists, NOTHING elsewhere
-    row: Array
+    first_row: Array
     first_query: Array
     first_column: Array
 
 
 def _select_tile(static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic, number: Array) -> Tile:
-    row, first_query = number // shape.tiles, number % shape.tiles * shape.tile
-    oldest = dynamic.query_start_B[row] + first_query - (static.first_distance + R - 1)
+    G, T = shape.rows(R), shape.tile(R)
+    tiles = shape.length // T
+    first_row, first_query = number // tiles * G, number % tiles * T
+    oldest = dynamic.query_start_B[first_row] + first_query - (static.first_distance + R - 1)
     first_column = oldest + shape.left
 
     def queries(x_BTK: Array) -> Array:
-        return jax.lax.dynamic_slice(x_BTK, (row, first_query, 0), (1, shape.tile, x_BTK.shape[2]))[0]
+        return jax.lax.dynamic_slice(x_BTK, (first_row, first_query, 0), (G, T, x_BTK.shape[2]))
 
     def window(x_BKS: Array) -> Array:
-        return jax.lax.dynamic_slice(x_BKS, (row, 0, first_column), (1, x_BKS.shape[1], R + shape.tile))[0]
+        return jax.lax.dynamic_slice(x_BKS, (first_row, 0, first_column), (G, x_BKS.shape[1], R + T))
 
     absent_C = None
     if shape.masked:
-        index_C = oldest + jnp.arange(R + shape.tile)
-        exists_C = (index_C >= jnp.maximum(dynamic.key_start_B[row], 0)) & (index_C < shape.S)
-        absent_C = jnp.where(exists_C, 0.0, NOTHING)
+        index_C = oldest + jnp.arange(R + T)
+        exists_C = (index_C >= jnp.maximum(dynamic.key_start_B[first_row], 0)) & (index_C < shape.S)
+        absent_C = jnp.where(exists_C, 0.0, NOTHING).astype(head.query_BTK.dtype)
     return Tile(
-        query_TK=queries(head.query_BTK),
-        position_query_TK=queries(head.position_query_BTK),
-        key_KC=window(head.key_BKS),
-        value_KC=window(head.value_BKS),
+        query_GTK=queries(head.query_BTK),
+        position_query_GTA=queries(head.position_query_BTA),
+        key_GKC=window(head.key_BKS),
+        value_GKC=window(head.value_BKS),
         absent_C=absent_C,
-        row=row,
+        first_row=first_row,
         first_query=first_query,
         first_column=first_column,
     )
 
 
-def _skew(by_distance_TR: Array) -> Array:
-    """Move row t right by t places: (T, R) by distance, farthest first, to (T, R + T) by column of the window."""
-    T, R = by_distance_TR.shape
-    padded_TX = jnp.pad(by_distance_TR, ((0, 0), (0, T + 1)), constant_values=NOTHING)
-    return padded_TX.reshape(-1)[: T * (R + T)].reshape(T, R + T)
-
-
-def _unskew(by_column_TC: Array) -> Array:
-    """The inverse of `_skew`, dropping what lies outside the band."""
-    T, C = by_column_TC.shape
-    return jnp.pad(by_column_TC.reshape(-1), (0, T)).reshape(T, C + 1)[:, : C - T]
-
-
-def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
-    """Contract one axis of each matrix, accumulating at least in float32."""
-    dtype = jnp.promote_types(a.dtype, jnp.float32)
-    return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=dtype)
-
-
-def _span_bias(static: Static, R: int, span: Array) -> tuple[Array, Array]:
-    """Distances of a bucket, farthest first, and log m of each."""
+def _positions(static: Static, shape: Shape, R: int, head: Head) -> Array:
+    """Position keys of a bucket, farthest first, as position_AP: log m as a last row, and T + 1 columns of NOTHING."""
     distance_R = static.first_distance + R - 1 - jnp.arange(R)
-    return distance_R, log_span_mask(distance_R, span, static.ramp)
+    bias_R = log_span_mask(distance_R, head.span, static.ramp).astype(head.position_KL.dtype)
+    position_AR = jnp.concatenate([head.position_KL[:, :R][:, ::-1], bias_R[None]])
+    beyond_A = jnp.zeros(position_AR.shape[0], position_AR.dtype).at[-1].set(NOTHING)
+    return jnp.concatenate([position_AR, jnp.tile(beyond_A[:, None], (1, shape.tile(R) + 1))], axis=1)
 
 
-def _logits(static: Static, tile: Tile, position_KR: Array, bias_R: Array, head: Head) -> tuple[Array, Array]:
-    position_TR = _dot(tile.position_query_TK, position_KR, 1, 0) * static.scale + bias_R
-    context_TC = _dot(tile.query_TK, tile.key_KC, 1, 0) * static.scale + _skew(position_TR)
+def _skew(by_distance_GTP: Array) -> Array:
+    """Move row t right by t places: from padded distances (R + T + 1) to columns of the window (R + T)."""
+    G, T, P = by_distance_GTP.shape
+    return by_distance_GTP.reshape(G, -1)[:, : T * (P - 1)].reshape(G, T, P - 1)
+
+
+def _unskew(by_column_GTC: Array) -> Array:
+    """The inverse of `_skew`; its padding holds what lies outside the band, which is 0 for every gradient."""
+    G, T, C = by_column_GTC.shape
+    return jnp.pad(by_column_GTC.reshape(G, -1), ((0, 0), (0, T))).reshape(G, T, C + 1)
+
+
+def _dot(equation: str, *operands: Array) -> Array:
+    """A product that accumulates at least in float32."""
+    return jnp.einsum(equation, *operands, preferred_element_type=jnp.promote_types(operands[0].dtype, jnp.float32))
+
+
+def _logits(tile: Tile, position_AP: Array, head: Head) -> tuple[Array, Array]:
+    context_GTC = _dot("gtk,gkc->gtc", tile.query_GTK, tile.key_GKC)
+    context_GTC += _skew(_dot("gta,ap->gtp", tile.position_query_GTA, position_AP))
     if tile.absent_C is not None:
-        context_TC += tile.absent_C.astype(context_TC.dtype)
-    return context_TC, _dot(tile.query_TK, head.persistent_key_KN, 1, 0) * static.scale
+        context_GTC += tile.absent_C
+    return context_GTC, _dot("gtk,kn->gtn", tile.query_GTK, head.persistent_key_KN)
 
 
-def _kept(static: Static, R: int, tile: Tile, head: Head, dynamic: Dynamic, N: int) -> tuple[Array, Array]:
-    """Dropout's factors, 0 or 1 / (1 - rate), for the window and for the persistent pairs."""
-    T, C = tile.query_TK.shape[0], tile.key_KC.shape[1]
-    query_T = tile.first_query + jnp.arange(T)
-    place = (dynamic.dropout_seed, dynamic.row_offset + tile.row, dynamic.head_offset + head.number, query_T)
-    context_T, persistent_T = (dropout.query_key(*place, domain) for domain in (dropout.CONTEXT, dropout.PERSISTENT))
+def _kept(static: Static, shape: Shape, R: int, tile: Tile, head: Head, dynamic: Dynamic) -> tuple[Array, Array]:
+    """Dropout's factors, 0 or 1 / (1 - rate), for the windows and for the persistent pairs."""
+    G, T, C = shape.rows(R), shape.tile(R), R + shape.tile(R)
+    row_G1 = (dynamic.row_offset + tile.first_row + jnp.arange(G))[:, None]
+    place = (dynamic.dropout_seed, row_G1, dynamic.head_offset + head.number, tile.first_query + jnp.arange(T))
+    context_GT, persistent_GT = (dropout.query_key(*place, domain) for domain in (dropout.CONTEXT, dropout.PERSISTENT))
     distance_TC = static.first_distance + R - 1 + jnp.arange(T)[:, None] - jnp.arange(C)
     rate = static.dropout_rate
     return (
-        dropout.keep(context_T[:, None], distance_TC, rate) / (1 - rate),
-        dropout.keep(persistent_T[:, None], jnp.arange(N), rate) / (1 - rate),
+        dropout.keep(context_GT[..., None], distance_TC, rate) / (1 - rate),
+        dropout.keep(persistent_GT[..., None], jnp.arange(shape.N), rate) / (1 - rate),
     )
 
 
 def _head_forward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic, extra: tuple):
     """Returns out_BTK, mass_BT and lse_BT of one head, given R, the number of distances that it needs."""
-    position_KR = head.position_KL[:, :R][:, ::-1]
-    _, bias_R = _span_bias(static, R, head.span)
+    position_AP = _positions(static, shape, R, head)
 
     def one_tile(number: Array):
         tile = _select_tile(static, shape, R, head, dynamic, number)
-        context_TC, persistent_TN = _logits(static, tile, position_KR, bias_R, head)
-        top_T = jnp.max(context_TC, axis=1)
-        top_T = jnp.maximum(top_T, jnp.max(persistent_TN, axis=1, initial=NOTHING))
-        top_T = jnp.maximum(top_T, NOTHING / 10)  # a query that sees nothing gets weights exp(-9e29) = 0
-        context_TC = jnp.exp(context_TC - top_T[:, None])
-        persistent_TN = jnp.exp(persistent_TN - top_T[:, None])
-        persistent_T = persistent_TN.sum(1)
-        total_T = context_TC.sum(1) + persistent_T
-        total_T = jnp.where(total_T > 0, total_T, 1)
+        context_GTC, persistent_GTN = _logits(tile, position_AP, head)
+        top_GT1 = jnp.max(context_GTC, axis=2, keepdims=True)
+        top_GT1 = jnp.maximum(top_GT1, jnp.max(persistent_GTN, axis=2, keepdims=True, initial=NOTHING))
+        top_GT1 = jnp.maximum(top_GT1, NOTHING / 10)  # a query that sees nothing gets weights exp(-9e29) = 0
+        context_GTC, persistent_GTN = jnp.exp(context_GTC - top_GT1), jnp.exp(persistent_GTN - top_GT1)
+        persistent_GT1 = persistent_GTN.sum(2, keepdims=True)
+        total_GT1 = context_GTC.sum(2, keepdims=True) + persistent_GT1
+        total_GT1 = jnp.where(total_GT1 > 0, total_GT1, 1)
         if static.dropout_rate:
-            kept_TC, kept_TN = _kept(static, R, tile, head, dynamic, persistent_TN.shape[1])
-            context_TC, persistent_TN = context_TC * kept_TC, persistent_TN * kept_TN
-        dtype = tile.value_KC.dtype
-        out_TK = _dot(context_TC.astype(dtype), tile.value_KC, 1, 1)
-        out_TK += _dot(persistent_TN.astype(dtype), head.persistent_value_KN, 1, 1)
-        out_TK = (out_TK / total_T[:, None]).astype(tile.query_TK.dtype)
-        return out_TK, persistent_T / total_T, top_T + jnp.log(total_T)
+            kept_GTC, kept_GTN = _kept(static, shape, R, tile, head, dynamic)
+            context_GTC, persistent_GTN = context_GTC * kept_GTC, persistent_GTN * kept_GTN
+        dtype = tile.value_GKC.dtype
+        out_GTK = _dot("gtc,gkc->gtk", context_GTC.astype(dtype), tile.value_GKC)
+        out_GTK += _dot("gtn,kn->gtk", persistent_GTN.astype(dtype), head.persistent_value_KN)
+        lse_GT1 = top_GT1 + jnp.log(total_GT1)
+        return (out_GTK / total_GT1).astype(dtype), (persistent_GT1 / total_GT1)[..., 0], lse_GT1[..., 0]
 
-    results = jax.lax.map(one_tile, jnp.arange(shape.B * shape.tiles))
-    return tuple(_rows(shape, x) for x in results)
+    results = jax.lax.map(one_tile, jnp.arange(shape.tiles(R)))
+    return tuple(_from_tiles(shape, x) for x in results)
 
 
-def _rows(shape: Shape, x_XTK: Array) -> Array:
-    """Tiles to rows: (rows x tiles, tile, ...) to (B, T, ...)."""
-    return x_XTK.reshape(shape.B, shape.tiles * shape.tile, *x_XTK.shape[2:])[:, : shape.T]
+def _from_tiles(shape: Shape, x_XGTK: Array) -> Array:
+    """(groups x tiles, rows of a group, queries of a tile, ...) to (B, T, ...)."""
+    G, T = x_XGTK.shape[1:3]
+    x_GXTK = jnp.moveaxis(x_XGTK.reshape(shape.B // G, shape.length // T, *x_XGTK.shape[1:]), 2, 1)
+    return x_GXTK.reshape(shape.B, shape.length, *x_XGTK.shape[3:])[:, : shape.T]
+
+
+def _to_tiles(shape: Shape, R: int, x_BTK: Array) -> Array:
+    """The inverse of `_from_tiles`; a query beyond the row's end gets zeros."""
+    G, T = shape.rows(R), shape.tile(R)
+    beyond = ((0, 0), (0, shape.length - shape.T), (0, 0))
+    x_GXTK = jnp.pad(x_BTK, beyond).reshape(shape.B // G, G, shape.length // T, T, x_BTK.shape[2])
+    return jnp.moveaxis(x_GXTK, 2, 1).reshape(-1, G, T, x_BTK.shape[2])
 
 
 class Sums(NamedTuple):
-    """Gradients of one head that tiles add to; keys, positions and persistent keys still lack the scale."""
+    """Gradients of one head that tiles add to."""
 
     key_BKS: Array
     value_BKS: Array
-    position_KR: Array
+    position_AP: Array
     persistent_key_KN: Array
     persistent_value_KN: Array
-    bias_R: Array
 
 
 def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic, extra: tuple):
     """Returns the gradients of one head's inputs, in the order of `Inputs`."""
-    position_KR = head.position_KL[:, :R][:, ::-1]
-    distance_R, bias_R = _span_bias(static, R, head.span)
-    rows = _select_rows(shape, head.number, *extra)
+    position_AP = _positions(static, shape, R, head)
+    d_out_BTHK, lse_HBT, delta_HBT = extra
+    d_out_BTK = jax.lax.dynamic_index_in_dim(d_out_BTHK, head.number, 2, keepdims=False)
+    by_row = (d_out_BTK, lse_HBT[head.number][..., None], delta_HBT[head.number][..., None])
+    by_tile = tuple(_to_tiles(shape, R, x) for x in by_row)
 
-    def one_tile(sums: Sums, number: Array):
+    def one_tile(sums: Sums, taken: tuple) -> tuple[Sums, tuple]:
+        number, (d_out_GTK, lse_GT1, delta_GT1) = taken
         tile = _select_tile(static, shape, R, head, dynamic, number)
-        d_out_TK, lse_T, delta_T = (x[number] for x in rows)
-        context_TC, persistent_TN = (
-            jnp.exp(x - lse_T[:, None]) for x in _logits(static, tile, position_KR, bias_R, head)
-        )
-        d_context_TC = _dot(d_out_TK, tile.value_KC, 1, 0)
-        d_persistent_TN = _dot(d_out_TK, head.persistent_value_KN, 1, 0)
-        kept_TC, kept_TN = jnp.ones((), lse_T.dtype), jnp.ones((), lse_T.dtype)
+        context_GTC, persistent_GTN = (jnp.exp(x - lse_GT1) for x in _logits(tile, position_AP, head))
+        d_context_GTC = _dot("gtk,gkc->gtc", d_out_GTK, tile.value_GKC)
+        d_persistent_GTN = _dot("gtk,kn->gtn", d_out_GTK, head.persistent_value_KN)
+        kept_GTC = kept_GTN = jnp.ones((), lse_GT1.dtype)
         if static.dropout_rate:
-            kept_TC, kept_TN = _kept(static, R, tile, head, dynamic, persistent_TN.shape[1])
-        d_value_KC = _dot(d_out_TK, (context_TC * kept_TC).astype(d_out_TK.dtype), 0, 0)
-        d_persistent_value_KN = _dot(d_out_TK, (persistent_TN * kept_TN).astype(d_out_TK.dtype), 0, 0)
-        d_context_TC = context_TC * (d_context_TC * kept_TC - delta_T[:, None])
-        d_persistent_TN = persistent_TN * (d_persistent_TN * kept_TN - delta_T[:, None])
-        d_position_TR = _unskew(d_context_TC)
-        d_bias_R = d_position_TR.sum(0)
-
-        dtype = tile.query_TK.dtype
-        d_context_TC, d_persistent_TN, d_position_TR = (
-            x.astype(dtype) for x in (d_context_TC, d_persistent_TN, d_position_TR)
+            kept_GTC, kept_GTN = _kept(static, shape, R, tile, head, dynamic)
+        dropped = (
+            (context_GTC * kept_GTC).astype(d_out_GTK.dtype),
+            (persistent_GTN * kept_GTN).astype(d_out_GTK.dtype),
         )
-        d_query_TK = _dot(d_context_TC, tile.key_KC, 1, 1) + _dot(d_persistent_TN, head.persistent_key_KN, 1, 1)
-        d_position_query_TK = _dot(d_position_TR, position_KR, 1, 1)
+        d_context_GTC = context_GTC * (d_context_GTC * kept_GTC - delta_GT1)
+        d_persistent_GTN = persistent_GTN * (d_persistent_GTN * kept_GTN - delta_GT1)
+        d_position_GTP = _unskew(d_context_GTC)
+        d_query_GTK = _dot("gtc,gkc->gtk", d_context_GTC, tile.key_GKC)
+        d_query_GTK += _dot("gtn,kn->gtk", d_persistent_GTN, head.persistent_key_KN)
+        d_position_query_GTK = _dot("gtp,kp->gtk", d_position_GTP, position_AP[:-1])
         if static.one_query:
-            d_query_TK, d_position_query_TK = d_query_TK + d_position_query_TK, jnp.zeros_like(d_query_TK)
+            d_query_GTK, d_position_query_GTK = d_query_GTK + d_position_query_GTK, jnp.zeros_like(d_query_GTK)
         sums = Sums(
-            key_BKS=_add_at(sums.key_BKS, tile, _dot(tile.query_TK, d_context_TC, 0, 0)),
-            value_BKS=_add_at(sums.value_BKS, tile, d_value_KC),
-            position_KR=sums.position_KR + _dot(tile.position_query_TK, d_position_TR, 0, 0),
-            persistent_key_KN=sums.persistent_key_KN + _dot(tile.query_TK, d_persistent_TN, 0, 0),
-            persistent_value_KN=sums.persistent_value_KN + d_persistent_value_KN,
-            bias_R=sums.bias_R + d_bias_R,
+            key_BKS=_add_at(sums.key_BKS, tile, _dot("gtk,gtc->gkc", tile.query_GTK, d_context_GTC)),
+            value_BKS=_add_at(sums.value_BKS, tile, _dot("gtk,gtc->gkc", d_out_GTK, dropped[0])),
+            position_AP=sums.position_AP + _dot("gta,gtp->ap", tile.position_query_GTA, d_position_GTP),
+            persistent_key_KN=sums.persistent_key_KN + _dot("gtk,gtn->kn", tile.query_GTK, d_persistent_GTN),
+            persistent_value_KN=sums.persistent_value_KN + _dot("gtk,gtn->kn", d_out_GTK, dropped[1]),
         )
-        return sums, (d_query_TK * static.scale, d_position_query_TK * static.scale)
+        return sums, (d_query_GTK * static.scale, d_position_query_GTK * static.scale)
 
-    of = (head.key_BKS, head.value_BKS, position_KR, head.persistent_key_KN, head.persistent_value_KN, bias_R)
-    zeros = Sums._make(jnp.zeros(x.shape, bias_R.dtype) for x in of)
-    sums, by_tile = jax.lax.scan(one_tile, zeros, jnp.arange(shape.B * shape.tiles))
+    of = (head.key_BKS, head.value_BKS, position_AP, head.persistent_key_KN, head.persistent_value_KN)
+    zeros = Sums._make(jnp.zeros(x.shape, position_AP.dtype) for x in of)
+    sums, d_queries = jax.lax.scan(one_tile, zeros, (jnp.arange(by_tile[0].shape[0]), by_tile))
     real = slice(shape.left, shape.left + shape.S)
-    unseen = ((0, head.position_KL.shape[1] - R), (0, 0))
     return (
-        *(_rows(shape, x) for x in by_tile),
-        sums.key_BKS[:, :, real].transpose(0, 2, 1) * static.scale,
+        *(_from_tiles(shape, x) for x in d_queries),
+        sums.key_BKS[:, :, real].transpose(0, 2, 1),
         sums.value_BKS[:, :, real].transpose(0, 2, 1),
-        jnp.pad(sums.position_KR[:, ::-1].T, unseen) * static.scale,
-        sums.persistent_key_KN.T * static.scale,
+        jnp.pad(sums.position_AP[:-1, :R][:, ::-1].T, ((0, head.position_KL.shape[1] - R), (0, 0))),
+        sums.persistent_key_KN.T,
         sums.persistent_value_KN.T,
-        _span_gradient(static, distance_R, head.span, sums.bias_R),
+        _span_gradient(static, R, head.span, sums.position_AP[-1, :R]),
     )
 
 
-def _select_rows(shape: Shape, head: Array, d_out_BTHK: Array, lse_HBT: Array, delta_HBT: Array):
-    """One head's cotangents and statistics, tile by tile; a query beyond the row's end has cotangent 0."""
-    beyond = ((0, 0), (0, shape.tiles * shape.tile - shape.T))
-    d_out_BTK = jnp.pad(jax.lax.dynamic_index_in_dim(d_out_BTHK, head, 2, keepdims=False), (*beyond, (0, 0)))
-    lse_BT, delta_BT = jnp.pad(lse_HBT[head], beyond), jnp.pad(delta_HBT[head], beyond)
-    split = (shape.B * shape.tiles, shape.tile)
-    return d_out_BTK.reshape(*split, -1), lse_BT.reshape(split), delta_BT.reshape(split)
+def _add_at(sum_BKS: Array, tile: Tile, window_GKC: Array) -> Array:
+    start = (tile.first_row, 0, tile.first_column)
+    window_GKC = window_GKC + jax.lax.dynamic_slice(sum_BKS, start, window_GKC.shape)
+    return jax.lax.dynamic_update_slice(sum_BKS, window_GKC, start)
 
 
-def _add_at(sum_BKS: Array, tile: Tile, window_KC: Array) -> Array:
-    start = (tile.row, 0, tile.first_column)
-    window_BKC = window_KC[None] + jax.lax.dynamic_slice(sum_BKS, start, (1, *window_KC.shape))
-    return jax.lax.dynamic_update_slice(sum_BKS, window_BKC, start)
-
-
-def _span_gradient(static: Static, distance_R: Array, span: Array, d_bias_R: Array) -> Array:
-    """d loss / d span through log m: 1 / (R m) on the ramp, both of its ends included, 0 elsewhere."""
-    position_R = ramp_position(distance_R, span, static.ramp)
+def _span_gradient(static: Static, R: int, span: Array, d_bias_R: Array) -> Array:
+    """d loss / d span through log m: 1 / (ramp m) on the ramp, both of its ends included, 0 elsewhere."""
+    position_R = ramp_position(static.first_distance + R - 1 - jnp.arange(R), span, static.ramp)
     on_ramp_R = (position_R >= 0) & (position_R <= 1)
     slope_R = 1 / (static.ramp * jnp.clip(position_R, TIE, 1))
     return jnp.sum(jnp.where(on_ramp_R, d_bias_R * slope_R, 0))
