@@ -28,8 +28,7 @@ class TokenIO(nnx.Module):
     def logits(self, h_BTD: Array) -> Array:
         """Unnormalised log-probabilities of the next token, as logits_BTV, at least in float32."""
         dtype = jnp.promote_types(h_BTD.dtype, jnp.float32)
-        kernel_VD = self.kernel[...].astype(h_BTD.dtype)
-        logits_BTV = jnp.einsum("btd,vd->btv", h_BTD, kernel_VD, preferred_element_type=dtype)
+        logits_BTV = jnp.einsum("btd,vd->btv", h_BTD.astype(dtype), self.kernel[...].astype(dtype))
         return logits_BTV + self.bias[...].astype(dtype)
 
     def nll(self, h_BTD: Array, targets_BT: Array) -> Array:

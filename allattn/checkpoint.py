@@ -14,6 +14,7 @@ from allattn.errors import UserError
 
 ARRAYS = ("params", "optimizer", "cache")
 Step = int | str | None  # a number, "best" or None for the newest
+Restored = tuple[Any, Any, Any, dict[str, Any]]  # params, optimizer, cache, meta
 
 
 def versions() -> dict[str, str]:
@@ -23,6 +24,22 @@ def versions() -> dict[str, str]:
 
 class DamagedError(UserError):
     """A checkpoint that is there but cannot be read."""
+
+
+def _score(metrics: dict[str, float | None]) -> float:
+    """What decides the best checkpoint: lower is better, and those without a score come last."""
+    score = metrics["dev_nll"]
+    return math.inf if score is None else score
+
+
+class _Manager(ocp.CheckpointManager):
+    """Takes a checkpoint whose score cannot be read for one without a score, instead of refusing the whole workdir."""
+
+    def metrics(self, step: int) -> Any:
+        try:
+            return super().metrics(step)
+        except ValueError:  # JSON's and Unicode's errors
+            return None
 
 
 class Checkpointer:
@@ -41,23 +58,17 @@ class Checkpointer:
         self.workdir, self.folder = workdir, epath.Path(workdir) / "checkpoints"
         if not create and not self.folder.exists():
             raise UserError(f"no checkpoint in {workdir}: expected {self.folder}; `allattn train` makes it")
-        preservation = ocp.checkpoint_managers.AnyPreservationPolicy(
-            [
-                ocp.checkpoint_managers.LatestN(n=keep),
-                ocp.checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: -metrics["dev_nll"], n=1, keep_checkpoints_without_metrics=False
-                ),
-            ]
-        )
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             create=create,
-            preservation_policy=preservation,
-            best_fn=lambda metrics: metrics["dev_nll"],
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(n=keep), best]),
+            best_fn=_score,
             best_mode="min",
             cleanup_tmp_directories=create,
-            read_only=not create,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._writes = create
+        self._manager = _Manager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -70,7 +81,8 @@ class Checkpointer:
         self._manager.close()
 
     def steps(self) -> list[int]:
-        """Steps that have a whole checkpoint, oldest first."""
+        """Steps that have a whole checkpoint, oldest first; waits for one that is being written."""
+        self._manager.wait_until_finished()
         return sorted(self._manager.all_steps())
 
     def reached_preemption(self, step: int) -> bool:
@@ -92,9 +104,9 @@ class Checkpointer:
             return
         arrays = dict(zip(ARRAYS, (params, optimizer, {"states": cache}), strict=True))
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
-        known = dev_nll is not None and math.isfinite(dev_nll)
-        metrics = {"dev_nll": dev_nll} if known else None
-        self._manager.save(step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)), metrics=metrics)
+        score = dev_nll if dev_nll is not None and math.isfinite(dev_nll) else None
+        composite = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=composite, metrics={"dev_nll": score})
 
     def resolve(self, step: Step = None) -> int:
         """The number of the checkpoint asked for: the newest, "best" or a step.
@@ -109,15 +121,18 @@ class Checkpointer:
             return steps[-1]
         if step == "best":
             best = self._manager.best_step()
-            if best is None:
+            if best is None or _score(self._manager.metrics(best)) == math.inf:
                 raise UserError(f"no best checkpoint in {self.workdir}: none of {steps} has a score on dev")
             return best
-        if not str(step).isdigit() or int(step) not in steps:
+        if not str(step).isdecimal() or int(step) not in steps:
             raise UserError(f"no checkpoint of step {step} in {self.workdir}: expected best or one of {steps}")
         return int(step)
 
-    def restore_newest(self, abstract: Callable[[dict[str, Any]], tuple]) -> tuple[Any, Any, Any, dict] | None:
-        """The newest checkpoint that can be read; a damaged one is passed over with a warning.
+    def restore_newest(self, abstract: Callable[[dict[str, Any]], tuple[Any, Any, Any]]) -> Restored | None:
+        """The newest checkpoint that can be read.
+
+        Damaged ones are passed over with a warning. Once an older one is read they are removed, since the run is about
+        to write these steps again and Orbax writes no step at or before its newest.
 
         Args:
           abstract: from meta to the abstract params, optimizer and cache.
@@ -128,19 +143,24 @@ class Checkpointer:
         Raises:
           UserError: there are checkpoints and all are damaged; also what `abstract` raises.
         """
-        damaged: DamagedError | None = None
+        damaged: list[int] = []
         for step in reversed(self.steps()):
             try:
                 meta = self.restore_meta(step)
-                trees = abstract(meta)
-                params, optimizer, cache = trees
-                return (*self.restore(params, optimizer, cache, step), meta)
+                restored = self.restore(*abstract(meta), step)
             except DamagedError as error:
-                logging.warning("%s; trying the one before", error)
-                damaged = error
+                logging.warning("passed over: %s", error)
+                damaged.append(step)
+                continue
+            self._remove(damaged)
+            return *restored, meta
         if damaged:
-            raise damaged
+            raise UserError(f"no checkpoint in {self.workdir} can be read: tried {damaged} under {self.folder}")
         return None
+
+    def _remove(self, steps: list[int]) -> None:
+        for step in steps if self._writes else []:
+            self._manager.delete(step)
 
     def restore_meta(self, step: Step = None) -> dict[str, Any]:
         """What a checkpoint says besides its arrays.
@@ -169,7 +189,15 @@ class Checkpointer:
         return restored["params"], restored["optimizer"], restored["cache"]["states"]
 
     def restore_params(self, params: Any, step: Step = None) -> Any:
-        """The parameters alone, whatever mesh they were written on."""
+        """The parameters alone, whatever mesh they were written on.
+
+        Args:
+          params: tree of jax.ShapeDtypeStruct with shardings.
+          step: which checkpoint.
+
+        Raises:
+          UserError: no such checkpoint, or it cannot be read.
+        """
         return self._restore(self.resolve(step), params=ocp.args.StandardRestore(params))["params"]
 
     def _restore(self, step: int, **items: Any) -> Any:

@@ -75,6 +75,7 @@ class TensorBoardWriter(_Writer):
 _shim = types.ModuleType("clu.metric_writers.tf.summary_writer")
 _shim.SummaryWriter = TensorBoardWriter  # type: ignore[attr-defined]
 sys.modules.setdefault(_shim.__name__, _shim)
+sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))  # not even where it is installed
 
 from clu import metric_writers  # noqa: E402  (only now can it be imported without TensorFlow)
 
@@ -88,12 +89,21 @@ class JsonlWriter(_Writer):
         self._appends = "://" not in str(workdir)
         self._rows: list[str] = []
         self._path = folder / ("metrics.jsonl" if self._appends else f"metrics-{time.time_ns()}.jsonl")
+        if self._appends and self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
+            self._rows.append("\n")  # a kill cut the last row short; the next one must not continue it
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Write the numbers of a step; what is not finite becomes null, as JSON has no word for it."""
         numbers = {name: float(value) for name, value in scalars.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._rows.append(json.dumps({"step": int(step), **finite}) + "\n")
+        self._add(step, finite)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Write texts beside the numbers."""
+        self._add(step, texts)
+
+    def _add(self, step: int, row: Mapping[str, Any]) -> None:
+        self._rows.append(json.dumps({"step": int(step), **row}) + "\n")
         if self._appends:
             self.flush()
 
@@ -110,10 +120,6 @@ class JsonlWriter(_Writer):
         """Flush."""
         self.flush()
 
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Write texts beside the numbers."""
-        self._rows.append(json.dumps({"step": int(step), **texts}) + "\n")
-
 
 def create_writer(workdir: str) -> metric_writers.MetricWriter:
     """Writes event files and JSONL into workdir; on processes other than the first, nothing.
@@ -127,11 +133,23 @@ def create_writer(workdir: str) -> metric_writers.MetricWriter:
 
 
 def read_jsonl(workdir: str) -> list[dict[str, Any]]:
-    """The rows of a run in the order of their steps; what a resumed run did again replaces the older row."""
-    rows: dict[tuple, dict[str, Any]] = {}
+    """The rows of a run in the order of their steps.
+
+    What a resumed run did again replaces the older row: of rows of one step that begin with the same name (nll,
+    dev_nll), the newest counts. A row that a kill cut short is passed over.
+
+    Args:
+      workdir: folder or bucket URL of the run.
+    """
+    rows: dict[tuple[int, str | None], dict[str, Any]] = {}
     for path in sorted(epath.Path(workdir).glob("metrics*.jsonl")):
-        for row in map(json.loads, path.read_text().splitlines()):
-            rows[row["step"], *sorted(set(row) - {"step"})] = row
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            name = next((name for name in row if name != "step"), None)
+            rows[row["step"], name] = row
     return sorted(rows.values(), key=lambda row: row["step"])
 
 
@@ -179,7 +197,7 @@ class RunProgress:
     """
 
     def __init__(self, total: int, every: float = 10.0) -> None:
-        self._total, self._every, self._last = total, every, 0.0
+        self._total, self._every, self._last = total, every, -math.inf
         columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[line]}"))
         self._bar = Progress(*columns, TimeRemainingColumn(), transient=False, disable=bool(jax.process_index()))
         self._live = sys.stdout.isatty()
@@ -192,7 +210,8 @@ class RunProgress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._live:
+            self._bar.stop()
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show how far the run is and its latest numbers."""
@@ -214,5 +233,9 @@ class RunProgress:
 
     def message(self, text: str) -> None:
         """Print a line above the progress."""
-        if not jax.process_index():
-            (self._bar.console.print(text, markup=False, highlight=False) if self._live else print(text, flush=True))
+        if jax.process_index():
+            return
+        if self._live:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, flush=True)

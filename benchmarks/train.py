@@ -113,7 +113,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     before = matmul_gflops(arguments.dtype)
     for _ in range(2):
         jax.block_until_ready(run())
-    times, began = [], time.perf_counter()
+    times: list[float] = []
+    began = time.perf_counter()
     while time.perf_counter() - began < arguments.seconds or len(times) < 3:
         times.append(_seconds(run))
     after = matmul_gflops(arguments.dtype)

@@ -74,6 +74,7 @@ def all_attention(
       ValueError: an argument has the wrong shape, dtype or range.
       NotImplementedError: the named implementation does not support the case.
     """
+    _check_rank(query_BTHK=query_BTHK, key_BSHK=key_BSHK, value_BSHK=value_BSHK, position_HLK=position_HLK)
     B, T, H, K = query_BTHK.shape
     S, L = key_BSHK.shape[1], position_HLK.shape[1]
     if persistent_key_HNK is None and persistent_value_HNK is None:
@@ -122,11 +123,18 @@ def _expect(name: str, array: Array, shape: tuple, dtype) -> None:
         raise ValueError(f"{name}: expected dtype {dtype} as the query has, found {array.dtype}")
 
 
+def _check_rank(**arrays: Array) -> None:
+    for name, array in arrays.items():
+        rank = len(name.rpartition("_")[2])
+        if array.ndim != rank:
+            raise ValueError(f"{name}: expected {rank} dimensions, found shape {array.shape}")
+
+
 def _check_shapes(query_BTHK, key_BSHK, value_BSHK, position_HLK, position_query_BTHK) -> None:
     (B, _, H, K), dtype = query_BTHK.shape, query_BTHK.dtype
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"query_BTHK: expected a floating-point dtype, found {dtype}")
-    S, heads = (key_BSHK.shape[1], position_HLK.shape[0]) if key_BSHK.ndim == 4 else (-1, H)
+    S, heads = key_BSHK.shape[1], position_HLK.shape[0]
     _expect("key_BSHK", key_BSHK, (B, S, H, K), dtype)
     _expect("value_BSHK", value_BSHK, (B, S, H, K), dtype)
     if heads not in (1, H):

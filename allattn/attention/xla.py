@@ -103,14 +103,14 @@ def _attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Array,
 
 def _attention_forward(static, inputs, dynamic):
     out_HBTK, mass_HBT, lse_HBT = _for_each_head(static, inputs, dynamic, _head_forward, ())
-    out_BTHK = out_HBTK.transpose(1, 2, 0, 3)
+    out_BTHK = out_HBTK.transpose(1, 2, 0, 3).astype(inputs.query_BTHK.dtype)
     return (out_BTHK, mass_HBT.transpose(1, 2, 0)), (inputs, dynamic, out_BTHK, lse_HBT)
 
 
 def _attention_backward(static, residuals, cotangents):
     inputs, dynamic, out_BTHK, lse_HBT = residuals
     dtype, d_out_BTHK = lse_HBT.dtype, cotangents[0]
-    delta_HBT = jnp.einsum("bthk,bthk->hbt", d_out_BTHK, out_BTHK, preferred_element_type=dtype)
+    delta_HBT = jnp.sum(d_out_BTHK.astype(dtype) * out_BTHK.astype(dtype), axis=-1).transpose(2, 0, 1)
     gradients = _for_each_head(static, inputs, dynamic, _head_backward, (d_out_BTHK, lse_HBT, delta_HBT))
     rows, (position_HLK, *by_head) = gradients[:4], gradients[4:]
     if inputs.position_HLK.shape[0] == 1:
@@ -138,6 +138,8 @@ class Shape(NamedTuple):
     def tile(self, R: int) -> int:
         """Queries of one row in a tile: few where a head sees little, since a window holds R + tile keys."""
         tile = min(self.length, TILE)
+        while tile % 2 == 0 and tile * (R + tile + self.N) > 3 * ELEMENTS:
+            tile //= 2
         return SHORT_TILE if R <= SHORT_TILE and tile % SHORT_TILE == 0 else tile
 
     def rows(self, R: int) -> int:
@@ -194,10 +196,10 @@ def _select_head(static: Static, inputs: Inputs, shape: Shape, head: Array) -> H
         query_BTK=queries(inputs.query_BTHK),
         position_query_BTA=jnp.pad(queries(inputs.position_query_BTHK), ((0, 0), (0, 0), (0, 1)), constant_values=1),
         key_BKS=rows(inputs.key_BSHK, shape.left, shape.right).transpose(0, 2, 1).astype(dtype),
-        value_BKS=rows(inputs.value_BSHK, shape.left, shape.right).transpose(0, 2, 1),
+        value_BKS=rows(inputs.value_BSHK, shape.left, shape.right).transpose(0, 2, 1).astype(dtype),
         position_KL=inputs.position_HLK[position_head].T.astype(dtype),
         persistent_key_KN=inputs.persistent_key_HNK[head].T.astype(dtype),
-        persistent_value_KN=inputs.persistent_value_HNK[head].T,
+        persistent_value_KN=inputs.persistent_value_HNK[head].T.astype(dtype),
         span=inputs.span_H[head],
         number=head,
     )
@@ -283,8 +285,8 @@ def _unskew(by_column_GTC: Array) -> Array:
 
 
 def _dot(equation: str, *operands: Array) -> Array:
-    """A product that accumulates at least in float32."""
-    return jnp.einsum(equation, *operands, preferred_element_type=jnp.promote_types(operands[0].dtype, jnp.float32))
+    """A product of float32 (or float64) operands: XLA on CPU lacks bfloat16 products with float32 sums."""
+    return jnp.einsum(equation, *operands)
 
 
 def _logits(tile: Tile, position_AP: Array, head: Head) -> tuple[Array, Array]:
@@ -326,11 +328,10 @@ def _head_forward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dyn
         if static.dropout_rate:
             kept_GTC, kept_GTN = _kept(static, shape, R, tile, head, dynamic)
             context_GTC, persistent_GTN = context_GTC * kept_GTC, persistent_GTN * kept_GTN
-        dtype = tile.value_GKC.dtype
-        out_GTK = _dot("gtc,gkc->gtk", context_GTC.astype(dtype), tile.value_GKC)
-        out_GTK += _dot("gtn,kn->gtk", persistent_GTN.astype(dtype), head.persistent_value_KN)
+        out_GTK = _dot("gtc,gkc->gtk", context_GTC, tile.value_GKC)
+        out_GTK += _dot("gtn,kn->gtk", persistent_GTN, head.persistent_value_KN)
         lse_GT1 = top_GT1 + jnp.log(total_GT1)
-        return (out_GTK / total_GT1).astype(dtype), (persistent_GT1 / total_GT1)[..., 0], lse_GT1[..., 0]
+        return out_GTK / total_GT1, (persistent_GT1 / total_GT1)[..., 0], lse_GT1[..., 0]
 
     results = jax.lax.map(one_tile, jnp.arange(shape.tiles(R)))
     return tuple(_from_tiles(shape, x) for x in results)
@@ -365,7 +366,7 @@ def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dy
     """Returns the gradients of one head's inputs, in the order of `Inputs`."""
     position_AP = _positions(static, shape, R, head)
     d_out_BTHK, lse_HBT, delta_HBT = extra
-    d_out_BTK = jax.lax.dynamic_index_in_dim(d_out_BTHK, head.number, 2, keepdims=False)
+    d_out_BTK = jax.lax.dynamic_index_in_dim(d_out_BTHK, head.number, 2, keepdims=False).astype(lse_HBT.dtype)
     by_row = (d_out_BTK, lse_HBT[head.number][..., None], delta_HBT[head.number][..., None])
     by_tile = tuple(_to_tiles(shape, R, x) for x in by_row)
 
@@ -378,10 +379,7 @@ def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dy
         kept_GTC = kept_GTN = jnp.ones((), lse_GT1.dtype)
         if static.dropout_rate:
             kept_GTC, kept_GTN = _kept(static, shape, R, tile, head, dynamic)
-        dropped = (
-            (context_GTC * kept_GTC).astype(d_out_GTK.dtype),
-            (persistent_GTN * kept_GTN).astype(d_out_GTK.dtype),
-        )
+        dropped_GTC, dropped_GTN = context_GTC * kept_GTC, persistent_GTN * kept_GTN
         d_context_GTC = context_GTC * (d_context_GTC * kept_GTC - delta_GT1)
         d_persistent_GTN = persistent_GTN * (d_persistent_GTN * kept_GTN - delta_GT1)
         d_position_GTP = _unskew(d_context_GTC)
@@ -392,10 +390,10 @@ def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dy
             d_query_GTK, d_position_query_GTK = d_query_GTK + d_position_query_GTK, jnp.zeros_like(d_query_GTK)
         sums = Sums(
             key_BKS=_add_at(sums.key_BKS, tile, _dot("gtk,gtc->gkc", tile.query_GTK, d_context_GTC)),
-            value_BKS=_add_at(sums.value_BKS, tile, _dot("gtk,gtc->gkc", d_out_GTK, dropped[0])),
+            value_BKS=_add_at(sums.value_BKS, tile, _dot("gtk,gtc->gkc", d_out_GTK, dropped_GTC)),
             position_AP=sums.position_AP + _dot("gta,gtp->ap", tile.position_query_GTA, d_position_GTP),
             persistent_key_KN=sums.persistent_key_KN + _dot("gtk,gtn->kn", tile.query_GTK, d_persistent_GTN),
-            persistent_value_KN=sums.persistent_value_KN + _dot("gtk,gtn->kn", d_out_GTK, dropped[1]),
+            persistent_value_KN=sums.persistent_value_KN + _dot("gtk,gtn->kn", d_out_GTK, dropped_GTN),
         )
         return sums, (d_query_GTK * static.scale, d_position_query_GTK * static.scale)
 

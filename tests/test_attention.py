@@ -1,0 +1,333 @@
+"""The contract of the operation, for every implementation.
+
+Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K head width.
+"""
+
+import dataclasses
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from allattn import attention
+from allattn.attention import all_attention, dropout, xla
+
+IMPLEMENTATIONS = [name for name in attention.IMPLEMENTATIONS if name != "reference"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes and options of one call; the defaults are a call with everything in it."""
+
+    B: int = 2
+    T: int = 5
+    S: int = 17
+    H: int = 2
+    K: int = 8
+    L: int = 12
+    N: int = 7
+    spans: tuple[float, ...] | None = (0.0, 3.5)
+    ramp: int = 4
+    first_distance: int = 1
+    position_heads: int = 1
+    two_queries: bool = False
+    query_start: int | tuple[int, ...] | None = None
+    key_start: int | tuple[int, ...] = 0
+    dropout: float = 0.0
+
+
+CASES = {
+    "plain": Case(),
+    "no spans": Case(spans=None),
+    "ties and full": Case(H=4, spans=(0.0, 3.0, 12.0, 11.25)),
+    "one query": Case(T=1),
+    "one head": Case(H=1, spans=(5.5,)),
+    "several tiles": Case(T=21, S=60, L=30, spans=(9.0, 30.0)),
+    "block longer than context": Case(T=21, S=24, L=3, spans=(0.5, 3.0), ramp=2),
+    "empty cache": Case(T=9, S=9),
+    "no context": Case(S=0, L=0, spans=None),
+    "keys without distances": Case(L=0, spans=None),
+    "no persistent pairs": Case(N=0),
+    "current token": Case(first_distance=0),
+    "two queries": Case(two_queries=True, position_heads=2, first_distance=0, spans=None, N=0),
+    "starts": Case(query_start=4, key_start=3),
+    "starts by row": Case(query_start=(2, 11), key_start=(1, 9)),
+    "dropout": Case(T=21, S=60, L=30, spans=(9.0, 30.0), dropout=0.3),
+    "dropout with starts": Case(query_start=(2, 11), key_start=(1, 9), dropout=0.3),
+}
+
+
+def arrays(case: Case, dtype: Any = np.float32, seed: int = 0) -> dict[str, Any]:
+    """Random inputs of a case."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape).astype(np.float32), dtype)
+
+    B, T, S, H, K, L, N = case.B, case.T, case.S, case.H, case.K, case.L, case.N
+    found = {"query": normal(B, T, H, K), "key": normal(B, S, H, K), "value": normal(B, S, H, K)}
+    found["position_HLK"] = normal(case.position_heads, L, K)
+    found["persistent_key_HNK"], found["persistent_value_HNK"] = normal(H, N, K), normal(H, N, K)
+    if case.two_queries:
+        found["position_query_BTHK"] = normal(B, T, H, K)
+    if case.spans is not None:
+        found["span_H"] = jnp.asarray(case.spans, jnp.promote_types(dtype, jnp.float32))
+    return found
+
+
+def options(case: Case) -> dict[str, Any]:
+    """The options of a case; the starts are traced where they are given."""
+    found: dict[str, Any] = {"first_distance": case.first_distance, "ramp": case.ramp, "dropout_rate": case.dropout}
+    found |= {"dropout_seed": 7} if case.dropout else {}
+    for name in ("query_start", "key_start"):
+        start = getattr(case, name)
+        found[name] = start if start is None or start == 0 else jnp.array(start)
+    return found
+
+
+def call(inputs: dict[str, Any], **rest: Any) -> Any:
+    """The operation on a dictionary of inputs."""
+    inputs = dict(inputs)
+    return all_attention(inputs.pop("query"), inputs.pop("key"), inputs.pop("value"), **inputs, **rest)
+
+
+def results(case: Case, inputs: dict[str, Any], implementation: str, **rest: Any) -> dict[str, Any]:
+    """Output, persistent mass and every gradient of sum(out * cotangent)."""
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=(case.B, case.T, case.H, case.K)), jnp.float32)
+
+    @jax.jit
+    def run(inputs: dict[str, Any]) -> tuple:
+        def loss(inputs: dict[str, Any]) -> tuple:
+            settings = {**options(case), **rest}
+            out, mass = call(inputs, return_persistent_mass=True, implementation=implementation, **settings)
+            return jnp.sum(out.astype(cotangent.dtype) * cotangent), (out, mass)
+
+        return jax.grad(loss, has_aux=True)(inputs)
+
+    gradients, (out, mass) = run(inputs)
+    return {"out": out, "mass": mass, **gradients}
+
+
+def compare(ours: dict[str, Any], reference: dict[str, Any], tolerance: float) -> None:
+    """Largest error over largest entry; gradients that vanish in theory are held against the largest gradient."""
+    largest = max(float(np.abs(np.asarray(x, np.float64)).max(initial=0)) for x in reference.values())
+    for name, expected in reference.items():
+        expected, found = np.asarray(expected, np.float64), np.asarray(ours[name], np.float64)
+        assert found.shape == expected.shape and np.isfinite(found).all()
+        scale = np.abs(expected).max(initial=0)
+        scale = scale if scale > 1e-9 * largest else largest
+        assert np.abs(found - expected).max(initial=0) <= tolerance * max(scale, 1e-30), name
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 8 queries, so that small cases have several."""
+    monkeypatch.setattr(xla, "TILE", 8)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_reference(name: str, implementation: str) -> None:
+    case = CASES[name]
+    with jax.enable_x64(True):
+        expected = results(case, arrays(case, np.float64), "reference")
+    with jax.default_matmul_precision("highest"):
+        compare(results(case, arrays(case), implementation), expected, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["ties and full", "dropout with starts"])
+def test_bfloat16(name: str, implementation: str) -> None:
+    case = CASES[name]
+    inputs = arrays(case, jnp.bfloat16)
+    expected = results(case, jax.tree.map(lambda x: x.astype(jnp.float32), inputs), "reference")
+    found = results(case, inputs, implementation)
+    assert found["out"].dtype == found["key"].dtype == jnp.bfloat16 and found["mass"].dtype == jnp.float32
+    compare(found, expected, 2e-2)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_float64(implementation: str) -> None:
+    case = CASES["ties and full"]
+    with jax.enable_x64(True):
+        inputs = arrays(case, np.float64)
+        compare(results(case, inputs, implementation), results(case, inputs, "reference"), 1e-9)
+
+
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_nothing_to_attend(implementation: str) -> None:
+    """A query without any key, and N = 0: output and gradients are exactly 0; the other queries are not touched."""
+    case = Case(N=0, query_start=0, key_start=3, spans=None)
+    found = results(case, arrays(case), implementation)
+    assert not found["out"][:, :4].any() and found["out"][:, 4].any()
+    assert not found["query"][:, :4].any() and not found["key"][:, :3].any()
+    assert all(np.isfinite(x).all() for x in found.values())
+
+
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_causality(implementation: str) -> None:
+    """The gradient of the output at t with respect to later keys and values, and the current one, is exactly 0."""
+    case = Case(T=6, S=14, spans=None)
+    inputs, t = arrays(case), 2
+
+    def at_t(key: jax.Array, value: jax.Array) -> jax.Array:
+        return call({**inputs, "key": key, "value": value}, implementation=implementation)[:, t].sum()
+
+    for gradient in jax.grad(at_t, argnums=(0, 1))(inputs["key"], inputs["value"]):
+        assert not gradient[:, case.S - case.T + t :].any()
+        assert gradient[:, case.S - case.T + t - 1].any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_far_keys_are_not_touched(implementation: str) -> None:
+    """Keys, values and positions that no head of small span can reach may be anything, even not a number."""
+    case = Case(T=8, S=520, L=512, spans=(0.0, 20.0), H=2)
+    inputs = arrays(case)
+    clean = results(case, inputs, implementation)
+    far = 300
+    poisoned = {name: inputs[name].at[:, :far].set(jnp.nan) for name in ("key", "value")}
+    poisoned["position_HLK"] = inputs["position_HLK"].at[:, case.L - far :].set(jnp.nan)
+    found = results(case, {**inputs, **poisoned}, implementation)
+    np.testing.assert_array_equal(found["out"], clean["out"])
+    np.testing.assert_array_equal(found["query"], clean["query"])
+    assert not found["key"][:, :far].any()
+
+
+def kept(case: Case, inputs: dict[str, Any], implementation: str, **rest: Any) -> jax.Array:
+    return call(inputs, implementation=implementation, **{**options(case), **rest})
+
+
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_dropout_does_not_depend_on_the_cut(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tile size, rows and heads done apart, and a longer table drop the same weights."""
+    case = dataclasses.replace(CASES["dropout"], B=4, H=4, spans=(9.0, 30.0, 3.0, 0.0))
+    inputs = arrays(case)
+    whole = kept(case, inputs, implementation)
+    close = dict(rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(xla, "TILE", 256)
+    np.testing.assert_allclose(kept(case, inputs, implementation), whole, **close)
+    rows = {name: inputs[name][2:] for name in ("query", "key", "value")}
+    np.testing.assert_allclose(kept(case, {**inputs, **rows}, implementation, row_offset=2), whole[2:], **close)
+    heads = {name: inputs[name][:, :, 3:] for name in ("query", "key", "value")}
+    heads |= {name: inputs[name][3:] for name in ("persistent_key_HNK", "persistent_value_HNK", "span_H")}
+    np.testing.assert_allclose(kept(case, {**inputs, **heads}, implementation, head_offset=3), whole[:, :, 3:], **close)
+    padded = {name: jnp.pad(inputs[name], ((0, 0), (90, 0), (0, 0), (0, 0))) for name in ("key", "value")}
+    padded["position_HLK"] = jnp.pad(inputs["position_HLK"], ((0, 0), (0, 70), (0, 0)))
+    some = [0, 2, 3]  # head 1 sees all distances of the shorter table, so the longer one shows it more
+    found = kept(case, {**inputs, **padded}, implementation)
+    np.testing.assert_allclose(found[:, :, some], whole[:, :, some], **close)
+    assert not np.allclose(kept(case, inputs, implementation, dropout_seed=8), whole, **close)
+
+
+def test_dropout_rate() -> None:
+    key = dropout.query_key(3, jnp.arange(20)[:, None, None], jnp.arange(4)[:, None], jnp.arange(32), dropout.CONTEXT)
+    stays = np.asarray(dropout.keep(key[..., None], jnp.arange(64), 0.3))
+    assert abs(stays.mean() - 0.7) < 4 * np.sqrt(0.21 / stays.size)
+    for axis in range(4):  # no place is favoured
+        rest = tuple(i for i in range(4) if i != axis)
+        count = stays.size / stays.shape[axis]
+        assert np.abs(stays.mean(rest) - 0.7).max() < 5 * np.sqrt(0.21 / count)
+    other = np.asarray(dropout.keep(key[..., None] + 0, jnp.arange(1, 65), 0.3))
+    assert abs((stays == other).mean() - 0.58) < 0.01  # neighbours are independent: 0.7^2 + 0.3^2
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_memory(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass keeps no array of T x S x H: under 64 MiB beyond inputs and outputs for a row of 8 heads."""
+    monkeypatch.setattr(xla, "TILE", 256)
+    case = Case(B=1, T=512, S=8704, H=8, K=64, L=8192, N=1024, spans=(8192.0,) * 8, ramp=32)
+    shapes = jax.eval_shape(lambda: arrays(case))
+
+    def loss(inputs: dict[str, Any]) -> jax.Array:
+        return call(inputs, implementation=implementation).sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
+
+
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_deterministic(implementation: str) -> None:
+    case = CASES["dropout"]
+    first, second = (results(case, arrays(case), implementation) for _ in range(2))
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": np.zeros((2, 17, 3, 8), np.float32)}, r"key_BSHK: expected shape \(2, 17, 2, 8\), found \(2, 17, 3"),
+        ({"value": np.zeros((2, 16, 2, 8), np.float32)}, r"value_BSHK: expected shape \(2, 17, 2, 8\)"),
+        ({"value": np.zeros((2, 17, 2, 8), np.float16)}, "value_BSHK: expected dtype float32 .* found float16"),
+        ({"query": np.zeros((2, 5, 8), np.float32)}, r"query_BTHK: expected 4 dimensions, found shape \(2, 5, 8\)"),
+        ({"position_HLK": np.zeros((3, 12, 8), np.float32)}, "position_HLK: expected 1 or 2 heads, found 3"),
+        ({"position_HLK": np.zeros((12, 8), np.float32)}, r"position_HLK: expected 3 dimensions, found shape \(12, 8"),
+        ({"persistent_key_HNK": None}, "persistent_key_HNK: expected an array beside its partner"),
+        ({"span_H": np.array([0.0, 12.5], np.float32)}, r"span_H: expected spans in \[0, 12\], found \[12.5\]"),
+        ({"span_H": np.zeros(3, np.float32)}, r"span_H: expected shape \(2,\), found \(3,\)"),
+        ({"dropout_rate": 0.1}, "dropout_seed: expected an integer with dropout_rate 0.1, found None"),
+        ({"dropout_rate": 1.0, "dropout_seed": 1}, r"dropout_rate: expected a number in \[0, 1\), found 1.0"),
+        ({"first_distance": 2}, "first_distance: expected 0 or 1, found 2"),
+        ({"query_start": np.zeros(3, int)}, r"query_start: expected a scalar or shape \(2,\), found shape \(3,\)"),
+    ],
+)
+def test_bad_input(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call({**arrays(CASES["plain"]), **change})
+
+
+def test_unknown_implementation() -> None:
+    with pytest.raises(NotImplementedError, match="'magic'"):
+        call(arrays(CASES["plain"]), implementation="magic")
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.data())
+def test_property(draw: st.DataObject) -> None:
+    """Any sizes, starts and spans agree with the definition."""
+    T, L, N = draw.draw(st.integers(1, 19)), draw.draw(st.integers(0, 20)), draw.draw(st.integers(0, 5))
+    S = T + draw.draw(st.integers(0, 20))
+    spans = tuple(draw.draw(st.floats(0, L, width=16)) for _ in range(2)) if draw.draw(st.booleans()) else None
+    first = draw.draw(st.integers(0, 1))
+    start = draw.draw(st.none() | st.integers(0, S - T))
+    case = Case(B=1, T=T, S=S, L=L, N=N, K=4, spans=spans, first_distance=first, query_start=start)
+    with jax.enable_x64(True):
+        expected = results(case, arrays(case, np.float64), "reference")
+    compare(results(case, arrays(case), "xla"), expected, 1e-5)
+
+
+MESH = """
+import sys; sys.path[:0] = {path!r}
+import dataclasses, jax, numpy as np
+from test_attention import *
+from allattn.sharding import attention_over, make_mesh
+from configs import base
+c = base.get_config(); c.mesh.fsdp = c.mesh.tensor = 2; c.train.batch = 8
+mesh = make_mesh(c)
+case = dataclasses.replace(CASES["dropout"], B=8, H=4, spans=(9.0, 30.0, 3.0, 0.0))
+inputs = arrays(case)
+def run(attention):
+    def loss(inputs):
+        rest = dict(inputs)
+        first = [rest.pop(n) for n in ("query", "key", "value")]
+        return (attention(*first, **rest, dropout_rate=0.3, dropout_seed=5, ramp=4) ** 2).sum()
+    return jax.jit(jax.value_and_grad(loss))
+single, spread = run(all_attention)(inputs), run(attention_over(mesh, 8))(inputs)
+for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(spread), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+print("agree on", mesh.size)
+"""
+
+
+def test_mesh() -> None:
+    """2 x 2 x 2 devices give the outputs, gradients and dropout of one."""
+    code = MESH.format(path=[str(p) for p in sys.path if p])
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], env=flags, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip().endswith("agree on 8"), done.stderr[-2000:]
