@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -20,12 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments, rest = _parser().parse_known_args(argv)
         overrides = _overrides(rest, allowed=arguments.command == "train")
+        _quiet()
         return arguments.run(arguments, overrides) or 0
-    except UserError as error:
-        print(f"allattn: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"allattn: {error}", file=sys.stderr)
+    except (UserError, RunError) as error:
+        print(f"allattn: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write has no reader
+        print("allattn: the output was closed before the end", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("allattn: interrupted; run again to go on from the last checkpoint", file=sys.stderr)
@@ -99,6 +102,13 @@ def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 # The imports are late so that `--help` and mistakes in the flags answer at once.
 
 
+def _quiet() -> None:
+    """Keep the libraries' remarks on ordinary uses of them off the screen; their errors still show."""
+    from absl import logging
+
+    logging.set_verbosity(logging.ERROR)
+
+
 def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from allattn import config, train
 
@@ -120,9 +130,9 @@ def _generate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
 
     loaded = run.load(arguments.workdir, arguments.step)
     sampling = generate.Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    out = sys.stdout.buffer
-    pieces = loaded.generate(arguments.prompt.encode(), arguments.length, sampling, arguments.seed)
-    out.write(arguments.prompt.encode())
+    out, prompt = sys.stdout.buffer, os.fsencode(arguments.prompt)  # its bytes as they were typed
+    pieces = loaded.generate(prompt, arguments.length, sampling, arguments.seed)
+    out.write(prompt)
     for piece in pieces:
         out.write(piece)
         out.flush()

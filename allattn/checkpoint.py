@@ -92,7 +92,7 @@ class Checkpointer:
     def save(
         self, step: int, params: Any, optimizer: Any, cache: Any, meta: dict[str, Any], dev_nll: float | None = None
     ) -> None:
-        """Write a checkpoint in the background; one that exists already is left as it is.
+        """Write a checkpoint in the background; nothing is written at or before the newest that exists.
 
         Args:
           step: updates made.
@@ -100,8 +100,6 @@ class Checkpointer:
           meta: what JSON can hold.
           dev_nll: score on dev in nats, if this step has one; it decides which checkpoint is the best.
         """
-        if step in self._manager.all_steps():
-            return
         arrays = dict(zip(ARRAYS, (params, optimizer, {"states": cache}), strict=True))
         items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         score = dev_nll if dev_nll is not None and math.isfinite(dev_nll) else None

@@ -1,6 +1,7 @@
 """Reading experiment files, command-line overrides and stored configurations."""
 
 import difflib
+import importlib.machinery
 import importlib.util
 import json
 import sys
@@ -38,34 +39,40 @@ def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.C
       The locked configuration.
 
     Raises:
-      UserError: no such file, it has no get_config(), an unknown field (the nearest is named) or a value of the
-        wrong type.
+      UserError: no such file, it fails or has no get_config(), an unknown field (the nearest is named) or a value
+        of the wrong type.
     """
     file = Path(path)
     if not file.is_file():
         raise UserError(f"--config: expected a Python file with get_config(), found no file {path}")
-    module = _import(file)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config: expected get_config() in {path}, found none")
-    config = module.get_config()
+    config = _read(file)
     for name, text in (overrides or {}).items():
         set_field(config, name, text)
     return config.lock()
 
 
-def _import(file: Path) -> ModuleType:
+def _read(file: Path) -> ml_collections.ConfigDict:
     """Run an experiment file; files beside it are importable as the package `configs`, wherever we were started."""
     root = next((p.parent for p in file.resolve().parents if p.name == "configs"), file.resolve().parent)
     sys.path.insert(0, str(root))
     try:
-        spec = importlib.util.spec_from_file_location(f"experiment_{file.stem}", file)
-        assert spec is not None and spec.loader is not None  # a path that is a file always gives both
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f"--config: {file}: {error}") from error
+        module = _import(file)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except Exception as error:  # the file is the user's program, and may fail in any way
+        raise UserError(f"--config: {file}: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(root))
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise UserError(f"--config: expected get_config() in {file} that returns a ConfigDict, found none")
+    return config
+
+
+def _import(file: Path) -> ModuleType:
+    loader = importlib.machinery.SourceFileLoader(f"experiment_{file.stem}", str(file))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None  # a loader always gives one
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
     return module
 
 
@@ -89,7 +96,7 @@ def _parse(name: str, text: str, old: Any) -> Any:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         return int(text.replace("_", "")) if kind is int else kind(text)
     except (ValueError, KeyError):
-        raise UserError(f"--config.{name}: expected a {kind.__name__} such as {old!r}, found {text!r}") from None
+        raise UserError(f"--config.{name}: expected {kind.__name__}, such as {old!r}, found {text!r}") from None
 
 
 def fields(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -50,9 +50,11 @@ def generate(
     """
     if len(prompt) == 0:
         raise UserError("--prompt: expected at least one symbol to start from, found none")
-    if sampling.temperature < 0 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1 or length < 0:
+    if not sampling.temperature >= 0 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1 or length < 0:
         found = f"temperature {sampling.temperature}, top_k {sampling.top_k}, top_p {sampling.top_p}, length {length}"
         raise UserError(f"expected temperature, top_k and length of at least 0 and top_p in (0, 1], found {found}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed: expected a number from 0 to 2^63 - 1, found {seed}")
     return _stream(model, params, np.asarray(prompt, np.int32), length, sampling, jax.random.key(seed))
 
 
@@ -99,7 +101,7 @@ def draw(logits_V: Array, key: Array, sampling: Sampling) -> Array:
     """Draw one symbol from logits_V, after temperature, then top-k, then top-p."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_V)
-    logits_V = logits_V / sampling.temperature
+    logits_V = (logits_V - jnp.max(logits_V)) / max(sampling.temperature, 1e-30)  # finite however cold
     sorted_V = jnp.sort(logits_V)[::-1]
     smallest = sorted_V[min(sampling.top_k or len(sorted_V), len(sorted_V)) - 1]
     sorted_V = jnp.where(sorted_V >= smallest, sorted_V, -jnp.inf)

@@ -69,16 +69,22 @@ class Run:
           sampling: temperature, top-k and top-p.
           seed: of the draws.
 
-        Yields:
-          The text of each symbol as it is drawn.
+        Returns:
+          The text of each symbol as it is drawn; words and line ends come with the space that goes before them.
 
         Raises:
-          UserError: an empty prompt or one with a symbol outside the vocabulary.
+          UserError: at once, for an empty prompt, one with a symbol outside the vocabulary, or a sampling option out
+            of range.
         """
         ids = self.vocabulary.encode(prompt)
-        separator = b" " if self.vocabulary.unit == "word" else b""
-        for token in generate.generate(self.model, self.params, ids, length, sampling, seed):
-            yield separator + self.vocabulary.decode(np.array([token]))
+        return self._texts(generate.generate(self.model, self.params, ids, length, sampling, seed), prompt)
+
+    def _texts(self, tokens: Iterator[int], before: bytes) -> Iterator[bytes]:
+        for token in tokens:
+            text = self.vocabulary.decode(np.array([token]))
+            joined = self.vocabulary.unit == "byte" or text == b"\n" or before[-1:].isspace()
+            yield text if joined else b" " + text
+            before = text
 
 
 def load(workdir: str, step: int | str | None = None) -> Run:

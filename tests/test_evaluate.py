@@ -1,0 +1,124 @@
+"""The evaluation protocols against plain loops over the training-mode forward pass.
+
+Dimension key: R row of parallel work, T position in the block.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_model import geometry, naive_forward, random_params
+
+from allattn import evaluate
+from allattn.data import Vocabulary
+from allattn.errors import UserError
+from allattn.model import Model, Params
+
+COVERAGE = json.loads((Path(__file__).parent / "golden" / "data_pipeline.json").read_text())["full_eval_coverage"]
+REAL_TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "enwik8_slice" / "valid.txt"
+TOKENS = np.random.default_rng(0).integers(29, size=500)
+
+
+def naive_nll(model: Model, params: Params, rows_RT: np.ndarray, block: int) -> np.ndarray:
+    return naive_forward(model, params, rows_RT, block)[1]
+
+
+def scored(plan: evaluate.Plan, tokens: int, block: int) -> list[int]:
+    """Indices of the targets that a plan scores, row by row, as the evaluation reads them from its blocks."""
+    found: list[list[int]] = [[] for _ in plan.begin_R]
+    for number in range(plan.blocks):
+        inputs_RT, targets_RT, scored_RT = evaluate.read_block(np.arange(tokens), plan, block, number)
+        assert ((targets_RT == inputs_RT + 1) | ~scored_RT).all()
+        for row, (targets_T, scored_T) in enumerate(zip(targets_RT, scored_RT, strict=True)):
+            found[row] += targets_T[scored_T].tolist()
+    return [target for row in found for target in row]
+
+
+@pytest.mark.parametrize("case", COVERAGE, ids=lambda c: f"T{c['T']}-M{c['block']}")
+@pytest.mark.parametrize("rest", [0, 7])
+def test_authors_coverage(case: dict[str, int], rest: int) -> None:
+    """The golden targets in each of 8 streams; what does not fill the streams is dropped."""
+    length, tokens = case["T"], 8 * case["T"] + rest
+    plan = evaluate.authors_plan(tokens, case["block"])
+    row = range(case["first_target"], case["last_target"] + 1)
+    assert len(row) == case["scored"] and plan.blocks == case["blocks"]
+    assert scored(plan, tokens, case["block"]) == [r * length + t for r in range(8) for t in row]
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 50, 101])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("block", [3, 8, 50])
+@pytest.mark.parametrize("warm_up", [0, 1, 20])
+def test_full_coverage(tokens: int, rows: int, block: int, warm_up: int) -> None:
+    """Targets 1..T-1, each once, after at least `warm_up` tokens or all there are."""
+    plan = evaluate.full_plan(tokens, block, rows, warm_up)
+    assert scored(plan, tokens, block) == list(range(1, tokens))
+    assert (plan.begin_R == np.maximum(0, plan.first_R - 1 - warm_up)).all()
+
+
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_authors_equals_the_training_pass(adaptive: bool) -> None:
+    model = Model(geometry(adaptive=adaptive, limit=160 if adaptive else 24))
+    params, block = random_params(model), 8
+    found = evaluate.evaluate_tokens(model, params, TOKENS, protocol="authors", block=block)
+    nll_RT = naive_nll(model, params, TOKENS[: 8 * (len(TOKENS) // 8)].reshape(8, -1), block)
+    assert found["tokens"] == nll_RT.size == 8 * 56
+    assert found["nll"] == pytest.approx(nll_RT.mean(), rel=2e-6)
+    assert found["bpc"] == pytest.approx(nll_RT.mean() / math.log(2), rel=2e-6)
+    assert found["ppl"] == pytest.approx(math.exp(nll_RT.mean()), rel=2e-5)
+
+
+@pytest.mark.parametrize(("adaptive", "block", "rows"), [(True, 3, 2), (True, 8, 1), (True, 50, 5), (False, 50, 5)])
+def test_full_does_not_depend_on_the_work(adaptive: bool, block: int, rows: int) -> None:
+    """Every way to cut the work gives what one pass over the whole text gives."""
+    model = Model(geometry(adaptive=adaptive, limit=160 if adaptive else 24))
+    params = random_params(model)
+    assert evaluate.context_length(model, params) == (64 if adaptive else 24)
+    whole = naive_nll(model, params, TOKENS[None], len(TOKENS) - 1)
+    found = evaluate.evaluate_tokens(model, params, TOKENS, protocol="full", block=block, rows=rows)
+    assert found["tokens"] == len(TOKENS) - 1
+    assert found["nll"] == pytest.approx(whole.mean(), rel=2e-6)
+
+
+def test_full_by_the_default_implementation() -> None:
+    """The two protocols on a text of one block, by the code that users run."""
+    model = Model(geometry(implementation=None))
+    params, tokens = random_params(model), TOKENS[:100]
+    whole = naive_nll(Model(geometry()), params, tokens[None], len(tokens) - 1)
+    found = evaluate.evaluate_tokens(model, params, tokens, protocol="full", block=16, rows=2)
+    assert found["nll"] == pytest.approx(whole.mean(), rel=1e-5)
+
+
+def test_real_text() -> None:
+    """A piece of Wikipedia: both protocols read it as it is, and `full` does so in either cut."""
+    if not REAL_TEXT.exists():
+        pytest.skip(f"{REAL_TEXT.name} of enwik8_slice is not on this machine")
+    text = REAL_TEXT.read_bytes()[:600]
+    tokens = Vocabulary.from_text(text).encode(text)
+    model = Model(geometry(vocab_size=int(tokens.max()) + 1))
+    params = random_params(model)
+    scores = [
+        evaluate.evaluate_tokens(model, params, tokens, protocol=protocol, block=8, rows=rows)
+        for protocol, rows in (("full", 1), ("full", 5), ("authors", 8))
+    ]
+    assert [s["tokens"] for s in scores] == [599, 599, 8 * 72]
+    assert scores[0]["nll"] == pytest.approx(scores[1]["nll"], rel=2e-6)
+    nll_RT = naive_nll(model, params, tokens.reshape(8, -1), 8)
+    assert scores[2]["nll"] == pytest.approx(nll_RT.mean(), rel=2e-6)
+    assert abs(scores[2]["nll"] - scores[0]["nll"]) > 1e-4, "the protocols must differ on this text"
+
+
+def test_refusals() -> None:
+    model = Model(geometry())
+    params = random_params(model)
+    with pytest.raises(UserError, match="expected authors or full, found 'ful'"):
+        evaluate.evaluate_tokens(model, params, TOKENS, protocol="ful", block=8)
+    with pytest.raises(UserError, match="authors: expected at least 72 tokens, found 71"):
+        evaluate.evaluate_tokens(model, params, TOKENS[:71], protocol="authors", block=8)
+    assert evaluate.authors_plan(72, 8).blocks == 1
+    for tokens in (0, 1):
+        with pytest.raises(UserError, match=f"full: expected at least 2 tokens, found {tokens}"):
+            evaluate.evaluate_tokens(model, params, TOKENS[:tokens], protocol="full", block=8)
+    assert evaluate.evaluate_tokens(model, params, TOKENS[:2], protocol="full", block=8)["tokens"] == 1
