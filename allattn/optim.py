@@ -13,18 +13,28 @@ Array = jax.Array
 
 
 def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
-    """Rate of update n = count + 1: base min(1, n / warmup), a tenth of it in the fine-tune stage.
+    """Rate of update n = count + 1: base min(1, n / warmup), a tenth of base in the fine-tune stage.
+
+    With schedule "cosine", the rate also falls as (1 + cos(pi count / steps)) / 2 over train.steps.
 
     Args:
       config: the whole configuration.
 
     Returns:
       Function from the number of updates made so far (int32) to the rate of the next one.
+
+    Raises:
+      UserError: unknown schedule.
     """
+    if config.optimizer.schedule not in ("constant", "cosine"):
+        raise UserError(f"optimizer.schedule: expected constant or cosine, found {config.optimizer.schedule!r}")
+    falls = config.optimizer.schedule == "cosine"
     base, warmup, steps = config.optimizer.learning_rate, config.optimizer.warmup, config.train.steps
 
     def rate(count: Array) -> Array:
         warm = base * jnp.minimum(1.0, (count + 1) / max(warmup, 1))
+        if falls:
+            warm *= (1 + jnp.cos(jnp.pi * count / steps)) / 2
         return jnp.where(count < steps, warm, base / 10)
 
     return rate

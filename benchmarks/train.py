@@ -6,10 +6,13 @@ peak_memory_mb. Dimension key: X layer, H head, B batch, T position in the block
 """
 
 import argparse
+import datetime
 import json
+import os
 import platform
 import resource
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -132,9 +135,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "share": round(flops / second / 1e9 / ((before + after) / 2), 4),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "steps": len(times),
-        "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """Short hash of the checkout that runs, or "" outside one."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def main() -> None:
