@@ -1,16 +1,20 @@
-PYTHON ?= python3
+PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
 WORKDIR ?= runs/demo
 BIN := .venv/bin
-STAMP := .venv/.installed
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+STAMP := .venv/.installed-$(VERSION)
+# A folder that another version of Python made is emptied first.
+FRESH = $(if $(wildcard .venv/bin/python$(VERSION)),,--clear)
 
 .PHONY: install demo test test-all lint bench clean
 
 install: $(STAMP)
 
 $(STAMP): setup.py
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 12) or sys.exit("make: expected Python 3.11 or 3.12, found %d.%d; name one with PYTHON=" % v)'
-	@echo "installing into .venv (about a minute)"
-	@$(PYTHON) -m venv .venv
+	$(if $(filter 3.11 3.12,$(VERSION)),,$(error \
+	    expected Python 3.11 or 3.12, found $(or $(VERSION),no $(PYTHON)); name one, as in make PYTHON=python3.12))
+	@echo "installing into .venv with Python $(VERSION) (about a minute)"
+	@$(PYTHON) -m venv $(FRESH) .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'
 	@touch $@
 
@@ -19,9 +23,9 @@ demo: install  ## train, evaluate and sample a small model on Python's own sourc
 	$(BIN)/python -m allattn generate --workdir=$(WORKDIR) --prompt="def " --length=300 --temperature=0.7 --seed=1
 
 test: install  ## everything that is quick; CI runs this
-	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist worksteal --session-timeout=1800
 
-test-all: install
+test-all: install  ## and the slow ones
 	$(BIN)/python -m pytest -q
 
 lint: install
@@ -34,4 +38,4 @@ bench: install  ## training speed against this machine's own matrix product
 	  $(BIN)/python -m benchmarks.train --geometry=$$geometry --spans=$$spans; done; done
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

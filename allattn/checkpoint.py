@@ -42,6 +42,20 @@ class _Manager(ocp.CheckpointManager):
             return None
 
 
+def _folder(workdir: str, create: bool) -> epath.Path:
+    """Where the checkpoints of a workdir lie: a URL as it is, a path made absolute, since Orbax refuses others."""
+    try:
+        path = epath.Path(workdir) if "://" in workdir else epath.Path(workdir).absolute()
+        folder = path / "checkpoints"
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        elif not folder.exists():
+            raise UserError(f"no checkpoint in {workdir}: expected {folder}; `allattn train` makes it")
+    except (OSError, KeyError, ImportError) as error:  # the last two: an unknown scheme, a client not installed
+        raise UserError(f"workdir {workdir}: expected a folder or a URL such as gs://bucket/run: {error}") from error
+    return folder
+
+
 class Checkpointer:
     """The checkpoints of one workdir: the last few, and the best on dev.
 
@@ -51,13 +65,11 @@ class Checkpointer:
       create: make the folder; False for readers, which refuse a workdir without one.
 
     Raises:
-      UserError: a reader finds no checkpoint.
+      UserError: a reader finds no checkpoint, or the workdir cannot be one.
     """
 
     def __init__(self, workdir: str, keep: int = 3, create: bool = True):
-        self.workdir, self.folder = workdir, epath.Path(workdir) / "checkpoints"
-        if not create and not self.folder.exists():
-            raise UserError(f"no checkpoint in {workdir}: expected {self.folder}; `allattn train` makes it")
+        self.workdir, self.folder = workdir, _folder(workdir, create)
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(

@@ -82,12 +82,15 @@ from clu import metric_writers  # noqa: E402  (only now can it be imported witho
 
 class JsonlWriter(_Writer):
     """One JSON object per call, appended to metrics.jsonl; in a bucket, where nothing can be appended, a part file
-    of its own for every start, written whole at each flush."""
+    of its own for every start, written whole at each flush and when a minute has passed since the last."""
+
+    every = 60.0  # seconds
 
     def __init__(self, workdir: str) -> None:
         folder = epath.Path(workdir)
         self._appends = "://" not in str(workdir)
         self._rows: list[str] = []
+        self._written = time.monotonic()
         self._path = folder / ("metrics.jsonl" if self._appends else f"metrics-{time.time_ns()}.jsonl")
         if self._appends and self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
             self._rows.append("\n")  # a kill cut the last row short; the next one must not continue it
@@ -104,11 +107,12 @@ class JsonlWriter(_Writer):
 
     def _add(self, step: int, row: Mapping[str, Any]) -> None:
         self._rows.append(json.dumps({"step": int(step), **row}) + "\n")
-        if self._appends:
+        if self._appends or time.monotonic() - self._written >= self.every:
             self.flush()
 
     def flush(self) -> None:
         """Bring everything to the disk or the bucket."""
+        self._written = time.monotonic()
         if self._appends:
             with self._path.open("a") as file:
                 file.write("".join(self._rows))

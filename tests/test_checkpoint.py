@@ -1,5 +1,6 @@
 """Checkpoints: what goes in comes out on any mesh, the right ones are kept, and damage costs one checkpoint at most."""
 
+import math
 import os
 import shutil
 import signal
@@ -170,6 +171,34 @@ def test_no_checkpoint(tmp_path: Path) -> None:
             checkpoints.resolve()
 
 
+def test_a_relative_workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `make demo`; and the process may change its folder while it runs."""
+    monkeypatch.chdir(tmp_path)
+    with Checkpointer("runs/demo") as checkpoints:
+        monkeypatch.chdir("/")
+        save(checkpoints, 10)
+    monkeypatch.chdir(tmp_path)
+    with Checkpointer("runs/demo", create=False) as checkpoints:
+        assert_same(checkpoints.restore(*abstract({})), trees(10))
+    assert os.listdir(tmp_path / "runs" / "demo" / "checkpoints") == ["10"]
+
+
+@pytest.mark.parametrize("workdir", ["FILE", "FILE/run", "nosuch://bucket/run"])
+def test_a_workdir_that_cannot_be_one(tmp_path: Path, workdir: str) -> None:
+    (tmp_path / "FILE").write_text("")
+    workdir = workdir.replace("FILE", str(tmp_path / "FILE"))
+    with pytest.raises(UserError, match=f"workdir {workdir}: expected a folder or a URL"):
+        Checkpointer(workdir)
+    assert sorted(os.listdir(tmp_path)) == ["FILE"]
+
+
+def test_meta_holds_any_number(tmp_path: Path) -> None:
+    with Checkpointer(str(tmp_path)) as checkpoints:
+        checkpoints.save(10, *trees(10), {"values": [math.nan, math.inf, -math.inf, 2**63, None, 0.1]})
+        found = checkpoints.restore_meta()["values"]
+    assert math.isnan(found[0]) and found[1:] == [math.inf, -math.inf, 2**63, None, 0.1]
+
+
 @pytest.mark.parametrize("item", ["params", "optimizer", "cache", "meta"])
 def test_a_resume_passes_over_a_damaged_checkpoint(tmp_path: Path, item: str, caplog) -> None:
     """It goes on from the one before, and can then write the damaged step again."""
@@ -289,6 +318,6 @@ def test_a_kill_in_the_middle_of_saving(tmp_path: Path) -> None:
             assert checkpoints.restore_meta(step)["step"] == step
             for tree in checkpoints.restore(place, place, place, step):
                 assert (tree["x"] == step).all()
-        checkpoints.save(steps[-1] + 1, *trees(0), {})
+        save(checkpoints, steps[-1] + 10)
     left = [name for name in os.listdir(tmp_path / "checkpoints") if not name.isdigit()]
     assert not left, "a writer clears away what was half written"

@@ -58,9 +58,8 @@ def test_full_coverage(tokens: int, rows: int, block: int, warm_up: int) -> None
     assert (plan.begin_R == np.maximum(0, plan.first_R - 1 - warm_up)).all()
 
 
-@pytest.mark.parametrize("adaptive", [True, False])
-def test_authors_equals_the_training_pass(adaptive: bool) -> None:
-    model = Model(geometry(adaptive=adaptive, limit=160 if adaptive else 24))
+def test_authors_equals_the_training_pass() -> None:
+    model = Model(geometry())
     params, block = random_params(model), 8
     found = evaluate.evaluate_tokens(model, params, TOKENS, protocol="authors", block=block)
     nll_RT = naive_nll(model, params, TOKENS[: 8 * (len(TOKENS) // 8)].reshape(8, -1), block)
@@ -92,22 +91,19 @@ def test_full_by_the_default_implementation() -> None:
 
 
 def test_real_text() -> None:
-    """A piece of Wikipedia: both protocols read it as it is, and `full` does so in either cut."""
+    """A piece of Wikipedia by both protocols."""
     if not REAL_TEXT.exists():
         pytest.skip(f"{REAL_TEXT.name} of enwik8_slice is not on this machine")
     text = REAL_TEXT.read_bytes()[:600]
     tokens = Vocabulary.from_text(text).encode(text)
     model = Model(geometry(vocab_size=int(tokens.max()) + 1))
     params = random_params(model)
-    scores = [
-        evaluate.evaluate_tokens(model, params, tokens, protocol=protocol, block=8, rows=rows)
-        for protocol, rows in (("full", 1), ("full", 5), ("authors", 8))
-    ]
-    assert [s["tokens"] for s in scores] == [599, 599, 8 * 72]
-    assert scores[0]["nll"] == pytest.approx(scores[1]["nll"], rel=2e-6)
-    nll_RT = naive_nll(model, params, tokens.reshape(8, -1), 8)
-    assert scores[2]["nll"] == pytest.approx(nll_RT.mean(), rel=2e-6)
-    assert abs(scores[2]["nll"] - scores[0]["nll"]) > 1e-4, "the protocols must differ on this text"
+    full, authors = (
+        evaluate.evaluate_tokens(model, params, tokens, protocol=protocol, block=8) for protocol in ("full", "authors")
+    )
+    assert (full["tokens"], authors["tokens"]) == (599, 8 * 72)
+    assert authors["nll"] == pytest.approx(naive_nll(model, params, tokens.reshape(8, -1), 8).mean(), rel=2e-6)
+    assert 1e-4 < abs(full["nll"] - authors["nll"]) < 0.1, "the protocols must differ on this text, but not by much"
 
 
 def test_refusals() -> None:

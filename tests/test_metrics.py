@@ -99,6 +99,19 @@ def test_part_files_of_a_bucket(tmp_path: Path) -> None:
     assert metrics.read_jsonl(str(tmp_path)) == [{"step": 5, "nll": 1.0}]
 
 
+def test_where_nothing_can_be_appended(tmp_path: Path) -> None:
+    """The file is written whole, at once if the last time is long ago and otherwise at the next flush."""
+    writer = metrics.JsonlWriter(str(tmp_path))
+    writer._appends, writer.every = False, 3600.0
+    writer.write_scalars(1, {"nll": 3.0})
+    assert metrics.read_jsonl(str(tmp_path)) == []
+    writer.flush()
+    assert [row["step"] for row in metrics.read_jsonl(str(tmp_path))] == [1]
+    writer.every = 0.0
+    writer.write_scalars(2, {"nll": 2.0})
+    assert [row["step"] for row in metrics.read_jsonl(str(tmp_path))] == [1, 2]
+
+
 def test_other_processes_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     write(tmp_path, {1: {"nll": 1.0}})
@@ -183,11 +196,11 @@ def test_progress_without_a_terminal(capsys: pytest.CaptureFixture) -> None:
     with metrics.RunProgress(total=1000, every=3600) as progress:
         for step in (10, 20, 30):
             progress.update(step, {"bpc": 1.23456, "tokens_per_s": 12345.6, "mean_span": 3.0})
-        progress.message("step 30: dev [1.5] bpc")
+        progress.message("step 30: [bold] 1.5 bpc")
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [
         "step 10/1000  1.235 bpc  12,346 tokens/s  ETA -",
-        "step 30: dev [1.5] bpc",
+        "step 30: [bold] 1.5 bpc",
     ]
     assert captured.err == ""
 
@@ -196,13 +209,13 @@ def test_progress_foretells_the_end(capsys: pytest.CaptureFixture, monkeypatch: 
     """40 steps in 100 seconds leave 9000 s for the 3600 that remain."""
     times = iter([5.0, 55.0, 105.0])
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(times)))
-    with metrics.RunProgress(total=3640, every=60) as progress:
-        for step in (0, 20, 40):
+    with metrics.RunProgress(total=3680, every=60) as progress:
+        for step in (40, 60, 80):
             progress.update(step, {"bpc": 2.0, "dev_bpc": 2.5})
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        "step 0/3640  2.000 bpc  dev 2.500 bpc  ETA -",
-        "step 40/3640  2.000 bpc  dev 2.500 bpc  ETA 2:30:00",
+        "step 40/3680  2.000 bpc  dev 2.500 bpc  ETA -",
+        "step 80/3680  2.000 bpc  dev 2.500 bpc  ETA 2:30:00",
     ]
 
 
@@ -213,6 +226,6 @@ def test_progress_on_a_terminal(capsys: pytest.CaptureFixture, monkeypatch: pyte
     monkeypatch.setenv("COLUMNS", "120")
     with metrics.RunProgress(total=100) as progress:
         progress.update(50, {"bpc": 1.5})
-        progress.message("step 50: dev [1.5] bpc")
+        progress.message("step 50: [bold] 1.5 bpc")
     shown = capsys.readouterr().out
-    assert "step 50/100" in shown and "1.500 bpc" in shown and "step 50: dev [1.5] bpc" in shown
+    assert "step 50/100" in shown and "1.500 bpc" in shown and "step 50: [bold] 1.5 bpc" in shown
