@@ -1,0 +1,320 @@
+"""The command line from start to finish on a text of our own, and one line for every mistake."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from allattn import train
+from allattn.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[1]
+LETTERS = "abcdefghijklmn"
+TINY = {
+    **{"dataset.name": "files", "model.depth": 1, "model.width": 16, "model.heads": 2, "model.persistent": 8},
+    **{"model.vocab_size": 0, "model.dtype": "float32", "model.implementation": "reference", "model.span.limit": 32},
+    **{"model.span.ramp": 4, "model.span.check_every": 4, "optimizer.name": "adam", "optimizer.learning_rate": 1e-2},
+    **{"optimizer.warmup": 4, "optimizer.clip": 1.0, "train.batch": 4, "train.block": 16, "train.steps": 10},
+    **{"train.finetune_steps": 2, "train.log_every": 1, "checkpoint.every": 4, "evaluate.every": 4},
+}
+
+
+class Result(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    def last(self) -> dict[str, Any]:
+        return json.loads(self.out.splitlines()[-1])
+
+
+class Place(NamedTuple):
+    """A folder with texts and a finished run."""
+
+    folder: Path
+    texts: Path
+    run: Path
+    trained: Result
+
+
+def flags(texts: Path, **changes: Any) -> list[str]:
+    """Settings of the tiny run; a double underscore stands for a dot."""
+    values = {**TINY, "dataset.data_dir": texts, **{k.replace("__", "."): v for k, v in changes.items()}}
+    return ["--config=configs/base.py", *(f"--config.{name}={value}" for name, value in values.items())]
+
+
+def call(*words: Any) -> Result:
+    """One command in this process."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(word) for word in words])
+    return Result(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    folder = tmp_path_factory.mktemp("cli")
+    texts, rng = folder / "texts", np.random.default_rng(0)
+    texts.mkdir()
+    words = ["".join(rng.choice(list(LETTERS), 5)) for _ in range(20)]
+    for split, count in (("train", 340), ("valid", 100), ("test", 100)):
+        (texts / f"{split}.txt").write_text(" ".join(rng.choice(words, count)) + "\n")
+    (folder / "own.txt").write_text(" ".join(words[:5]))
+    (folder / "foreign.txt").write_text("abc abc? abc")
+    (folder / "short.txt").write_text("abc")
+    (folder / "empty.txt").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALLATTN_DATA_DIR", str(folder / "prepared"))
+        patch.chdir(ROOT)
+        trained = call("train", f"--workdir={folder / 'run'}", *flags(texts))
+        yield Place(folder, texts, folder / "run", trained)
+
+
+def contents(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file under a folder with its size and time."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
+
+
+def dev_scores(run: Path) -> dict[int, float]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["dev_nll"] for row in rows if "dev_nll" in row}
+
+
+# --- a run from start to finish ----------------------------------------------------------------------------------
+
+
+def test_train(place: Place) -> None:
+    assert place.trained.code == 0
+    scores = place.trained.last()
+    assert set(scores) == {"split", "protocol", "step", "nll", "bpc", "ppl", "tokens"}
+    assert (scores["split"], scores["protocol"], scores["step"], scores["tokens"]) == ("test", "authors", 12, 512)
+    assert scores["bpc"] == pytest.approx(scores["nll"] / math.log(2))
+    assert scores["ppl"] == pytest.approx(math.exp(scores["nll"]))
+    assert f"checkpoints: {place.run}/checkpoints" in place.trained.out.splitlines()
+    assert sorted(dev_scores(place.run)) == [4, 8, 12]
+
+
+def test_train_again_is_complete(place: Place) -> None:
+    before = contents(place.run)
+    again = call("train", f"--workdir={place.run}", *flags(place.texts))
+    assert again.code == 0 and f"{place.run} is complete: 12 of 12 steps" in again.out
+    assert again.last() == place.trained.last()
+    assert contents(place.run) == before
+
+
+def test_train_longer(place: Place, tmp_path: Path) -> None:
+    """A finished run goes on if it is given more steps."""
+    call("train", f"--workdir={tmp_path}/run", *flags(place.texts, train__steps=2))
+    longer = call("train", f"--workdir={tmp_path}/run", *flags(place.texts, train__steps=3, evaluate__protocol="full"))
+    assert longer.code == 0 and (longer.last()["step"], longer.last()["protocol"]) == (5, "full")
+    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "nll" in row] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("step", [None, "8", "best"])
+def test_evaluate_repeats_the_score_of_training(place: Place, step: str | None) -> None:
+    scores = dev_scores(place.run)
+    wanted = {None: 12, "8": 8, "best": min(scores, key=lambda s: scores[s])}[step]
+    words = [] if step is None else [f"--step={step}"]
+    found = call("evaluate", f"--workdir={place.run}", "--split=valid", *words).last()
+    assert (found["split"], found["protocol"], found["step"]) == ("valid", "authors", wanted)
+    assert found["nll"] == scores[wanted]
+
+
+def test_evaluate_full(place: Place) -> None:
+    found = call("evaluate", f"--workdir={place.run}", "--split=valid", "--protocol=full").last()
+    assert (found["protocol"], found["tokens"]) == ("full", 599)
+    assert 0 < abs(found["nll"] - dev_scores(place.run)[12]) < 0.05
+
+
+def test_evaluate_text(place: Place) -> None:
+    text = place.folder / "own.txt"  # 29 bytes and the closing newline
+    found = call("evaluate", f"--workdir={place.run}", f"--text={text}", "--protocol=full").last()
+    assert (found["split"], found["tokens"]) == (str(text), 29)
+    same = call("evaluate", f"--workdir={place.run}", f"--text={place.texts}/test.txt").last()
+    assert same["nll"] == place.trained.last()["nll"]
+
+
+def test_evaluate_data_elsewhere(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "moved").symlink_to(place.texts)
+    found = call("evaluate", f"--workdir={place.run}", f"--data_dir={tmp_path}/moved").last()
+    assert found["nll"] == place.trained.last()["nll"]
+
+
+def test_generate(place: Place) -> None:
+    words = ["generate", f"--workdir={place.run}", "--prompt=abc", "--length=30"]
+    first, again = (call(*words, "--seed=1") for _ in range(2))
+    assert first.code == 0 and first.out.startswith("abc") and first.out.endswith("\n") and len(first.out) == 34
+    assert set(first.out) <= set(LETTERS + " \n")
+    assert first.out == again.out != call(*words, "--seed=2").out
+    assert call(*words, "--temperature=0").out == call(*words, "--top_k=1").out
+
+
+def test_generate_words(place: Place, tmp_path: Path) -> None:
+    """Words come apart by single spaces, and lines begin without one."""
+    run = tmp_path / "run"
+    changes = {"dataset__unit": "word", "train__steps": 1, "train__finetune_steps": 0, "train__block": 8}
+    assert call("train", f"--workdir={run}", *flags(place.texts, **changes, evaluate__protocol="full")).code == 0
+    word = place.texts.joinpath("train.txt").read_text().split()[0]
+    for prompt in (word, f"{word}\n"):
+        out = call("generate", f"--workdir={run}", f"--prompt={prompt}", "--length=200", "--temperature=9").out
+        assert out.startswith(prompt) and out.count("\n") > 2
+        assert "  " not in out and "\n " not in out and " \n" not in out
+        assert len(out.replace("\n", " \n ").split(" ")) > 200
+
+
+# --- help and mistakes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["generate"], ["data"]], ids=lambda c: " ".join(c))
+def test_help(command: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0 and out.startswith(f"usage: {' '.join(['allattn', *command])}")
+    assert "--workdir" in out or command in ([], ["data"])
+
+
+def process(*words: Any) -> Result:
+    """One command in a process of its own."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "allattn", *map(str, words)], capture_output=True, cwd=ROOT, env=environment, timeout=120
+    )
+    return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def test_help_is_quick() -> None:
+    began = time.monotonic()
+    assert process("generate", "--help").code == 0
+    assert time.monotonic() - began < 2
+
+
+def test_a_process_writes_one_line(place: Place) -> None:
+    """Nothing of the libraries stands beside the message, and nothing at all where there is no mistake."""
+    found = process("generate", f"--workdir={place.run}", "--prompt=a?c")
+    assert (found.code, found.out) == (2, "")
+    assert found.err == "allattn: byte b'?' at offset 1 is none of the vocabulary's 16 symbols\n"
+    found = process("evaluate", f"--workdir={place.run}")
+    assert (found.code, found.err) == (0, "") and found.last() == place.trained.last()
+
+
+def test_closed_output(place: Place) -> None:
+    """A reader such as `head` may leave before the end."""
+    words = [sys.executable, "-m", "allattn", "generate", f"--workdir={place.run}", "--prompt=a", "--length=2000"]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout and running.stderr
+        assert running.stdout.read(3)[:1] == b"a"
+        running.stdout.close()
+        assert running.stderr.read() == b"allattn: the output was closed before the end\n"
+        assert running.wait() == 1
+
+
+TRAIN, SCORE, WRITE = "train --workdir={folder}/new", "evaluate --workdir={run}", "generate --workdir={run}"
+MISTAKES = [
+    # words, settings, a piece of the message
+    ("", {}, "required: COMMAND"),
+    ("trian", {}, "invalid choice: 'trian'"),
+    ("train", {}, "required: --config, --workdir"),
+    (f"{TRAIN} --config={{folder}}/none.py", None, "found no file"),
+    (f"{TRAIN} stray", {}, "unknown argument 'stray'"),
+    (TRAIN, {"model__widht": 3}, "did you mean --config.model.width?"),
+    (TRAIN, {"model__width": "wide"}, "expected int"),
+    (TRAIN, {"train__accumulation": 3}, "train.batch: expected a multiple of"),
+    (TRAIN, {"train__block": 0}, "train.block: expected at least 1, found 0"),
+    (TRAIN, {"train__block": 5000}, "a row has 510 and needs 5001"),
+    (TRAIN, {"model__span__limit": 0}, "model.span: expected limit and ramp of at least 1, found 0 and 4"),
+    (TRAIN, {"model__span__init": 2}, "model.span.init: expected a number in [0, 1], found 2.0"),
+    (TRAIN, {"model__span__check_every": 1}, "model.span.check_every: expected at least"),
+    (TRAIN, {"model__vocab_size": 7}, "16 symbols in files; found 7"),
+    (TRAIN, {"dataset__name": "enwik9"}, "unknown data set 'enwik9': did you mean 'enwik8'?"),
+    (TRAIN, {"dataset__data_dir": "{folder}/none"}, "missing: train.txt, valid.txt, test.txt"),
+    (TRAIN, {"dataset__unit": "line"}, "unit must be byte or word, found 'line'"),
+    (TRAIN, {"mesh__data": 3}, "mesh: expected data x fsdp x tensor = 1 devices"),
+    ("train --workdir={run}", {"model__width": 32}, "model.width: 16 in the workdir, 32 now"),
+    ("train --workdir={run}", {"seed": 1}, "seed: 0 in the workdir, 1 now"),
+    ("evaluate --workdir={folder}/new", {}, "no checkpoint in {folder}/new"),
+    ("generate --workdir={folder}/new --prompt=a", {}, "no checkpoint in {folder}/new"),
+    ("evaluate --workdir={texts}", {}, "no checkpoint in {texts}"),
+    (f"{SCORE} --step=5", {}, "no checkpoint of step 5 in {run}: expected best or one of [4, 8, 12]"),
+    (f"{SCORE} --step=-1", {}, "no checkpoint of step -1"),
+    (f"{SCORE} --step=worst", {}, "no checkpoint of step worst"),
+    (f"{SCORE} --split=dev", {}, "invalid choice: 'dev'"),
+    (f"{SCORE} --protocol=ful", {}, "invalid choice: 'ful'"),
+    (f"{SCORE} --seed=1", {}, "unknown argument '--seed=1'"),
+    (f"{SCORE} --config.model.width=3", {}, "unknown argument '--config.model.width=3'"),
+    (f"{SCORE} --data_dir={{folder}}/none", {}, "missing: train.txt, valid.txt, test.txt"),
+    (f"{SCORE} --text={{folder}}/none.txt", {}, "--text: expected a file"),
+    (f"{SCORE} --text={{folder}}", {}, "--text: expected a file"),
+    (f"{SCORE} --text={{folder}}/foreign.txt", {}, "byte b'?' at offset 7"),
+    (f"{SCORE} --text={{folder}}/short.txt", {}, "authors: expected at least 136 tokens, found 4"),
+    (f"{SCORE} --text={{folder}}/empty.txt --protocol=full", {}, "full: expected at least 2 tokens, found 0"),
+    (WRITE, {}, "required: --prompt"),
+    (f"{WRITE} --prompt=", {}, "--prompt: expected at least one symbol"),
+    (f"{WRITE} --prompt=ab?", {}, "byte b'?' at offset 2"),
+    (f"{WRITE} --prompt=a\udcff", {}, "byte b'\\xff' at offset 1"),
+    (f"{WRITE} --prompt=a --length=-1", {}, "length -1"),
+    (f"{WRITE} --prompt=a --length=x", {}, "invalid int value: 'x'"),
+    (f"{WRITE} --prompt=a --temperature=nan", {}, "temperature nan"),
+    (f"{WRITE} --prompt=a --top_p=0", {}, "top_p 0.0"),
+    (f"{WRITE} --prompt=a --seed=99999999999999999999", {}, "--seed: expected"),
+    ("data --dataset=enwik9", {}, "did you mean 'enwik8'?"),
+    ("data --dataset=files", {}, "needs data_dir"),
+    ("data --dataset=enwik8 --manual_dir={folder}/none", {}, "manual_dir: {folder}/none is not a folder"),
+    ("data --dataset=text8 --manual_dir={texts}", {}, "no text8.zip, in {texts}"),
+]
+
+
+@pytest.mark.parametrize(("words", "settings", "message"), MISTAKES, ids=[f"{w[:40]} {s}" for w, s, _ in MISTAKES])
+def test_mistake(place: Place, words: str, settings: dict | None, message: str) -> None:
+    """Exit code 2, one line that says what is wrong, and nothing created or changed."""
+    names = {"folder": place.folder, "texts": place.texts, "run": place.run}
+    given = [word.format(**names) for word in words.split()]
+    if "--workdir" in words and words.startswith("train") and settings is not None:
+        given += [word.format(**names) for word in flags(place.texts, **settings)]
+    before = contents(place.run)
+    found = call(*given)
+    assert found.code == 2, found
+    assert found.err.startswith("allattn: ") and found.err.count("\n") == 1 and found.err.endswith("\n")
+    assert message.format(**names) in found.err
+    assert not words.startswith(("evaluate", "generate")) or found.out == ""
+    assert contents(place.run) == before and not (place.folder / "new").exists()
+
+
+def test_loss_that_is_not_a_number(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exit code 1; the message names the step; the checkpoint from before stands, and the run goes on from it."""
+    advance = train.Trainer.step
+
+    def poison(self: train.Trainer, state: train.TrainState, *rest: Any) -> Any:
+        if int(state.step) == 5:
+            state.params["io"]["bias"] = state.params["io"]["bias"] * np.nan
+        return advance(self, state, *rest)
+
+    monkeypatch.setattr(train.Trainer, "step", poison)
+    words = ["train", f"--workdir={tmp_path}/run", *flags(place.texts)]
+    found = call(*words)
+    assert (found.code, found.err) == (
+        1,
+        "allattn: the loss of step 6 is not a number; the last good checkpoint is kept\n",
+    )
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["4"]
+    monkeypatch.setattr(train.Trainer, "step", advance)
+    assert call(*words).last() == place.trained.last()
+
+
+def test_rate_that_is_too_high(place: Place, tmp_path: Path) -> None:
+    found = call("train", f"--workdir={tmp_path}/run", *flags(place.texts, optimizer__learning_rate="inf"))
+    assert found.code == 1 and "the loss of step 2 is not a number" in found.err and found.err.count("\n") == 1
