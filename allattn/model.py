@@ -41,6 +41,7 @@ class ModelConfig:
     ramp: int
     init: float
     implementation: str | None = None
+    remat: bool = False  # config.train.remat
 
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict) -> "ModelConfig":
@@ -68,6 +69,7 @@ class ModelConfig:
             **{name: model[name] for name in shared},
             **{name: span[name] for name in ("limit", "adaptive", "ramp", "init")},
             implementation=model.implementation or None,
+            remat=config.train.remat,
         )
 
     @property
@@ -256,6 +258,7 @@ class Network(nnx.Module):
 
         seeds = None if seeds_X is None else seeds_X[: config.depth]
         h_BTD = self._embedding_dropout(self.io.embed(tokens_BT, dtype), seeds_X, -2, row_offset)
+        body = jax.checkpoint(body) if config.remat else body
         h_BTD, (new, mass_X) = jax.lax.scan(body, h_BTD, (state, cache, seeds))
         return Forward(self._embedding_dropout(h_BTD, seeds_X, -1, row_offset), new, mass_X)
 

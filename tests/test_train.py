@@ -228,3 +228,13 @@ def test_loss_that_is_not_a_number(texts: str, tmp_path: Path) -> None:
         assert checkpoints.steps() == [10]
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert max(json.loads(row)["step"] for row in rows) == 15
+
+
+def test_remat_changes_nothing(texts: str, tmp_path: Path) -> None:
+    """Recomputing the layers in the backward pass gives the same losses, dropout included."""
+    losses = {}
+    for remat in (False, True):
+        c = tiny(texts, **{"train.remat": remat, "train.steps": 6, "train.finetune_steps": 0}, **QUICK)
+        train.train_and_evaluate(c, str(tmp_path / str(remat)))
+        losses[remat] = [row["nll"] for row in read_jsonl(str(tmp_path / str(remat))) if "nll" in row]
+    np.testing.assert_allclose(losses[False], losses[True], rtol=1e-5)
