@@ -13,9 +13,12 @@ import pytest
 from tiny_model import geometry, naive_forward, random_params
 
 from allattn import generate
+from allattn.data import Vocabulary
 from allattn.errors import UserError
 from allattn.generate import Sampling
 from allattn.model import Model, Params
+from allattn.run import Run
+from configs import base
 
 PROMPT = np.random.default_rng(1).integers(29, size=150)
 SHORT = {"adaptive": False, "limit": 12}
@@ -150,3 +153,37 @@ def test_refusals(changes: dict[str, Any], message: str) -> None:
     model = Model(geometry())
     with pytest.raises(UserError, match=message):
         generate.generate(model, {}, **{"prompt": PROMPT[:5], "length": 3, **changes})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        (b"the", b" the cat\nsat\n\nthe"),
+        (b"the\n", b"the cat\nsat\n\nthe"),
+        (b"the ", b"the cat\nsat\n\nthe"),
+    ],
+)
+def test_words_come_apart(monkeypatch: pytest.MonkeyPatch, prompt: bytes, expected: bytes) -> None:
+    """By single spaces, and lines begin and end without one."""
+    words = Vocabulary("word", ("\n", "the", "cat", "sat"))
+    monkeypatch.setattr(generate, "generate", lambda *_: iter([1, 2, 0, 3, 0, 0, 1]))
+    assert b"".join(Run(Model(geometry()), {}, base.get_config(), words, 0).generate(prompt)) == expected
+
+
+def test_bytes_come_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    letters = Vocabulary("byte", ("\n", "a", " ", "\xff"))
+    monkeypatch.setattr(generate, "generate", lambda *_: iter([1, 2, 0, 3, 1]))
+    assert list(Run(Model(geometry()), {}, base.get_config(), letters, 0).generate(b"a")) == [
+        b"a",
+        b" ",
+        b"\n",
+        b"\xff",
+        b"a",
+    ]
+
+
+def test_run_refuses_at_once() -> None:
+    run = Run(Model(geometry()), {}, base.get_config(), Vocabulary("byte", ("\n", "a")), 0)
+    for prompt, message in ((b"ab", "byte b'b' at offset 1"), (b"", "--prompt: expected")):
+        with pytest.raises(UserError, match=message):
+            run.generate(prompt)
