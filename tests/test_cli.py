@@ -119,7 +119,7 @@ def test_train_again_is_complete(place: Place) -> None:
 def test_train_longer(place: Place, tmp_path: Path) -> None:
     """A finished run goes on if it is given more steps."""
     shutil.copytree(place.run, tmp_path / "run")
-    longer = call("train", f"--workdir={tmp_path}/run", *flags(place.texts, train__steps=12, checkpoint__keep=1))
+    longer = call("train", f"--workdir={tmp_path}/run", *flags(place.texts, train__finetune_steps=4))
     assert longer.code == 0 and longer.last()["step"] == 14
     rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "nll" in row] == list(range(1, 15))

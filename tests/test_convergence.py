@@ -22,7 +22,7 @@ from configs import base
 SLICE = Path(__file__).resolve().parents[2] / "shared" / "data" / "enwik8_slice"
 Draw = Callable[[np.random.Generator], np.ndarray]  # one batch of sequences, each one longer than the block
 
-ROWS, BLOCK, STEPS = 16, 32, 300
+ROWS, BLOCK, STEPS = 16, 32, 250
 
 
 def final_nll(symbols: int, depth: int, persistent: int, limit: int, draw: Draw) -> float:

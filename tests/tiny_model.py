@@ -14,7 +14,7 @@ from allattn.model import Model, ModelConfig, Params
 
 def geometry(**changes: Any) -> ModelConfig:
     """Two layers of two heads that may look 160 tokens back, of which those of `random_params` use 52."""
-    fields: dict[str, Any] = dict(depth=2, width=16, heads=2, persistent=5, vocab_size=29)
+    fields: dict[str, Any] = dict(depth=2, width=16, heads=2, persistent=5, vocab_size=96)
     fields |= dict(dropout=0.0, embedding_dropout=0.0, dtype="float32", limit=160, adaptive=True, ramp=4, init=0.0)
     return ModelConfig(**{**fields, "implementation": "reference", **changes})
 
