@@ -27,6 +27,19 @@ FREE = (
     ),
 )
 
+# Smallest values of fields that are numbers, and bounds that a few must stay below.
+LEAST = {
+    **dict.fromkeys(("model.depth", "model.width", "model.heads", "model.vocab_size", "model.span.limit"), 1),
+    **dict.fromkeys(("model.span.ramp", "model.span.check_every", "checkpoint.every", "checkpoint.keep"), 1),
+    **dict.fromkeys(("train.batch", "train.block", "train.accumulation", "train.log_every"), 1),
+    **dict.fromkeys(("evaluate.every", "evaluate.batch"), 1),
+    **dict.fromkeys(("model.persistent", "model.dropout", "model.embedding_dropout", "model.span.init"), 0),
+    **dict.fromkeys(("model.span.margin", "train.steps", "train.finetune_steps"), 0),
+    **dict.fromkeys(("optimizer.learning_rate", "optimizer.warmup", "optimizer.clip", "optimizer.weight_decay"), 0),
+    **dict.fromkeys(("train.peak_flops", "evaluate.max_tokens"), 0),
+}
+BELOW = {"model.dropout": 1, "model.embedding_dropout": 1}
+
 
 def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.ConfigDict:
     """The configuration of an experiment file, with overrides.
@@ -106,6 +119,25 @@ def fields(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tupl
             yield from fields(config[name], f"{prefix}{name}.")
         else:
             yield prefix + name, config[name]
+
+
+def check_ranges(config: ml_collections.ConfigDict, prefix: str = "") -> None:
+    """Refuse numbers out of range.
+
+    Args:
+      config: the whole configuration.
+      prefix: what the names of the fields to check begin with.
+
+    Raises:
+      UserError: names the field, the bound and the value.
+    """
+    for name, value in fields(config):
+        if not name.startswith(prefix):
+            continue
+        if name in LEAST and not value >= LEAST[name]:
+            raise UserError(f"{name}: expected at least {LEAST[name]}, found {value}")
+        if name in BELOW and not value < BELOW[name]:
+            raise UserError(f"{name}: expected less than {BELOW[name]}, found {value}")
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

@@ -18,6 +18,7 @@ from allattn.model import KeyValue, Model, Params
 Array = jax.Array
 
 AUTHORS_ROWS = 8
+PROTOCOLS = ("authors", "full")
 
 
 class Plan(NamedTuple):
@@ -29,19 +30,24 @@ class Plan(NamedTuple):
     blocks: int
 
 
+def least_tokens(protocol: str, block: int) -> int:
+    """Length of the shortest split that a protocol scores."""
+    return AUTHORS_ROWS * (block + 1) if protocol == "authors" else 2
+
+
 def authors_plan(tokens: int, block: int) -> Plan:
     """8 streams from a zero cache, targets 1..floor((T-1)/M) M of each, the rest dropped."""
-    length = tokens // AUTHORS_ROWS
-    blocks = (length - 1) // block if length else 0
-    if not blocks:
-        raise UserError(f"protocol authors: expected at least {AUTHORS_ROWS * (block + 1)} tokens, found {tokens}")
+    least, length = least_tokens("authors", block), tokens // AUTHORS_ROWS
+    if tokens < least:
+        raise UserError(f"protocol authors: expected at least {least} tokens, found {tokens}")
+    blocks = (length - 1) // block
     begin_R = np.arange(AUTHORS_ROWS) * length
     return Plan(begin_R, begin_R + 1, begin_R + blocks * block, blocks)
 
 
 def full_plan(tokens: int, block: int, rows: int, warm_up: int) -> Plan:
     """Targets 1..T-1, each once with its full context; a row first reads `warm_up` tokens that it does not score."""
-    if tokens < 2:
+    if tokens < least_tokens("full", block):
         raise UserError(f"protocol full: expected at least 2 tokens, found {tokens}")
     rows = max(1, min(rows, tokens - 1))
     bounds = 1 + np.arange(rows + 1) * (tokens - 1) // rows

@@ -15,13 +15,16 @@ import ml_collections
 from flax import nnx
 
 from allattn.adaptive_io import TokenIO
-from allattn.attention import all_attention, dropout
+from allattn.attention import IMPLEMENTATIONS, all_attention, dropout
 from allattn.attention.span import reach
-from allattn.attention.xla import buckets
+from allattn.attention.tiles import buckets
+from allattn.config import check_ranges
 from allattn.errors import UserError
 
 Array = jax.Array
 Params = dict[str, Any]
+
+DTYPES = ("float32", "bfloat16", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +54,15 @@ class ModelConfig:
           UserError: a field is out of range, or names a model that this version does not have.
         """
         model, span = config.model, config.model.span
-        for name, known in (("layer", "all_attention"), ("integration", "joint")):
-            if model[name] != known:
-                raise UserError(f"model.{name}: expected {known!r}, found {model[name]!r}")
+        check_ranges(config, "model.")
+        choices = {"layer": ("all_attention",), "integration": ("joint",), "dtype": DTYPES}
+        for name, known in {**choices, "implementation": ("", *IMPLEMENTATIONS)}.items():
+            if model[name] not in known:
+                raise UserError(f"model.{name}: expected one of {known}, found {model[name]!r}")
         if model.width % model.heads:
             raise UserError(f"model.heads: expected a divisor of model.width {model.width}, found {model.heads}")
-        for name in ("depth", "width", "heads", "vocab_size"):
-            if model[name] < 1:
-                raise UserError(f"model.{name}: expected at least 1, found {model[name]}")
-        if span.limit < 1 or span.ramp < 1:
-            raise UserError(f"model.span: expected limit and ramp of at least 1, found {span.limit} and {span.ramp}")
-        for name, value in (("span.init", span.init), ("dropout", model.dropout)):
-            if not 0 <= value <= 1:
-                raise UserError(f"model.{name}: expected a number in [0, 1], found {value}")
+        if span.init > 1:
+            raise UserError(f"model.span.init: expected a number in [0, 1], found {span.init}")
         shared = ("depth", "width", "heads", "persistent", "vocab_size", "dropout", "embedding_dropout", "dtype")
         return cls(
             **{name: model[name] for name in shared},

@@ -7,7 +7,6 @@ D model width.
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +17,10 @@ import numpy as np
 import optax
 
 from allattn import checkpoint, data, evaluate, metrics, optim, sharding
-from allattn.config import changed_fields, from_json, to_json
+from allattn.config import changed_fields, check_ranges, from_json, to_json
 from allattn.errors import RunError, UserError
-from allattn.model import Model, ModelConfig, Params, forward_flops
+from allattn.model import Model, ModelConfig, Params
+from allattn.recorder import Recorder
 
 Array = jax.Array
 
@@ -190,6 +190,8 @@ class Trainer:
         train = config.train
         self.stream = data.Stream(dataset.tokens("train"), train.batch, train.block, config.seed, self.rows)
         self._steps: dict[int, Callable] = {}
+        for split in ("valid", "test"):
+            self._check_length(split)
 
     def init_state(self, bucket: int) -> Callable[[], TrainState]:
         """Function that makes the state of step 0; it is only traced until it is jitted with its shardings."""
@@ -237,6 +239,8 @@ class Trainer:
         if not self.config.model.span.adaptive:
             return state, bucket
         longest = float(jnp.max(state.params["layers"]["span"]))
+        if not math.isfinite(longest):
+            raise RunError(f"a span of step {int(state.step)} is not a number; the last good checkpoint is kept")
         chosen = choose_bucket(self.config, longest, bucket)
         if chosen > bucket:
             state.cache = grow_cache(state.cache, chosen, self.config.model.span.limit)
@@ -245,11 +249,22 @@ class Trainer:
     def evaluate(self, params: Params, split: str) -> dict[str, float]:
         """Score a split as `config.evaluate` says."""
         c = self.config
-        tokens: data.TokenSource = self.dataset.tokens(split)
-        if split == "valid" and c.evaluate.max_tokens:
-            tokens = tokens[: c.evaluate.max_tokens]
         options = {"protocol": c.evaluate.protocol, "block": c.train.block, "rows": c.evaluate.batch}
-        return evaluate.evaluate_tokens(self.model, params, tokens, **options)
+        return evaluate.evaluate_tokens(self.model, params, self._split(split), **options)
+
+    def _split(self, split: str) -> data.TokenSource:
+        tokens: data.TokenSource = self.dataset.tokens(split)
+        most = self.config.evaluate.max_tokens
+        return tokens[:most] if split == "valid" and most else tokens
+
+    def _check_length(self, split: str) -> None:
+        protocol, found = self.config.evaluate.protocol, len(self._split(split))
+        least = evaluate.least_tokens(protocol, self.config.train.block)
+        if found < least:
+            raise UserError(
+                f"{self.dataset.name}, split {split}: protocol {protocol} with train.block {self.config.train.block} "
+                f"needs at least {least} tokens, found {found}"
+            )
 
     def meta(self, state: TrainState, bucket: int) -> dict[str, Any]:
         """What a checkpoint says besides its arrays."""
@@ -266,12 +281,13 @@ class Trainer:
 def check(config: ml_collections.ConfigDict, dataset: data.Dataset) -> None:
     """Refuse what cannot run, before anything is written."""
     span, train = config.model.span, config.train
+    check_ranges(config)
     if config.model.vocab_size != dataset.vocabulary.size:
         found = f"{dataset.vocabulary.size} symbols in {dataset.name}"
         raise UserError(f"model.vocab_size: expected what the data has, {found}; found {config.model.vocab_size}")
-    for name in ("log_every", "accumulation", "batch", "block"):
-        if train[name] < 1:
-            raise UserError(f"train.{name}: expected at least 1, found {train[name]}")
+    if config.evaluate.protocol not in evaluate.PROTOCOLS:
+        found = repr(config.evaluate.protocol)
+        raise UserError(f"evaluate.protocol: expected one of {evaluate.PROTOCOLS}, found {found}")
     if span.adaptive and span.check_every * train.block < span.limit:
         least = -(-span.limit // train.block)
         raise UserError(
@@ -362,69 +378,3 @@ def _run(
             if stopping:
                 raise RunError(f"stopped at step {done} because this machine is being taken away; run again to go on")
     return state
-
-
-class Recorder:
-    """Turns the metrics of the steps into rows of the logs and lines on the screen."""
-
-    def __init__(self, trainer: Trainer, workdir: str, total: int, first: int) -> None:
-        self._trainer, self._config = trainer, trainer.config
-        self._writer = metrics.create_writer(workdir)
-        self._progress = metrics.RunProgress(total)
-        self._pending: tuple[int, metrics.TrainMetrics] | None = None
-        self._sum: metrics.TrainMetrics | None = None
-        self._step = self._logged = first
-        self._time = time.perf_counter()
-        self._dev: dict[str, float] = {}
-
-    def __enter__(self) -> "Recorder":
-        self._progress.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._writer.flush()
-        self._progress.__exit__(*error)
-
-    def record(self, step: int, values: metrics.TrainMetrics) -> None:
-        """Take the metrics of a step and read those of the step before."""
-        self.flush()
-        self._pending = (step, values)
-
-    def flush(self) -> None:
-        """Read the metrics that are still on the device.
-
-        Raises:
-          RunError: the loss of that step is not a number.
-        """
-        if self._pending is None:
-            return
-        (step, values), self._pending = self._pending, None
-        self._step = step
-        values = jax.device_get(values)
-        if not math.isfinite(float(values.compute()["nll"])):
-            raise RunError(f"the loss of step {step} is not a number; the last good checkpoint is kept")
-        self._sum = values if self._sum is None else self._sum.merge(values)
-        if step % self._config.train.log_every == 0:
-            self._log(step)
-
-    def _log(self, step: int) -> None:
-        assert self._sum is not None
-        now, steps, train = time.perf_counter(), step - self._logged, self._config.train
-        found, tokens = self._sum.compute(), steps * train.batch * train.block
-        flops = 3 * tokens * forward_flops(self._trainer.model.config, float(found["mean_reach"]), train.block)
-        peak = train.peak_flops * self._trainer.mesh.size
-        row = metrics.summarise(found, max(now - self._time, 1e-9), tokens, flops, peak)
-        self._writer.write_scalars(step, row)
-        self._progress.update(step, {**row, **self._dev})
-        self._sum, self._logged, self._time = None, step, now
-
-    def evaluate(self, params: Params) -> dict[str, float]:
-        """Score dev and log it; the time this takes is not counted as training."""
-        began, step = time.perf_counter(), self._step
-        scores = self._trainer.evaluate(params, "valid")
-        self._dev = {f"dev_{name}": scores[name] for name in ("nll", "bpc", "ppl")}
-        self._writer.write_scalars(step, self._dev)
-        protocol = self._config.evaluate.protocol
-        self._progress.message(f"step {step}: dev {scores['bpc']:.4f} bpc, {protocol}, {scores['tokens']} tokens")
-        self._time += time.perf_counter() - began
-        return scores

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allattn import attention
-from allattn.attention import all_attention, dropout, xla
+from allattn.attention import all_attention, dropout, tiles
 
 IMPLEMENTATIONS = [name for name in attention.IMPLEMENTATIONS if name != "reference"]
 
@@ -128,7 +128,7 @@ def compare(ours: dict[str, Any], reference: dict[str, Any], tolerance: float) -
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 8 queries, so that small cases have several."""
-    monkeypatch.setattr(xla, "TILE", 8)
+    monkeypatch.setattr(tiles, "TILE", 8)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -210,7 +210,7 @@ def test_dropout_does_not_depend_on_the_cut(implementation: str, monkeypatch: py
     inputs = arrays(case)
     whole = kept(case, inputs, implementation)
     close = dict(rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr(xla, "TILE", 256)
+    monkeypatch.setattr(tiles, "TILE", 256)
     np.testing.assert_allclose(kept(case, inputs, implementation), whole, **close)
     rows = {name: inputs[name][2:] for name in ("query", "key", "value")}
     np.testing.assert_allclose(kept(case, {**inputs, **rows}, implementation, row_offset=2), whole[2:], **close)
@@ -240,7 +240,7 @@ def test_dropout_rate() -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_memory(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward pass keeps no array of T x S x H: under 64 MiB beyond inputs and outputs for a row of 8 heads."""
-    monkeypatch.setattr(xla, "TILE", 256)
+    monkeypatch.setattr(tiles, "TILE", 256)
     case = Case(B=1, T=512, S=8704, H=8, K=64, L=8192, N=1024, spans=(8192.0,) * 8, ramp=32)
     shapes = jax.eval_shape(lambda: arrays(case))
 
@@ -331,3 +331,13 @@ def test_mesh() -> None:
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], env=flags, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip().endswith("agree on 8"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_large_logits_where_the_ramp_ends(implementation: str) -> None:
+    """There m = 0 and the logit is not among those that the maximum is taken over: its exponential may overflow."""
+    case = Case(spans=(0.0, 3.0))
+    inputs = arrays(case)
+    inputs["query"] *= 100
+    for name, found in results(case, inputs, implementation).items():
+        assert np.isfinite(found).all(), name

@@ -224,7 +224,7 @@ MISTAKES = [
     (TRAIN, {"train__accumulation": 3}, "train.batch: expected a multiple of"),
     (TRAIN, {"train__block": 0}, "train.block: expected at least 1, found 0"),
     (TRAIN, {"train__block": 5000}, "a row has 510 and needs 5001"),
-    (TRAIN, {"model__span__limit": 0}, "model.span: expected limit and ramp of at least 1, found 0 and 4"),
+    (TRAIN, {"model__span__limit": 0}, "model.span.limit: expected at least 1, found 0"),
     (TRAIN, {"model__span__init": 2}, "model.span.init: expected a number in [0, 1], found 2.0"),
     (TRAIN, {"model__span__check_every": 1}, "model.span.check_every: expected at least"),
     (TRAIN, {"model__vocab_size": 7}, "16 symbols in files; found 7"),

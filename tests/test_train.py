@@ -18,7 +18,7 @@ import pytest
 from allattn import data, optim, train
 from allattn.attention import all_attention
 from allattn.checkpoint import Checkpointer
-from allattn.errors import RunError
+from allattn.errors import RunError, UserError
 from allattn.metrics import read_jsonl
 from allattn.model import Model, ModelConfig
 from configs import base
@@ -228,6 +228,43 @@ def test_loss_that_is_not_a_number(texts: str, tmp_path: Path) -> None:
         assert checkpoints.steps() == [10]
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert max(json.loads(row)["step"] for row in rows) == 15
+
+
+def test_gradient_that_is_not_a_number(texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parameters that it spoiled are not saved, although the loss of that step was measured before."""
+    c = tiny(texts, **{"train.steps": 4, "train.finetune_steps": 0}, **QUICK)
+    c.checkpoint.every = 1
+    advance = train.Trainer.step
+
+    def poison(self: train.Trainer, state: train.TrainState, *rest: Any) -> Any:
+        state, values = advance(self, state, *rest)
+        if int(state.step) == 3:
+            values = values.replace(gradient_norm=values.gradient_norm.replace(total=jnp.inf))
+        return state, values
+
+    monkeypatch.setattr(train.Trainer, "step", poison)
+    with pytest.raises(RunError, match="the gradient of step 3 is not a number"):
+        train.train_and_evaluate(c, str(tmp_path))
+    with Checkpointer(str(tmp_path), create=False) as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+
+
+def test_span_that_is_not_a_number(texts: str) -> None:
+    c = tiny(texts, **QUICK)
+    c.model.vocab_size = data.prepare("files", texts).vocabulary.size
+    trainer = train.Trainer(c, data.prepare("files", texts))
+    state, bucket = trainer.fresh_state()
+    state.params["layers"]["span"] = state.params["layers"]["span"].at[0, 0].set(jnp.nan)
+    with pytest.raises(RunError, match="a span of step 0 is not a number"):
+        trainer.grow(state, bucket)
+
+
+def test_split_too_short(texts: str, tmp_path: Path) -> None:
+    """Said at the start, not after the hours of training."""
+    c = tiny(texts, **{"evaluate.max_tokens": 135}, **QUICK)
+    with pytest.raises(UserError, match="split valid: protocol authors with train.block 16 needs at least 136 tokens"):
+        train.train_and_evaluate(c, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_remat_changes_nothing(texts: str, tmp_path: Path) -> None:

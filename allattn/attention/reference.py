@@ -86,7 +86,8 @@ def all_attention(
     top_BHT = jnp.max(jnp.where(weighed_BHTS, logits_BHTS, -jnp.inf), axis=-1, initial=-jnp.inf)
     top_BHT = jnp.maximum(top_BHT, jnp.max(persistent_BHTN, axis=-1, initial=-jnp.inf))
     top_BHT = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top_BHT), top_BHT, 0))[..., None]
-    context_BHTS = jnp.exp(jnp.where(counts_BHTS, logits_BHTS - top_BHT, 0)) * jnp.where(counts_BHTS, mask_BHTS, 0)
+    excess_BHTS = jnp.minimum(logits_BHTS - top_BHT, 80)  # where the ramp touches 0 it is unbounded, and inf 0 is NaN
+    context_BHTS = jnp.exp(jnp.where(counts_BHTS, excess_BHTS, 0)) * jnp.where(counts_BHTS, mask_BHTS, 0)
     persistent_BHTN = jnp.exp(persistent_BHTN - top_BHT)
 
     total_BHT = context_BHTS.sum(-1, keepdims=True) + persistent_BHTN.sum(-1, keepdims=True)

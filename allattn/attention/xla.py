@@ -11,7 +11,6 @@ inside one tile also: G row of the group, C column of the window of keys, R dist
 P the same padded to R + T + 1, A width and the span's bias.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,49 +19,24 @@ import jax
 import jax.numpy as jnp
 
 from allattn.attention import dropout
-from allattn.attention.span import NOTHING, TIE, log_span_mask, ramp_position, reach
+from allattn.attention.span import NOTHING, TIE, ramp_position, reach
+from allattn.attention.tiles import (
+    Dynamic,
+    Head,
+    Inputs,
+    Shape,
+    Static,
+    Tile,
+    buckets,
+    padded_positions,
+    select_head,
+    select_tile,
+    skew,
+    unskew,
+    work_shape,
+)
 
 Array = jax.Array
-
-TILE = 256  # queries of one row
-SHORT_TILE = 64
-ELEMENTS = 2**19  # weights that are worked on at once, if rows are grouped
-SMALLEST_BUCKET = 64
-
-
-@dataclasses.dataclass(frozen=True)
-class Static:
-    """What is fixed when the operation is traced."""
-
-    first_distance: int
-    ramp: int
-    dropout_rate: float
-    scale: float
-    whole_context: bool  # query_start is S - T and key_start 0, known when tracing
-    one_query: bool  # the position logits use the same queries
-
-
-class Dynamic(NamedTuple):
-    """Integers known only at run time."""
-
-    query_start_B: Array
-    key_start_B: Array
-    dropout_seed: Array
-    row_offset: Array
-    head_offset: Array
-
-
-class Inputs(NamedTuple):
-    """Everything that has a gradient."""
-
-    query_BTHK: Array
-    position_query_BTHK: Array
-    key_BSHK: Array
-    value_BSHK: Array
-    position_HLK: Array
-    persistent_key_HNK: Array
-    persistent_value_HNK: Array
-    span_H: Array
 
 
 def all_attention(
@@ -85,15 +59,6 @@ def all_attention(
         span_H,
     )
     return _attention(static, inputs, Dynamic(**dynamic))
-
-
-def buckets(limit: int) -> tuple[int, ...]:
-    """Numbers of distances for which code is compiled: powers of two and, from 512 on, the steps halfway between."""
-    sizes, size = [], SMALLEST_BUCKET
-    while size < limit:
-        sizes += [size, size * 3 // 2] if size >= 512 else [size]
-        size *= 2
-    return (*(s for s in sizes if s < limit), limit)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -122,96 +87,13 @@ def _attention_backward(static, residuals, cotangents):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-class Shape(NamedTuple):
-    """Static sizes of the work on one head."""
-
-    B: int
-    T: int
-    S: int
-    N: int
-    length: int  # T, rounded up to whole tiles
-    left: int  # zero keys before the first, so that every window lies inside
-    right: int
-    masked: bool  # whether a window can hold keys that do not exist
-    together: bool  # whether all rows have their windows at the same place
-
-    def tile(self, R: int) -> int:
-        """Queries of one row in a tile: few where a head sees little, since a window holds R + tile keys."""
-        tile = min(self.length, TILE)
-        while tile % 2 == 0 and tile * (R + tile + self.N) > 3 * ELEMENTS:
-            tile //= 2
-        return SHORT_TILE if R <= SHORT_TILE and tile % SHORT_TILE == 0 else tile
-
-    def rows(self, R: int) -> int:
-        """Rows in a tile: as many as keep its arrays in the cache."""
-        tile = self.tile(R)
-        most = max(1, ELEMENTS // (tile * (R + tile + self.N))) if self.together else 1
-        return max(rows for rows in range(1, self.B + 1) if self.B % rows == 0 and rows <= most)
-
-    def tiles(self, R: int) -> int:
-        """How many tiles the work has."""
-        return self.B // self.rows(R) * (self.length // self.tile(R))
-
-
-def _shape(static: Static, inputs: Inputs) -> Shape:
-    (B, T), S, L = inputs.query_BTHK.shape[:2], inputs.key_BSHK.shape[1], inputs.position_HLK.shape[1]
-    whole, tile = static.whole_context, min(T, TILE)
-    length = -(-T // tile) * tile
-    farthest = static.first_distance + L - 1
-    left = max(0, farthest - (S - T)) if whole else farthest
-    right = length + 1 - static.first_distance - (T if whole else 0)
-    masked = left > 0 or not whole
-    return Shape(B, T, S, inputs.persistent_key_HNK.shape[1], length, left, right, masked, together=whole)
-
-
-class Head(NamedTuple):
-    """One head's arrays, padded so that every window of keys and every tile of queries lies inside them.
-
-    Keys and values have their width first: the products with them then run up to twice as fast on a CPU.
-    """
-
-    query_BTK: Array  # times the scale
-    position_query_BTA: Array  # times the scale, and a last column of ones that picks up the span's bias
-    key_BKS: Array
-    value_BKS: Array
-    position_KL: Array
-    persistent_key_KN: Array
-    persistent_value_KN: Array
-    span: Array
-    number: Array
-
-
-def _select_head(static: Static, inputs: Inputs, shape: Shape, head: Array) -> Head:
-    dtype = jnp.promote_types(inputs.query_BTHK.dtype, jnp.float32)
-
-    def rows(x_BXHK: Array, before: int, after: int) -> Array:
-        x_BXK = jax.lax.dynamic_index_in_dim(x_BXHK, head, 2, keepdims=False)
-        return jnp.pad(x_BXK, ((0, 0), (before, after), (0, 0)))
-
-    def queries(x_BTHK: Array) -> Array:  # scaled here, once, and not in every product; in float32, so exactly enough
-        return rows(x_BTHK, 0, shape.length - shape.T).astype(dtype) * static.scale
-
-    position_head = jnp.minimum(head, inputs.position_HLK.shape[0] - 1)
-    return Head(
-        query_BTK=queries(inputs.query_BTHK),
-        position_query_BTA=jnp.pad(queries(inputs.position_query_BTHK), ((0, 0), (0, 0), (0, 1)), constant_values=1),
-        key_BKS=rows(inputs.key_BSHK, shape.left, shape.right).transpose(0, 2, 1).astype(dtype),
-        value_BKS=rows(inputs.value_BSHK, shape.left, shape.right).transpose(0, 2, 1).astype(dtype),
-        position_KL=inputs.position_HLK[position_head].T.astype(dtype),
-        persistent_key_KN=inputs.persistent_key_HNK[head].T.astype(dtype),
-        persistent_value_KN=inputs.persistent_value_HNK[head].T.astype(dtype),
-        span=inputs.span_H[head],
-        number=head,
-    )
-
-
 def _for_each_head(static: Static, inputs: Inputs, dynamic: Dynamic, work: Callable, extra: tuple):
     """Run `work` on every head with the code of the bucket that its span needs; outputs gain a leading head axis."""
-    L, shape = inputs.position_HLK.shape[1], _shape(static, inputs)
+    L, shape = inputs.position_HLK.shape[1], work_shape(static, inputs)
     sizes = buckets(L)
 
     def one_head(head: Array):
-        selected = _select_head(static, inputs, shape, head)
+        selected = select_head(static, inputs, shape, head)
         needed = reach(selected.span, static.ramp, static.first_distance, L)
         bucket = jnp.searchsorted(jnp.array(sizes), needed)
         branches = [functools.partial(work, static, shape, size) for size in sizes]
@@ -220,78 +102,24 @@ def _for_each_head(static: Static, inputs: Inputs, dynamic: Dynamic, work: Calla
     return jax.lax.map(one_head, jnp.arange(inputs.query_BTHK.shape[2]))
 
 
-class Tile(NamedTuple):
-    """Some queries of a group of rows, and their windows of keys."""
-
-    query_GTK: Array
-    position_query_GTA: Array
-    key_GKC: Array
-    value_GKC: Array
-    absent_C: Array | None  # 0 where a key exists, NOTHING elsewhere
-    first_row: Array
-    first_query: Array
-    first_column: Array
-
-
-def _select_tile(static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic, number: Array) -> Tile:
-    G, T = shape.rows(R), shape.tile(R)
-    tiles = shape.length // T
-    first_row, first_query = number // tiles * G, number % tiles * T
-    oldest = dynamic.query_start_B[first_row] + first_query - (static.first_distance + R - 1)
-    first_column = oldest + shape.left
-
-    def queries(x_BTK: Array) -> Array:
-        return jax.lax.dynamic_slice(x_BTK, (first_row, first_query, 0), (G, T, x_BTK.shape[2]))
-
-    def window(x_BKS: Array) -> Array:
-        return jax.lax.dynamic_slice(x_BKS, (first_row, 0, first_column), (G, x_BKS.shape[1], R + T))
-
-    absent_C = None
-    if shape.masked:
-        index_C = oldest + jnp.arange(R + T)
-        exists_C = (index_C >= jnp.maximum(dynamic.key_start_B[first_row], 0)) & (index_C < shape.S)
-        absent_C = jnp.where(exists_C, 0.0, NOTHING).astype(head.query_BTK.dtype)
-    return Tile(
-        query_GTK=queries(head.query_BTK),
-        position_query_GTA=queries(head.position_query_BTA),
-        key_GKC=window(head.key_BKS),
-        value_GKC=window(head.value_BKS),
-        absent_C=absent_C,
-        first_row=first_row,
-        first_query=first_query,
-        first_column=first_column,
-    )
-
-
-def _positions(static: Static, shape: Shape, R: int, head: Head) -> Array:
-    """Position keys of a bucket, farthest first, as position_AP: log m as a last row, and T + 1 columns of NOTHING."""
-    distance_R = static.first_distance + R - 1 - jnp.arange(R)
-    bias_R = log_span_mask(distance_R, head.span, static.ramp).astype(head.position_KL.dtype)
-    position_AR = jnp.concatenate([head.position_KL[:, :R][:, ::-1], bias_R[None]])
-    beyond_A = jnp.zeros(position_AR.shape[0], position_AR.dtype).at[-1].set(NOTHING)
-    return jnp.concatenate([position_AR, jnp.tile(beyond_A[:, None], (1, shape.tile(R) + 1))], axis=1)
-
-
-def _skew(by_distance_GTP: Array) -> Array:
-    """Move row t right by t places: from padded distances (R + T + 1) to columns of the window (R + T)."""
-    G, T, P = by_distance_GTP.shape
-    return by_distance_GTP.reshape(G, -1)[:, : T * (P - 1)].reshape(G, T, P - 1)
-
-
-def _unskew(by_column_GTC: Array) -> Array:
-    """The inverse of `_skew`; its padding holds what lies outside the band, which is 0 for every gradient."""
-    G, T, C = by_column_GTC.shape
-    return jnp.pad(by_column_GTC.reshape(G, -1), ((0, 0), (0, T))).reshape(G, T, C + 1)
-
-
 def _dot(equation: str, *operands: Array) -> Array:
     """A product of float32 (or float64) operands: XLA on CPU lacks bfloat16 products with float32 sums."""
     return jnp.einsum(equation, *operands)
 
 
+def _dot_rows(x_GTK: Array, y_GTN: Array) -> Array:
+    """The sum over all queries of x times y, as (K, N).
+
+    XLA on CPU runs a product over the first dimension of both on one core; with one of them transposed before, on all.
+    """
+    queries = x_GTK.shape[0] * x_GTK.shape[1]
+    x_KX = jax.lax.optimization_barrier(x_GTK.reshape(queries, x_GTK.shape[2]).T)
+    return _dot("kx,xn->kn", x_KX, y_GTN.reshape(queries, y_GTN.shape[2]))
+
+
 def _logits(tile: Tile, position_AP: Array, head: Head) -> tuple[Array, Array]:
     context_GTC = _dot("gtk,gkc->gtc", tile.query_GTK, tile.key_GKC)
-    context_GTC += _skew(_dot("gta,ap->gtp", tile.position_query_GTA, position_AP))
+    context_GTC += skew(_dot("gta,ap->gtp", tile.position_query_GTA, position_AP))
     if tile.absent_C is not None:
         context_GTC += tile.absent_C
     return context_GTC, _dot("gtk,kn->gtn", tile.query_GTK, head.persistent_key_KN)
@@ -313,10 +141,10 @@ def _kept(static: Static, shape: Shape, R: int, tile: Tile, head: Head, dynamic:
 
 def _head_forward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic, extra: tuple):
     """Returns out_BTK, mass_BT and lse_BT of one head, given R, the number of distances that it needs."""
-    position_AP = _positions(static, shape, R, head)
+    position_AP = padded_positions(static, shape, R, head)
 
     def one_tile(number: Array):
-        tile = _select_tile(static, shape, R, head, dynamic, number)
+        tile = select_tile(static, shape, R, head, dynamic, number)
         context_GTC, persistent_GTN = _logits(tile, position_AP, head)
         top_GT1 = jnp.max(context_GTC, axis=2, keepdims=True)
         top_GT1 = jnp.maximum(top_GT1, jnp.max(persistent_GTN, axis=2, keepdims=True, initial=NOTHING))
@@ -364,7 +192,7 @@ class Sums(NamedTuple):
 
 def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic, extra: tuple):
     """Returns the gradients of one head's inputs, in the order of `Inputs`."""
-    position_AP = _positions(static, shape, R, head)
+    position_AP = padded_positions(static, shape, R, head)
     d_out_BTHK, lse_HBT, delta_HBT = extra
     d_out_BTK = jax.lax.dynamic_index_in_dim(d_out_BTHK, head.number, 2, keepdims=False).astype(lse_HBT.dtype)
     by_row = (d_out_BTK, lse_HBT[head.number][..., None], delta_HBT[head.number][..., None])
@@ -372,7 +200,7 @@ def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dy
 
     def one_tile(sums: Sums, taken: tuple) -> tuple[Sums, tuple]:
         number, (d_out_GTK, lse_GT1, delta_GT1) = taken
-        tile = _select_tile(static, shape, R, head, dynamic, number)
+        tile = select_tile(static, shape, R, head, dynamic, number)
         context_GTC, persistent_GTN = (jnp.exp(x - lse_GT1) for x in _logits(tile, position_AP, head))
         d_context_GTC = _dot("gtk,gkc->gtc", d_out_GTK, tile.value_GKC)
         d_persistent_GTN = _dot("gtk,kn->gtn", d_out_GTK, head.persistent_value_KN)
@@ -382,7 +210,7 @@ def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dy
         dropped_GTC, dropped_GTN = context_GTC * kept_GTC, persistent_GTN * kept_GTN
         d_context_GTC = context_GTC * (d_context_GTC * kept_GTC - delta_GT1)
         d_persistent_GTN = persistent_GTN * (d_persistent_GTN * kept_GTN - delta_GT1)
-        d_position_GTP = _unskew(d_context_GTC)
+        d_position_GTP = unskew(d_context_GTC)
         d_query_GTK = _dot("gtc,gkc->gtk", d_context_GTC, tile.key_GKC)
         d_query_GTK += _dot("gtn,kn->gtk", d_persistent_GTN, head.persistent_key_KN)
         d_position_query_GTK = _dot("gtp,kp->gtk", d_position_GTP, position_AP[:-1])
@@ -391,9 +219,9 @@ def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dy
         sums = Sums(
             key_BKS=_add_at(sums.key_BKS, tile, _dot("gtk,gtc->gkc", tile.query_GTK, d_context_GTC)),
             value_BKS=_add_at(sums.value_BKS, tile, _dot("gtk,gtc->gkc", d_out_GTK, dropped_GTC)),
-            position_AP=sums.position_AP + _dot("gta,gtp->ap", tile.position_query_GTA, d_position_GTP),
-            persistent_key_KN=sums.persistent_key_KN + _dot("gtk,gtn->kn", tile.query_GTK, d_persistent_GTN),
-            persistent_value_KN=sums.persistent_value_KN + _dot("gtk,gtn->kn", d_out_GTK, dropped_GTN),
+            position_AP=sums.position_AP + _dot_rows(tile.position_query_GTA, d_position_GTP),
+            persistent_key_KN=sums.persistent_key_KN + _dot_rows(tile.query_GTK, d_persistent_GTN),
+            persistent_value_KN=sums.persistent_value_KN + _dot_rows(d_out_GTK, dropped_GTN),
         )
         return sums, (d_query_GTK * static.scale, d_position_query_GTK * static.scale)
 

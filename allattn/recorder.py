@@ -1,0 +1,82 @@
+"""What the training loop writes down: metrics read one step late, evaluations on dev, rows of the logs."""
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from allattn import metrics
+from allattn.errors import RunError
+from allattn.model import Params, forward_flops
+
+if TYPE_CHECKING:
+    from allattn.train import Trainer
+
+
+class Recorder:
+    """Turns the metrics of the steps into rows of the logs and lines on the screen."""
+
+    def __init__(self, trainer: "Trainer", workdir: str, total: int, first: int) -> None:
+        self._trainer, self._config = trainer, trainer.config
+        self._writer = metrics.create_writer(workdir)
+        self._progress = metrics.RunProgress(total)
+        self._pending: tuple[int, metrics.TrainMetrics] | None = None
+        self._sum: metrics.TrainMetrics | None = None
+        self._step = self._logged = first
+        self._time = time.perf_counter()
+        self._dev: dict[str, float] = {}
+
+    def __enter__(self) -> "Recorder":
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.flush()
+        self._progress.__exit__(*error)
+
+    def record(self, step: int, values: metrics.TrainMetrics) -> None:
+        """Take the metrics of a step and read those of the step before."""
+        self.flush()
+        self._pending = (step, values)
+
+    def flush(self) -> None:
+        """Read the metrics that are still on the device.
+
+        Raises:
+          RunError: the loss or the gradient of that step is not a number.
+        """
+        if self._pending is None:
+            return
+        (step, values), self._pending = self._pending, None
+        self._step = step
+        values = jax.device_get(values)
+        found = values.compute()
+        for what, name in (("loss", "nll"), ("gradient", "gradient_norm")):  # a gradient spoils the parameters first
+            if not math.isfinite(float(found[name])):
+                raise RunError(f"the {what} of step {step} is not a number; the last good checkpoint is kept")
+        self._sum = values if self._sum is None else self._sum.merge(values)
+        if step % self._config.train.log_every == 0:
+            self._log(step)
+
+    def _log(self, step: int) -> None:
+        assert self._sum is not None
+        now, steps, train = time.perf_counter(), step - self._logged, self._config.train
+        found, tokens = self._sum.compute(), steps * train.batch * train.block
+        flops = 3 * tokens * forward_flops(self._trainer.model.config, float(found["mean_reach"]), train.block)
+        peak = train.peak_flops * self._trainer.mesh.size
+        row = metrics.summarise(found, max(now - self._time, 1e-9), tokens, flops, peak)
+        self._writer.write_scalars(step, row)
+        self._progress.update(step, {**row, **self._dev})
+        self._sum, self._logged, self._time = None, step, now
+
+    def evaluate(self, params: Params) -> dict[str, float]:
+        """Score dev and log it; the time this takes is not counted as training."""
+        began, step = time.perf_counter(), self._step
+        scores = self._trainer.evaluate(params, "valid")
+        self._dev = {f"dev_{name}": scores[name] for name in ("nll", "bpc", "ppl")}
+        self._writer.write_scalars(step, self._dev)
+        protocol = self._config.evaluate.protocol
+        self._progress.message(f"step {step}: dev {scores['bpc']:.4f} bpc, {protocol}, {scores['tokens']} tokens")
+        self._time += time.perf_counter() - began
+        return scores
