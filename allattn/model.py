@@ -5,6 +5,7 @@ K head width, D model width, V vocabulary.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -113,11 +114,7 @@ class Layer(nnx.Module):
 
     def project(self, states_BSD: Array) -> tuple[Array, Array]:
         """Keys and values of hidden states, as key_BSHK and value_BSHK."""
-
-        def linear(kernel: nnx.Param) -> Array:
-            return jnp.einsum("bsd,dhk->bshk", states_BSD, kernel[...].astype(states_BSD.dtype))
-
-        return linear(self.key), linear(self.value)
+        return _project(self.key[...], states_BSD), _project(self.value[...], states_BSD)
 
     def project_reach(self, cache_BSD: Array, h_BTD: Array) -> tuple[Array, Array]:
         """Keys and values of cache and block, computed only for the cached states within reach of this layer's spans.
@@ -125,22 +122,11 @@ class Layer(nnx.Module):
         The others are zeros that no head looks at. The reach is known at run time, so code for each of a few
         lengths is compiled and one of them runs.
         """
-        S = cache_BSD.shape[1]
+        S, kernels = cache_BSD.shape[1], (self.key[...], self.value[...])
         if not self.config.adaptive:
-            return self.project(jnp.concatenate([cache_BSD, h_BTD], axis=1))
-
-        def last(length: int) -> Callable:
-            def branch(cache_BSD: Array, h_BTD: Array) -> tuple[Array, Array]:
-                states_BSD = jnp.concatenate([cache_BSD[:, S - length :], h_BTD], axis=1)
-                key_BSHK, value_BSHK = self.project(states_BSD)
-                before = ((0, 0), (S - length, 0), (0, 0), (0, 0))
-                return jnp.pad(key_BSHK, before), jnp.pad(value_BSHK, before)
-
-            return branch
-
-        sizes = buckets(S)
-        needed = reach(jnp.max(self.span_tokens()), self.config.ramp, 1, S)
-        return jax.lax.switch(jnp.searchsorted(jnp.array(sizes), needed), [last(s) for s in sizes], cache_BSD, h_BTD)
+            return _project_last(S, kernels, cache_BSD, h_BTD)
+        needed, sizes = reach(jnp.max(self.span_tokens()), self.config.ramp, 1, S), buckets(S)
+        return _project_one_of(sizes, jnp.searchsorted(jnp.array(sizes), needed), kernels, cache_BSD, h_BTD)
 
     def span_tokens(self) -> Array:
         """Learned spans z L in tokens, as (H,)."""
@@ -179,6 +165,49 @@ class Layer(nnx.Module):
         )
         out_BTD = jnp.einsum("bthk,hkd->btd", out_BTHK, self.output[...].astype(dtype))
         return layer_norm(h_BTD + out_BTD, self.norm_scale[...], self.norm_bias[...]), mass_BTH.mean()
+
+
+def _project(kernel_DHK: Array, states_BSD: Array) -> Array:
+    return jnp.einsum("bsd,dhk->bshk", states_BSD, kernel_DHK.astype(states_BSD.dtype))
+
+
+def _project_last(length: int, kernels: tuple, cache_BSD: Array, h_BTD: Array) -> tuple:
+    """Both projections of the last `length` cached states and of the block, behind zeros.
+
+    Two products each: where the gradient does not enter the cache, it costs no more than that of the block.
+    """
+    before = cache_BSD.shape[1] - length
+
+    def linear(kernel_DHK: Array) -> Array:
+        parts = [_project(kernel_DHK, cache_BSD[:, before:]), _project(kernel_DHK, h_BTD)]
+        return jnp.pad(jnp.concatenate(parts, axis=1), ((0, 0), (before, 0), (0, 0), (0, 0)))
+
+    return tuple(linear(kernel_DHK) for kernel_DHK in kernels)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _project_one_of(sizes: tuple[int, ...], which: Array, kernels: tuple, cache_BSD: Array, h_BTD: Array) -> tuple:
+    """`_project_last` with the chosen one of some lengths.
+
+    Its gradient is another choice, from the same inputs: differentiating a switch keeps the residuals of all branches.
+    """
+    branches = [functools.partial(_project_last, size) for size in sizes]
+    return jax.lax.switch(which, branches, kernels, cache_BSD, h_BTD)
+
+
+def _project_forward(sizes, *inputs):
+    return _project_one_of(sizes, *inputs), inputs
+
+
+def _project_backward(sizes, inputs, cotangents):
+    def gradient_of(size: int) -> Callable:
+        return lambda arrays, cotangents: jax.vjp(functools.partial(_project_last, size), *arrays)[1](cotangents)
+
+    which, *arrays = inputs
+    return None, *jax.lax.switch(which, [gradient_of(size) for size in sizes], arrays, cotangents)
+
+
+_project_one_of.defvjp(_project_forward, _project_backward)
 
 
 def _at_most(span_H: Array, L: int) -> Array:
