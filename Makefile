@@ -33,9 +33,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## training speed against this machine's own matrix product
-	for geometry in tiny small-8; do for spans in full zero mixed; do \
-	  $(BIN)/python -m benchmarks.train --geometry=$$geometry --spans=$$spans; done; done
+bench: install  ## speed of training and evaluation against this machine's own matrix product
+	for mode in train evaluate; do for geometry in tiny small-8; do for spans in full zero mixed; do \
+	  $(BIN)/python -m benchmarks.train --mode=$$mode --geometry=$$geometry --spans=$$spans; done; done; done
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

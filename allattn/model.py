@@ -120,11 +120,11 @@ class Layer(nnx.Module):
         """Keys and values of cache and block, computed only for the cached states within reach of this layer's spans.
 
         The others are zeros that no head looks at. The reach is known at run time, so code for each of a few
-        lengths is compiled and one of them runs.
+        lengths is compiled and one of them runs. The gradient does not enter the cached states.
         """
         S, kernels = cache_BSD.shape[1], (self.key[...], self.value[...])
         if not self.config.adaptive:
-            return _project_last(S, kernels, cache_BSD, h_BTD)
+            return _project_last(S, kernels, jax.lax.stop_gradient(cache_BSD), h_BTD)
         needed, sizes = reach(jnp.max(self.span_tokens()), self.config.ramp, 1, S), buckets(S)
         return _project_one_of(sizes, jnp.searchsorted(jnp.array(sizes), needed), kernels, cache_BSD, h_BTD)
 
@@ -174,7 +174,7 @@ def _project(kernel_DHK: Array, states_BSD: Array) -> Array:
 def _project_last(length: int, kernels: tuple, cache_BSD: Array, h_BTD: Array) -> tuple:
     """Both projections of the last `length` cached states and of the block, behind zeros.
 
-    Two products each: where the gradient does not enter the cache, it costs no more than that of the block.
+    Two products each: the backward pass needs the gradient of the block alone, not of the longer cache.
     """
     before = cache_BSD.shape[1] - length
 
@@ -201,10 +201,14 @@ def _project_forward(sizes, *inputs):
 
 def _project_backward(sizes, inputs, cotangents):
     def gradient_of(size: int) -> Callable:
-        return lambda arrays, cotangents: jax.vjp(functools.partial(_project_last, size), *arrays)[1](cotangents)
+        def branch(kernels: tuple, cache_BSD: Array, h_BTD: Array, cotangents: tuple) -> tuple:
+            return jax.vjp(lambda k, h_BTD: _project_last(size, k, cache_BSD, h_BTD), kernels, h_BTD)[1](cotangents)
+
+        return branch
 
     which, *arrays = inputs
-    return None, *jax.lax.switch(which, [gradient_of(size) for size in sizes], arrays, cotangents)
+    kernels, h_BTD = jax.lax.switch(which, [gradient_of(size) for size in sizes], *arrays, cotangents)
+    return None, kernels, None, h_BTD
 
 
 _project_one_of.defvjp(_project_forward, _project_backward)
@@ -246,7 +250,7 @@ class Network(nnx.Module):
         """
 
         def layer(layer: Layer, h_BTD, cache_BSD, position_LK, **options):
-            key_BSHK, value_BSHK = layer.project_reach(jax.lax.stop_gradient(cache_BSD), h_BTD)
+            key_BSHK, value_BSHK = layer.project_reach(cache_BSD, h_BTD)
             out_BTD, mass = layer.attend(h_BTD, key_BSHK, value_BSHK, position_LK, attention, **options)
             return out_BTD, (h_BTD, mass)
 

@@ -33,7 +33,7 @@ def attention_only(config, params: dict, position_LK, cache_BSD, h_BTD, attentio
     neutral = {"norm_scale": jnp.ones(config.width), "norm_bias": jnp.zeros(config.width)}
     nnx.replace_by_pure_dict(state, {**neutral, **params})
     layer = nnx.merge(graph, state)
-    key_BSHK, value_BSHK = layer.project_reach(cache_BSD, h_BTD)
+    key_BSHK, value_BSHK = layer.project(jnp.concatenate([cache_BSD, h_BTD], axis=1))
     captured = []
 
     def capture(*arrays, **options):
