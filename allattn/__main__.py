@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "train or resume; ends with an evaluation of the test split")
     train.add_argument("--config", required=True, help="experiment file; --config.a.b=value changes one field")
-    train.add_argument("--workdir", required=True, help="folder or bucket URL of the run")
+    train.add_argument("--workdir", required=True, type=os.path.expanduser, help="folder or bucket URL of the run")
 
     evaluate = command("evaluate", _evaluate, "score a checkpoint; prints one JSON line last")
     _add_checkpoint_flags(evaluate)
@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, help="folder or bucket URL of the run")
+    parser.add_argument("--workdir", required=True, type=os.path.expanduser, help="folder or bucket URL of the run")
     parser.add_argument("--step", default=None, help="a step or `best`; the newest if left out")
 
 

@@ -282,6 +282,12 @@ def test_mistake(place: Place, words: str, settings: dict | None, message: str) 
     assert contents(place.run) == before and not (place.folder / "new").exists()
 
 
+def test_home_folder_in_a_workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shell leaves ~ alone in --workdir=~/run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"expected {tmp_path}/run/checkpoints" in call("evaluate", "--workdir=~/run").err
+
+
 def test_loss_that_is_not_a_number(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 1; the message names the step; the checkpoint from before stands, and the run goes on from it."""
     advance = train.Trainer.step

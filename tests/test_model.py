@@ -160,6 +160,32 @@ def test_current_token_is_not_attended() -> None:
     assert (influence_TT[np.tril_indices(T, -1)] > 1e-6).all()
 
 
+@pytest.mark.parametrize("span", [0.0, 0.4])
+def test_projections_follow_the_reach(span: float) -> None:
+    """Within reach they are the plain products, gradients included; beyond it zeros; the cache gets no gradient."""
+    model = Model(geometry(depth=1, limit=160, implementation="xla"))
+    params = random_params(model)
+    params["layers"]["span"] = jnp.full((1, 2), span, jnp.float32)
+    rng = np.random.default_rng(0)
+    cache_BSD, h_BTD = (jnp.asarray(rng.normal(size=(2, length, 16)), jnp.float32) for length in (160, 7))
+    visible = 64 if span == 0 else 128  # the buckets that hold 0 + 4 + 1 and 64 + 4 + 1 tokens
+    weight_BSHK = jnp.asarray(rng.normal(size=(2, 167, 2, 8)), jnp.float32)
+
+    def loss(params: Params, cache_BSD: jax.Array, h_BTD: jax.Array, reaching: bool) -> tuple:
+        layer = one_layer(model, params)
+        if reaching:
+            key_BSHK, value_BSHK = layer.project_reach(cache_BSD, h_BTD)
+        else:
+            states_BSD = jnp.concatenate([jax.lax.stop_gradient(cache_BSD), h_BTD], axis=1)
+            here_S = (jnp.arange(167) >= 160 - visible)[:, None, None]
+            key_BSHK, value_BSHK = (jnp.where(here_S, x, 0) for x in layer.project(states_BSD))
+        return jnp.sum((key_BSHK + 2 * value_BSHK) * weight_BSHK), (key_BSHK, value_BSHK)
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3)
+    for ours, plain in zip(*(jax.tree.leaves(run(params, cache_BSD, h_BTD, r)) for r in (True, False)), strict=True):
+        np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+
+
 def test_cache_beyond_reach_is_not_read() -> None:
     """States farther than span and ramp may hold anything; nearer ones matter."""
     model = Model(geometry(depth=1, implementation="xla"))
