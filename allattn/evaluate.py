@@ -30,16 +30,17 @@ class Plan(NamedTuple):
     blocks: int
 
 
-def least_tokens(protocol: str, block: int) -> int:
-    """Length of the shortest split that a protocol scores."""
-    return AUTHORS_ROWS * (block + 1) if protocol == "authors" else 2
+def check_length(protocol: str, tokens: int, block: int, place: str = "") -> None:
+    """Refuse a text that is too short for a protocol; `place` begins the message."""
+    least = AUTHORS_ROWS * (block + 1) if protocol == "authors" else 2
+    if tokens < least:
+        raise UserError(f"{place}protocol {protocol}: expected at least {least} tokens, found {tokens}")
 
 
 def authors_plan(tokens: int, block: int) -> Plan:
     """8 streams from a zero cache, targets 1..floor((T-1)/M) M of each, the rest dropped."""
-    least, length = least_tokens("authors", block), tokens // AUTHORS_ROWS
-    if tokens < least:
-        raise UserError(f"protocol authors: expected at least {least} tokens, found {tokens}")
+    check_length("authors", tokens, block)
+    length = tokens // AUTHORS_ROWS
     blocks = (length - 1) // block
     begin_R = np.arange(AUTHORS_ROWS) * length
     return Plan(begin_R, begin_R + 1, begin_R + blocks * block, blocks)
@@ -47,8 +48,7 @@ def authors_plan(tokens: int, block: int) -> Plan:
 
 def full_plan(tokens: int, block: int, rows: int, warm_up: int) -> Plan:
     """Targets 1..T-1, each once with its full context; a row first reads `warm_up` tokens that it does not score."""
-    if tokens < least_tokens("full", block):
-        raise UserError(f"protocol full: expected at least 2 tokens, found {tokens}")
+    check_length("full", tokens, block)
     rows = max(1, min(rows, tokens - 1))
     bounds = 1 + np.arange(rows + 1) * (tokens - 1) // rows
     first_R, last_R = bounds[:-1], bounds[1:] - 1

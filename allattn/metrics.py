@@ -16,20 +16,11 @@ from etils import epath
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-class _Writer:
-    """The interface of clu's MetricWriter, which cannot be imported yet; images and the like are passed over."""
-
-    def _nothing(self, *_: Any, **__: Any) -> None:
-        pass
-
-    write_summaries = write_images = write_videos = write_audios = _nothing
-    write_histograms = write_pointcloud = write_hparams = write_texts = flush = close = _nothing
-
-
-class TensorBoardWriter(_Writer):
+class TensorBoardWriter:
     """Scalars and texts as TensorBoard event files, without TensorFlow.
 
-    Takes the place of the one class for which clu's metric writers need TensorFlow, and so has its interface.
+    Takes the place of the one class for which clu's metric writers need TensorFlow, and so has
+    those methods of its interface that are called here.
 
     Args:
       logdir: folder of the event files.
@@ -80,7 +71,7 @@ sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))  # n
 from clu import metric_writers  # noqa: E402  (only now can it be imported without TensorFlow)
 
 
-class JsonlWriter(_Writer):
+class JsonlWriter:
     """One JSON object per call, appended to metrics.jsonl; in a bucket, where nothing can be appended, a part file
     of its own for every start, written whole at each flush and when a minute has passed since the last."""
 

@@ -195,11 +195,11 @@ def _project_one_of(sizes: tuple[int, ...], which: Array, kernels: tuple, cache_
     return jax.lax.switch(which, branches, kernels, cache_BSD, h_BTD)
 
 
-def _project_forward(sizes, *inputs):
+def _project_forward(sizes: tuple[int, ...], *inputs: Any) -> tuple[tuple, tuple]:
     return _project_one_of(sizes, *inputs), inputs
 
 
-def _project_backward(sizes, inputs, cotangents):
+def _project_backward(sizes: tuple[int, ...], inputs: tuple, cotangents: tuple) -> tuple:
     def gradient_of(size: int) -> Callable:
         def branch(kernels: tuple, cache_BSD: Array, h_BTD: Array, cotangents: tuple) -> tuple:
             return jax.vjp(lambda k, h_BTD: _project_last(size, k, cache_BSD, h_BTD), kernels, h_BTD)[1](cotangents)

@@ -191,7 +191,8 @@ class Trainer:
         self.stream = data.Stream(dataset.tokens("train"), train.batch, train.block, config.seed, self.rows)
         self._steps: dict[int, Callable] = {}
         for split in ("valid", "test"):
-            self._check_length(split)
+            tokens, place = len(self._split(split)), f"{dataset.name}, split {split}: "
+            evaluate.check_length(config.evaluate.protocol, tokens, train.block, place)
 
     def init_state(self, bucket: int) -> Callable[[], TrainState]:
         """Function that makes the state of step 0; it is only traced until it is jitted with its shardings."""
@@ -256,15 +257,6 @@ class Trainer:
         tokens: data.TokenSource = self.dataset.tokens(split)
         most = self.config.evaluate.max_tokens
         return tokens[:most] if split == "valid" and most else tokens
-
-    def _check_length(self, split: str) -> None:
-        protocol, found = self.config.evaluate.protocol, len(self._split(split))
-        least = evaluate.least_tokens(protocol, self.config.train.block)
-        if found < least:
-            raise UserError(
-                f"{self.dataset.name}, split {split}: protocol {protocol} with train.block {self.config.train.block} "
-                f"needs at least {least} tokens, found {found}"
-            )
 
     def meta(self, state: TrainState, bucket: int) -> dict[str, Any]:
         """What a checkpoint says besides its arrays."""

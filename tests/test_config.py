@@ -116,16 +116,18 @@ def test_changed_fields() -> None:
 # --- values that cannot run --------------------------------------------------------------------------------------
 
 
-def refuse(config: ml_collections.ConfigDict) -> None:
-    """The checks of a start, in its order."""
+def start(config: ml_collections.ConfigDict) -> ModelConfig:
+    """The checks of a start, in its order; returns the geometry that they let through."""
     train.check(config, TwoSymbols())
     sharding.make_mesh(config)
-    ModelConfig.from_config(config)
+    geometry = ModelConfig.from_config(config)
     optim.optimizer(config)
+    return geometry
 
 
 def test_base_is_accepted() -> None:
-    refuse(changed())
+    geometry = start(changed())
+    assert (geometry.depth, geometry.width, geometry.vocab_size, geometry.limit) == (18, 512, 2, 8192)
 
 
 @pytest.mark.parametrize(
@@ -150,4 +152,4 @@ def test_base_is_accepted() -> None:
 def test_values_out_of_range(field: str, value: Any) -> None:
     """Each is refused before anything is written, by a message that names the field."""
     with pytest.raises(UserError, match=rf"^({field}|mesh|train\.batch)\b"):
-        refuse(changed(**{"train__accumulation": 4, field.replace(".", "__"): value}))
+        start(changed(**{"train__accumulation": 4, field.replace(".", "__"): value}))

@@ -33,9 +33,6 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body[: len(body) // 2] if self.path == "/cut" and first else body)
 
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture
 def url():

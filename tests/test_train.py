@@ -37,8 +37,8 @@ def golden_config(g: dict[str, np.ndarray], name: str) -> ml_collections.ConfigD
     return c
 
 
-def follow(name: str, folder: str, attention: Callable, loss: float, spans: float, updates: int | None = None):
-    """Run the authors' updates and compare every loss and span; returns the final state and the golden numbers."""
+def follow(name: str, folder: str, attention: Callable, updates: int | None = None):
+    """Run the authors' updates; returns the largest error of a loss and of a span, and state, numbers and geometry."""
     g = golden.load(f"traj_{name}", folder)
     c, dtype = golden_config(g, name), "float64" if folder == "golden64" else "float32"
     c.model.dtype = dtype
@@ -49,20 +49,21 @@ def follow(name: str, folder: str, attention: Callable, loss: float, spans: floa
     key = jax.random.key_data(jax.random.key(0))
     state = train.TrainState(jnp.int32(0), params, optimizer.init(params), cache_XBSD, key)
     step = jax.jit(train.make_train_step(model, optimizer, c, config.limit, attention))
-    last = -1
+    last, losses, spans = -1, [], []
     for update, position in enumerate(g["data_pos"][:updates]):
         window_BT = g["data"][:, position : position + M + 1]
         state, values = step(state, data.Batch(window_BT[:, :-1], window_BT[:, 1:], np.bool_(position <= last)))
         last = position
-        assert abs(float(values.compute()["nll"]) - g["loss"][update]) <= loss
-        np.testing.assert_allclose(state.params["layers"]["span"], g["spans"][update], atol=spans, rtol=0)
+        losses.append(abs(float(values.compute()["nll"]) - g["loss"][update]))
+        spans.append(np.abs(np.asarray(state.params["layers"]["span"]) - g["spans"][update]).max())
         np.testing.assert_allclose(optim.schedule(c)(update), g["lr"][update], rtol=1e-6)
-    return state, g, config
+    return np.max(losses), np.max(spans), state, g, config
 
 
 @pytest.mark.parametrize("name", ["adagrad", "adam", "adagrad_wrap"])
 def test_trajectory(name: str) -> None:
-    state, g, config = follow(name, "golden", all_attention, loss=1e-5, spans=1e-5)
+    loss, span, state, g, config = follow(name, "golden", all_attention)
+    assert loss <= 1e-5 and span <= 1e-5
     theirs = golden.params(g, config, "p1.")
     for ours, expected in zip(jax.tree.leaves(state.params), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-5, rtol=0)
@@ -78,9 +79,11 @@ def test_trajectory_with_trimming() -> None:
     At update 21 this trajectory magnifies an earlier difference tenfold, in float64 as well: float32's rounding then
     shows as 1.2e-5 (`reference`) and 1.4e-5 (`xla`) in one loss.
     """
-    follow("adagrad_trim_cache", "golden", all_attention, loss=1e-5, spans=1e-5, updates=20)
+    loss, span, *_ = follow("adagrad_trim_cache", "golden", all_attention, updates=20)
+    assert loss <= 1e-5 and span <= 1e-5
     with jax.enable_x64(True):
-        follow("adagrad_trim_cache", "golden64", all_attention, loss=1e-5, spans=1e-5)
+        loss, span, *_ = follow("adagrad_trim_cache", "golden64", all_attention)
+    assert loss <= 1e-5 and span <= 1e-5
 
 
 def test_trajectory_from_zero_spans() -> None:
@@ -89,9 +92,11 @@ def test_trajectory_from_zero_spans() -> None:
     Here Adagrad divides span gradients that are nearly 0 by themselves, so the 1e-8 that the authors add to the
     normaliser decides the trajectory; float32, theirs too, rounds it away. Float64 with their 1e-8 must agree.
     """
-    follow("adagrad_init0", "golden", all_attention, loss=1e-5, spans=1e-5, updates=5)
+    loss, span, *_ = follow("adagrad_init0", "golden", all_attention, updates=5)
+    assert loss <= 1e-5 and span <= 1e-5
     with jax.enable_x64(True):
-        follow("adagrad_init0", "golden64", golden.authors_attention, loss=1e-7, spans=1e-7)
+        loss, span, *_ = follow("adagrad_init0", "golden64", golden.authors_attention)
+    assert loss <= 1e-7 and span <= 1e-7
 
 
 # --- small runs on a text of our own -----------------------------------------------------------------------------
@@ -262,7 +267,7 @@ def test_span_that_is_not_a_number(texts: str) -> None:
 def test_split_too_short(texts: str, tmp_path: Path) -> None:
     """Said at the start, not after the hours of training."""
     c = tiny(texts, **{"evaluate.max_tokens": 135}, **QUICK)
-    with pytest.raises(UserError, match="split valid: protocol authors with train.block 16 needs at least 136 tokens"):
+    with pytest.raises(UserError, match="split valid: protocol authors: expected at least 136 tokens, found 135"):
         train.train_and_evaluate(c, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

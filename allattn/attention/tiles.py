@@ -81,7 +81,7 @@ class Shape(NamedTuple):
     def tile(self, R: int) -> int:
         """Queries of one row in a tile: few where a head sees little, since a window holds R + tile keys."""
         tile = min(self.length, TILE)
-        while tile % 2 == 0 and tile * (R + tile + self.N) > ELEMENTS // 4 * 3:
+        while tile % 2 == 0 and tile * (R + tile + self.N) > ELEMENTS * 3 // 4:
             tile //= 2
         return SHORT_TILE if R <= SHORT_TILE and tile % SHORT_TILE == 0 else tile
 
@@ -97,6 +97,7 @@ class Shape(NamedTuple):
 
 
 def work_shape(static: Static, inputs: Inputs) -> Shape:
+    """Sizes, and the padding with which every window of keys lies inside the padded keys."""
     (B, T), S, L = inputs.query_BTHK.shape[:2], inputs.key_BSHK.shape[1], inputs.position_HLK.shape[1]
     whole, tile = static.whole_context, min(T, TILE)
     length = -(-T // tile) * tile
@@ -125,6 +126,7 @@ class Head(NamedTuple):
 
 
 def select_head(static: Static, inputs: Inputs, shape: Shape, head: Array) -> Head:
+    """Cut one head out of the inputs, in the dtype of the statistics."""
     dtype = jnp.promote_types(inputs.query_BTHK.dtype, jnp.float32)
 
     def rows(x_BXHK: Array, before: int, after: int) -> Array:
@@ -162,6 +164,7 @@ class Tile(NamedTuple):
 
 
 def select_tile(static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic, number: Array) -> Tile:
+    """Cut tile `number` of a bucket out of a head: tiles of a row, then groups of rows."""
     G, T = shape.rows(R), shape.tile(R)
     tiles = shape.length // T
     first_row, first_query = number // tiles * G, number % tiles * T
