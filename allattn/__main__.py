@@ -110,16 +110,19 @@ def _quiet() -> None:
 
 
 def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from allattn import config, train
+    from allattn import config, sharding, train
 
-    scores = train.train_and_evaluate(config.load(arguments.config, overrides), arguments.workdir)
+    c = config.load(arguments.config, overrides)
+    sharding.use_cores_for(c)
+    scores = train.train_and_evaluate(c, arguments.workdir)
     print(f"checkpoints: {arguments.workdir}/checkpoints", flush=True)
     print(json.dumps(scores), flush=True)
 
 
 def _evaluate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
-    from allattn import run
+    from allattn import evaluate, run, sharding
 
+    sharding.use_cores(evaluate.AUTHORS_ROWS)
     loaded = run.load(arguments.workdir, arguments.step)
     scores = loaded.evaluate(arguments.split, arguments.protocol, arguments.text, arguments.data_dir)
     print(json.dumps(scores), flush=True)

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from allattn import sharding
 from allattn.data.stream import TokenSource
 from allattn.errors import UserError
 from allattn.model import KeyValue, Model, Params
@@ -28,6 +30,16 @@ class Plan(NamedTuple):
     first_R: np.ndarray  # first target scored
     last_R: np.ndarray  # last target scored
     blocks: int
+
+    def padded(self, multiple: int) -> "Plan":
+        """The same with idle rows, which score nothing, up to a multiple of `multiple` rows."""
+        idle = (0, -len(self.begin_R) % multiple)
+        first_R, last_R = np.pad(self.first_R, idle), np.pad(self.last_R, idle, constant_values=-1)
+        return Plan(np.pad(self.begin_R, idle), first_R, last_R, self.blocks)
+
+    def part(self, rows: slice) -> "Plan":
+        """Some of the rows."""
+        return Plan(self.begin_R[rows], self.first_R[rows], self.last_R[rows], self.blocks)
 
 
 def check_length(protocol: str, tokens: int, block: int, place: str = "") -> None:
@@ -57,7 +69,7 @@ def full_plan(tokens: int, block: int, rows: int, warm_up: int) -> Plan:
 
 
 def evaluate_tokens(
-    model: Model, params: Params, tokens: TokenSource, *, protocol: str, block: int, rows: int = 8
+    model: Model, params: Params, tokens: TokenSource, *, protocol: str, block: int, rows: int = 8, mesh: Mesh
 ) -> dict[str, float]:
     """Score a split.
 
@@ -68,6 +80,7 @@ def evaluate_tokens(
       protocol: "authors" or "full" (method page, "Evaluation protocols").
       block: tokens read at once; part of the definition of `authors`, without effect on `full`.
       rows: rows that share the work of `full`; without effect on the result beyond rounding.
+      mesh: devices that the rows are spread over; holds the parameters.
 
     Returns:
       nll (mean, nats), bpc, ppl and tokens (targets scored).
@@ -82,7 +95,8 @@ def evaluate_tokens(
         plan = full_plan(len(tokens), block, rows, model.config.depth * context)
     else:
         raise UserError(f"protocol: expected authors or full, found {protocol!r}")
-    total = score(model, params, tokens, plan, block, context)
+    plan = plan.padded(sharding.row_shards(mesh))
+    total = score(model, params, tokens, plan, block, context, mesh)
     return summary(total, int((plan.last_R - plan.first_R + 1).sum()))
 
 
@@ -101,14 +115,23 @@ def context_length(model: Model, params: Params) -> int:
     return min(config.limit, -(-(math.ceil(longest) + config.ramp) // 64) * 64)
 
 
-def score(model: Model, params: Params, tokens: TokenSource, plan: Plan, block: int, context: int) -> float:
+def score(model: Model, params: Params, tokens: TokenSource, plan: Plan, block: int, context: int, mesh: Mesh) -> float:
     """Sum of the scored targets' negative log-likelihoods, in nats."""
-    cache, total = model.empty_key_value(len(plan.begin_R), context + block), 0.0
+    rows, total = len(plan.begin_R), 0.0
+    mine = plan.part(sharding.local_rows(mesh, rows))
+    cache = empty_cache(model, mesh, rows, context + block)
     pending: Array | float = 0.0
     for number in range(plan.blocks):
-        cache, nll = score_block(model, params, cache, *read_block(tokens, plan, block, number))
+        arrays = (sharding.place_rows(mesh, x_RT) for x_RT in read_block(tokens, mine, block, number))
+        cache, nll = score_block(model, mesh, params, cache, *arrays)
         total, pending = total + float(pending), nll  # read one block late, so that the device never waits
     return total + float(pending)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def empty_cache(model: Model, mesh: Mesh, rows: int, length: int) -> KeyValue:
+    """Keys and values of zero states, made in place on the mesh."""
+    return sharding.constrain(mesh, model.empty_key_value(rows, length))
 
 
 def read_block(tokens: TokenSource, plan: Plan, block: int, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -123,15 +146,17 @@ def read_block(tokens: TokenSource, plan: Plan, block: int, number: int) -> tupl
     return window_RT[:, :-1], window_RT[:, 1:], scored_RT
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def score_block(model: Model, params: Params, cache: KeyValue, inputs_RT: Array, targets_RT: Array, scored_RT: Array):
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def score_block(model: Model, mesh: Mesh, params: Params, cache: KeyValue, inputs_RT, targets_RT, scored_RT):
     """One block of every row: the shifted cache and the sum of the scored targets' nats."""
-    network, T = model.bind(params), inputs_RT.shape[1]
-    forward = network.cached_forward(inputs_RT, cache)
+    network, (R, T) = model.bind(params), inputs_RT.shape
+    forward = network.cached_forward(inputs_RT, cache, attention=sharding.attention_over(mesh, R))
     nll_RT = network.io.nll(forward.hidden_BTD, targets_RT)
 
     def shift(old_XRSHK: Array, new_XRTHK: Array) -> Array:
         context_XRSHK = jnp.concatenate([old_XRSHK[:, :, :-T], new_XRTHK], axis=2)[:, :, T:]
         return jnp.concatenate([context_XRSHK, jnp.zeros_like(new_XRTHK)], axis=2)
 
-    return jax.tree.map(shift, cache, forward.new), jnp.sum(jnp.where(scored_RT, nll_RT, 0))
+    cache = jax.tree.map(shift, cache, forward.new)
+    nll = jnp.sum(jnp.where(scored_RT, nll_RT, 0))
+    return sharding.constrain(mesh, cache), nll

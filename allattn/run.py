@@ -9,7 +9,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from allattn import checkpoint, data, evaluate, generate
+from allattn import checkpoint, data, evaluate, generate, sharding
 from allattn.config import from_json
 from allattn.errors import UserError
 from allattn.model import Model, ModelConfig, Params
@@ -44,7 +44,9 @@ class Run:
         """
         tokens, c = self._tokens(split, text, data_dir), self.config
         options = {"protocol": protocol, "block": c.train.block, "rows": c.evaluate.batch}
-        scores = evaluate.evaluate_tokens(self.model, self.params, tokens, **options)
+        mesh = sharding.mesh_over_rows()
+        params = jax.device_put(self.params, sharding.shardings(mesh, self.params))
+        scores = evaluate.evaluate_tokens(self.model, params, tokens, mesh=mesh, **options)
         return {"split": text or split, "protocol": protocol, "step": self.step, **scores}
 
     def _tokens(self, split: str, text: str | None, data_dir: str | None) -> Any:

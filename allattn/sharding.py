@@ -4,7 +4,9 @@ Dimension key: X layer, B batch, T query position, S context key, L distance, N 
 D model width, V vocabulary.
 """
 
+import contextlib
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -34,8 +36,46 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"io/bias$", P()),  # V
     (r"position$", P("fsdp", None)),  # LK
     (r"^cache$", P(None, ROWS)),  # XBSD
+    (r"^(key|value)_XBSHK$", P(None, ROWS, None, "tensor", None)),
     (r"(^step|^key|count|made)$", P()),
 )
+
+# XLA aborts a process whose CPU devices wait more than 40 s for each other, which those of a large model on CPU may.
+PATIENCE = " ".join(f"--xla_cpu_collective_call_{what}_timeout_seconds=100000" for what in ("warn_stuck", "terminate"))
+
+
+def use_cores(rows: int, parts: int = 1) -> None:
+    """Make one device per CPU core; call it before JAX is first used, later it has no effect.
+
+    XLA runs most operations of one CPU device one after another, small ones on one core. With the rows spread over a
+    device per core, all cores are busy: two cores then train 1.05 to 1.2 times as fast. GPUs and TPUs are not
+    affected, and a number of CPU devices that the user has chosen stays.
+
+    Args:
+      rows: rows of the batch, a multiple of the number of devices.
+      parts: divisor of the number of devices.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if jax.config.values["jax_num_cpu_devices"] > 0 or "xla_force_host_platform_device_count" in flags:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ["XLA_FLAGS"] = f"{flags} {PATIENCE}".strip()
+    with contextlib.suppress(RuntimeError):  # JAX runs already, as in a notebook: its devices stay
+        devices = max((n for n in range(parts, cores + 1, parts) if rows % n == 0), default=1)
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def use_cores_for(config: ml_collections.ConfigDict) -> None:
+    """`use_cores` for training: as many as the mesh names, or as cores and batch allow where it leaves that open."""
+    sizes = [config.mesh[axis] for axis in AXES]
+    parts = math.prod(size for size in sizes if size > 0)
+    rows = config.train.batch // config.train.accumulation
+    use_cores(rows if -1 in sizes else parts, parts)
+
+
+def mesh_over_rows() -> Mesh:
+    """All devices, rows spread over them and parameters replicated."""
+    return jax.make_mesh((jax.device_count(), 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
@@ -90,9 +130,19 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def constrain(mesh: Mesh, tree: Any) -> Any:
+    """Place values inside jitted code by the table."""
+    return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
+
+
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays whose leading dimension is rows."""
     return NamedSharding(mesh, P(ROWS))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Over how many groups of devices rows are spread."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def local_rows(mesh: Mesh, batch: int) -> slice:
@@ -120,7 +170,7 @@ def attention_over(mesh: Mesh, rows: int) -> Callable[..., Any]:
     """
     if mesh.size == 1:
         return all_attention
-    rows_per_shard = rows // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows_per_shard = rows // row_shards(mesh)
     by_row_head, by_head = P(ROWS, None, "tensor", None), P("tensor", None, None)
     specs = {
         "position_HLK": P(None, None, None),

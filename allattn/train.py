@@ -229,7 +229,7 @@ class Trainer:
         """One update, by the code compiled for this bucket."""
         if bucket not in self._steps:
             attention = sharding.attention_over(self.mesh, self.config.train.batch)
-            shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+            shards = sharding.row_shards(self.mesh)
             step = make_train_step(self.model, self.optimizer, self.config, bucket, attention, shards)
             places = sharding.shardings(self.mesh, jax.eval_shape(lambda s: s, state))
             self._steps[bucket] = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
@@ -251,7 +251,7 @@ class Trainer:
         """Score a split as `config.evaluate` says."""
         c = self.config
         options = {"protocol": c.evaluate.protocol, "block": c.train.block, "rows": c.evaluate.batch}
-        return evaluate.evaluate_tokens(self.model, params, self._split(split), **options)
+        return evaluate.evaluate_tokens(self.model, params, self._split(split), mesh=self.mesh, **options)
 
     def _split(self, split: str) -> data.TokenSource:
         tokens: data.TokenSource = self.dataset.tokens(split)

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.sharding import Mesh
 
-from allattn import data, evaluate, optim, train
-from allattn.attention import all_attention
+from allattn import data, evaluate, optim, sharding, train
 from allattn.model import Model, ModelConfig, forward_flops
 from configs import base
 
@@ -70,17 +70,20 @@ def _seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def trainer(c: ml_collections.ConfigDict, params: Any, model: Model, longest: float) -> Callable[[], Any]:
+def trainer(c: ml_collections.ConfigDict, params: Any, model: Model, longest: float, mesh: Mesh) -> Callable[[], Any]:
     """A function that makes one update of a running state."""
     bucket, limit = train.choose_bucket(c, longest), c.model.span.limit
     optimizer = optim.optimizer(c)
     cache_XBSD = model.empty_cache(BATCH, train.next_bucket(bucket, limit))
     key = jax.random.key_data(jax.random.key(0))
     state = train.TrainState(jnp.int32(0), params, optimizer.init(params), cache_XBSD, key)
-    step = jax.jit(train.make_train_step(model, optimizer, c, bucket, all_attention), donate_argnums=0)
-    rng, holder = np.random.default_rng(0), [state]
+    places, attention = sharding.shardings(mesh, state), sharding.attention_over(mesh, BATCH)
+    step = train.make_train_step(model, optimizer, c, bucket, attention, sharding.row_shards(mesh))
+    step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+    rng, holder = np.random.default_rng(0), [jax.device_put(state, places)]
     tokens_BT = rng.integers(VOCABULARY, size=(BATCH, c.train.block + 1), dtype=np.int32)
-    batch = data.Batch(tokens_BT[:, :-1], tokens_BT[:, 1:], np.bool_(False))
+    inputs_BT, targets_BT = (sharding.place_rows(mesh, x_BT) for x_BT in (tokens_BT[:, :-1], tokens_BT[:, 1:]))
+    batch = data.Batch(inputs_BT, targets_BT, np.bool_(False))
 
     def run() -> Any:
         holder[0], values = step(holder[0], batch)
@@ -89,16 +92,17 @@ def trainer(c: ml_collections.ConfigDict, params: Any, model: Model, longest: fl
     return run
 
 
-def evaluator(c: ml_collections.ConfigDict, params: Any, model: Model) -> Callable[[], Any]:
+def evaluator(c: ml_collections.ConfigDict, params: Any, model: Model, mesh: Mesh) -> Callable[[], Any]:
     """A function that scores one block of 8 rows."""
     rng, block = np.random.default_rng(0), c.train.block
     tokens = rng.integers(VOCABULARY, size=BATCH * (block + 1), dtype=np.int32)
     plan, context = evaluate.authors_plan(len(tokens), block), evaluate.context_length(model, params)
-    holder = [model.empty_key_value(BATCH, context + block)]
-    arrays = evaluate.read_block(tokens, plan, block, 0)
+    holder = [evaluate.empty_cache(model, mesh, BATCH, context + block)]
+    params = jax.device_put(params, sharding.shardings(mesh, params))
+    arrays = [sharding.place_rows(mesh, x_RT) for x_RT in evaluate.read_block(tokens, plan, block, 0)]
 
     def run() -> Any:
-        holder[0], nll = evaluate.score_block(model, params, holder[0], *arrays)
+        holder[0], nll = evaluate.score_block(model, mesh, params, holder[0], *arrays)
         return nll
 
     return run
@@ -106,13 +110,15 @@ def evaluator(c: ml_collections.ConfigDict, params: Any, model: Model) -> Callab
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Time the steps between two measurements of the matrix product."""
+    sharding.use_cores(BATCH)
+    mesh = sharding.mesh_over_rows()
     c = configuration(arguments.geometry, arguments.dropout, arguments.dtype, arguments.implementation)
     config = ModelConfig.from_config(c)
     model, z_XH = Model(config), spans(c, arguments.spans)
     params = jax.jit(model.init)(jax.random.key(0))
     params["layers"]["span"] = jnp.asarray(z_XH)
     evaluates = arguments.mode == "evaluate"
-    run = evaluator(c, params, model) if evaluates else trainer(c, params, model, float(z_XH.max()))
+    run = evaluator(c, params, model, mesh) if evaluates else trainer(c, params, model, float(z_XH.max()), mesh)
     before = matmul_gflops(arguments.dtype)
     for _ in range(2):
         jax.block_until_ready(run())
@@ -135,7 +141,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "share": round(flops / second / 1e9 / ((before + after) / 2), 4),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "steps": len(times),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
         "commit": commit(),

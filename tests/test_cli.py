@@ -197,7 +197,8 @@ def test_a_process_writes_one_line(place: Place) -> None:
     assert (found.code, found.out) == (2, "")
     assert found.err == "allattn: byte b'?' at offset 1 is none of the vocabulary's 16 symbols\n"
     found = process("evaluate", f"--workdir={place.run}")
-    assert (found.code, found.err) == (0, "") and found.last() == place.trained.last()
+    assert (found.code, found.err) == (0, "")
+    assert found.last() == pytest.approx(place.trained.last())  # a device per core, and sums in their order
 
 
 def test_closed_output(place: Place) -> None:

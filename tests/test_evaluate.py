@@ -15,9 +15,11 @@ from allattn import evaluate
 from allattn.data import Vocabulary
 from allattn.errors import UserError
 from allattn.model import Model, Params
+from allattn.sharding import mesh_over_rows
 
 COVERAGE = json.loads((Path(__file__).parent / "golden" / "data_pipeline.json").read_text())["full_eval_coverage"]
 REAL_TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "enwik8_slice" / "valid.txt"
+MESH = mesh_over_rows()
 TOKENS = np.random.default_rng(0).integers(29, size=500)
 
 
@@ -61,7 +63,7 @@ def test_full_coverage(tokens: int, rows: int, block: int, warm_up: int) -> None
 def test_authors_equals_the_training_pass() -> None:
     model = Model(geometry())
     params, block = random_params(model), 8
-    found = evaluate.evaluate_tokens(model, params, TOKENS, protocol="authors", block=block)
+    found = evaluate.evaluate_tokens(model, params, TOKENS, protocol="authors", block=block, mesh=MESH)
     nll_RT = naive_nll(model, params, TOKENS[: 8 * (len(TOKENS) // 8)].reshape(8, -1), block)
     assert found["tokens"] == nll_RT.size == 8 * 56
     assert found["nll"] == pytest.approx(nll_RT.mean(), rel=2e-6)
@@ -78,7 +80,7 @@ def test_full_does_not_depend_on_the_work(adaptive: bool, block: int, rows: int)
     assert evaluate.context_length(model, params) == (64 if adaptive else 24)
     plain = Model(geometry(adaptive=adaptive, limit=limit))
     whole = naive_nll(plain, params, TOKENS[None], len(TOKENS) - 1)
-    found = evaluate.evaluate_tokens(model, params, TOKENS, protocol="full", block=block, rows=rows)
+    found = evaluate.evaluate_tokens(model, params, TOKENS, protocol="full", block=block, rows=rows, mesh=MESH)
     assert found["tokens"] == len(TOKENS) - 1
     assert found["nll"] == pytest.approx(whole.mean(), rel=2e-6)
 
@@ -92,7 +94,8 @@ def test_real_text() -> None:
     model = Model(geometry())
     params = random_params(model)
     full, authors = (
-        evaluate.evaluate_tokens(model, params, tokens, protocol=protocol, block=8) for protocol in ("full", "authors")
+        evaluate.evaluate_tokens(model, params, tokens, protocol=protocol, block=8, mesh=MESH)
+        for protocol in ("full", "authors")
     )
     assert (full["tokens"], authors["tokens"]) == (599, 8 * 72)
     assert authors["nll"] == pytest.approx(naive_nll(model, params, tokens.reshape(8, -1), 8).mean(), rel=2e-6)
@@ -103,11 +106,11 @@ def test_refusals() -> None:
     model = Model(geometry())
     params = random_params(model)
     with pytest.raises(UserError, match="expected authors or full, found 'ful'"):
-        evaluate.evaluate_tokens(model, params, TOKENS, protocol="ful", block=8)
+        evaluate.evaluate_tokens(model, params, TOKENS, protocol="ful", block=8, mesh=MESH)
     with pytest.raises(UserError, match="authors: expected at least 72 tokens, found 71"):
-        evaluate.evaluate_tokens(model, params, TOKENS[:71], protocol="authors", block=8)
+        evaluate.evaluate_tokens(model, params, TOKENS[:71], protocol="authors", block=8, mesh=MESH)
     assert evaluate.authors_plan(72, 8).blocks == 1
     for tokens in (0, 1):
         with pytest.raises(UserError, match=f"full: expected at least 2 tokens, found {tokens}"):
-            evaluate.evaluate_tokens(model, params, TOKENS[:tokens], protocol="full", block=8)
-    assert evaluate.evaluate_tokens(model, params, TOKENS[:2], protocol="full", block=8)["tokens"] == 1
+            evaluate.evaluate_tokens(model, params, TOKENS[:tokens], protocol="full", block=8, mesh=MESH)
+    assert evaluate.evaluate_tokens(model, params, TOKENS[:2], protocol="full", block=8, mesh=MESH)["tokens"] == 1
