@@ -126,6 +126,9 @@ def error(ours: dict[str, Any], reference: dict[str, Any]) -> float:
     return float(np.max(errors))
 
 
+TILE = tiles.TILE  # before the fixture makes it small
+
+
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 8 queries, so that small cases have several."""
@@ -211,7 +214,7 @@ def test_dropout_does_not_depend_on_the_cut(implementation: str, monkeypatch: py
     inputs = arrays(case)
     whole = kept(case, inputs, implementation)
     close = dict(rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr(tiles, "TILE", 256)
+    monkeypatch.setattr(tiles, "TILE", TILE)
     np.testing.assert_allclose(kept(case, inputs, implementation), whole, **close)
     rows = {name: inputs[name][2:] for name in ("query", "key", "value")}
     np.testing.assert_allclose(kept(case, {**inputs, **rows}, implementation, row_offset=2), whole[2:], **close)
@@ -241,7 +244,7 @@ def test_dropout_rate() -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_memory(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward pass keeps no array of T x S x H: under 64 MiB beyond inputs and outputs for a row of 8 heads."""
-    monkeypatch.setattr(tiles, "TILE", 256)
+    monkeypatch.setattr(tiles, "TILE", TILE)
     case = Case(B=1, T=512, S=8704, H=8, K=64, L=8192, N=1024, spans=(8192.0,) * 8, ramp=32)
     shapes = jax.eval_shape(lambda: arrays(case))
 

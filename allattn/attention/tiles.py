@@ -15,9 +15,8 @@ from allattn.attention.span import NOTHING, log_span_mask
 
 Array = jax.Array
 
-TILE = 256  # queries of one row
-SHORT_TILE = 64
-ELEMENTS = 2**21  # weights that are worked on at once, if rows are grouped: products of many queries run faster
+TILE, SHORT_TILE = 128, 64  # queries of one row: a quarter of the distances, between these
+ELEMENTS = 2**20  # weights that are worked on at once, if rows are grouped: products of many queries run faster
 SMALLEST_BUCKET = 64
 
 
@@ -81,9 +80,9 @@ class Shape(NamedTuple):
     def tile(self, R: int) -> int:
         """Queries of one row in a tile: few where a head sees little, since a window holds R + tile keys."""
         tile = min(self.length, TILE)
-        while tile % 2 == 0 and tile * (R + tile + self.N) > ELEMENTS * 3 // 4:
+        while tile % 2 == 0 and tile > max(R // 4, SHORT_TILE):
             tile //= 2
-        return SHORT_TILE if R <= SHORT_TILE and tile % SHORT_TILE == 0 else tile
+        return tile
 
     def rows(self, R: int) -> int:
         """Rows in a tile: as many as keep its arrays small."""
