@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allattn import attention
-from allattn.attention import all_attention, dropout, tiles
+from allattn.attention import all_attention, dropout, pallas_tpu, tiles
 
 IMPLEMENTATIONS = [name for name in attention.IMPLEMENTATIONS if name != "reference"]
 
@@ -44,7 +44,7 @@ class Case:
 
 CASES = {
     "plain": Case(),
-    "no spans": Case(spans=None),
+    "no spans": Case(spans=None, ramp=0),
     "ties and full": Case(H=4, spans=(0.0, 3.0, 12.0, 11.25)),
     "one query": Case(T=1),
     "one head": Case(H=1, spans=(5.5,)),
@@ -126,13 +126,26 @@ def error(ours: dict[str, Any], reference: dict[str, Any]) -> float:
     return float(np.max(errors))
 
 
-TILE = tiles.TILE  # before the fixture makes it small
+# what the fixture makes small
+TILE, QUERY_TILE, KEY_TILE = tiles.TILE, pallas_tpu.QUERY_TILE, pallas_tpu.KEY_TILE
+
+# the operation of one layer of the papers' models, for two rows
+GEOMETRIES = {
+    "enwik8_small": Case(B=2, T=512, S=8704, H=8, K=64, L=8192, N=1024, spans=(0.0,) * 8, ramp=32, dropout=0.3),
+    "enwik8_large": Case(B=2, T=512, S=8704, H=8, K=64, L=8192, N=2048, spans=(0.0,) * 8, ramp=32, dropout=0.4),
+    "wikitext103": Case(B=2, T=256, S=2304, H=8, K=64, L=2048, N=2048, spans=(0.0,) * 8, ramp=32, dropout=0.3),
+    "transformer_xl": Case(
+        *(2, 512, 1024, 8, 64, 1024, 0), None, first_distance=0, position_heads=8, two_queries=True, dropout=0.1
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 8 queries, so that small cases have several."""
     monkeypatch.setattr(tiles, "TILE", 8)
+    monkeypatch.setattr(pallas_tpu, "QUERY_TILE", 8)
+    monkeypatch.setattr(pallas_tpu, "KEY_TILE", 16)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -156,12 +169,13 @@ def test_bfloat16(name: str, implementation: str) -> None:
     assert error(found, expected) <= 2e-2
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_float64(implementation: str) -> None:
+def test_float64() -> None:
     case = CASES["ties and full"]
     with jax.enable_x64(True):
         inputs = arrays(case, np.float64)
-        assert error(results(case, inputs, implementation), results(case, inputs, "reference")) <= 1e-9
+        assert error(results(case, inputs, "xla"), results(case, inputs, "reference")) <= 1e-9
+        with pytest.raises(NotImplementedError, match="pallas_tpu: expected dtype float32 or bfloat16, found float64"):
+            call(inputs, implementation="pallas_tpu")
 
 
 @pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
@@ -241,15 +255,14 @@ def test_dropout_rate() -> None:
     assert abs((stays == other).mean() - 0.58) < 0.01  # neighbours are independent: 0.7^2 + 0.3^2
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_memory(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward pass keeps no array of T x S x H: under 64 MiB beyond inputs and outputs for a row of 8 heads."""
     monkeypatch.setattr(tiles, "TILE", TILE)
     case = Case(B=1, T=512, S=8704, H=8, K=64, L=8192, N=1024, spans=(8192.0,) * 8, ramp=32)
     shapes = jax.eval_shape(lambda: arrays(case))
 
     def loss(inputs: dict[str, Any]) -> jax.Array:
-        return call(inputs, implementation=implementation).sum()
+        return call(inputs, implementation="xla").sum()
 
     compiled = jax.jit(jax.grad(loss)).lower(shapes).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
@@ -289,6 +302,38 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
 def test_unknown_implementation() -> None:
     with pytest.raises(NotImplementedError, match="'magic'"):
         call(arrays(CASES["plain"]), implementation="magic")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_second_derivatives_are_refused(implementation: str) -> None:
+    inputs = arrays(CASES["plain"])
+
+    def slope(query: jax.Array) -> jax.Array:
+        def loss(query: jax.Array) -> jax.Array:
+            return (call({**inputs, "query": query}, implementation=implementation) ** 2).sum()
+
+        return jax.grad(loss)(query).sum()
+
+    with pytest.raises(NotImplementedError, match="all_attention: expected first derivatives only"):
+        jax.grad(slope)(inputs["query"])
+
+
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v6 lite", "TPU7x"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_lowers_for_tpu(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward kernels at real sizes; there is no copy of keys or values around them."""
+    monkeypatch.setattr(pallas_tpu, "QUERY_TILE", QUERY_TILE)
+    monkeypatch.setattr(pallas_tpu, "KEY_TILE", KEY_TILE)
+    shapes = jax.eval_shape(lambda: arrays(GEOMETRIES[name], jnp.bfloat16))
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+
+    def loss(inputs: dict[str, Any]) -> jax.Array:
+        return call(inputs, implementation="pallas_tpu", **options(GEOMETRIES[name])).astype(jnp.float32).sum()
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(jax.grad(loss)).trace(shapes).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 2
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)

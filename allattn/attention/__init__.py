@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from allattn.attention import reference, xla
+from allattn.attention import pallas_tpu, reference, xla
+from allattn.attention.tiles import pack
 
 Array = jax.Array
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
 
 
 def all_attention(
@@ -65,7 +66,7 @@ def all_attention(
       head_offset: global index of head 0.
       scale: factor of every logit; None: 1/sqrt(K).
       return_persistent_mass: also return the share of each query's weight that lies on persistent pairs.
-      implementation: "reference" or "xla"; None: the best here.
+      implementation: "reference", "xla" or "pallas_tpu" (interpreted, slowly, but on a TPU); None: the best here.
 
     Returns:
       out_BTHK in the query's dtype and, if asked for, mass_BTH in float32, before dropout and without a gradient.
@@ -99,11 +100,12 @@ def all_attention(
         "head_offset": jnp.asarray(head_offset, jnp.int32),
         "scale": float(K**-0.5 if scale is None else scale),
     }
-    if (implementation or "xla") == "xla":
-        arguments |= {"whole_context": static_start, "one_query": position_query_BTHK is None}
-        out_BTHK, mass_BTH = xla.all_attention(query_BTHK, key_BSHK, value_BSHK, **arguments)
-    elif implementation == "reference":
+    if implementation == "reference":
         out_BTHK, mass_BTH = reference.all_attention(query_BTHK, key_BSHK, value_BSHK, **arguments)
+    elif (implementation or "xla") in ("xla", "pallas_tpu"):
+        run = pallas_tpu.all_attention if implementation == "pallas_tpu" else xla.all_attention
+        arguments |= {"whole_context": static_start, "one_query": position_query_BTHK is None}
+        out_BTHK, mass_BTH = run(*pack(query_BTHK, key_BSHK, value_BSHK, **arguments))
     else:
         raise NotImplementedError(f"implementation: expected one of {IMPLEMENTATIONS}, found {implementation!r}")
     return (out_BTHK, mass_BTH) if return_persistent_mass else out_BTHK

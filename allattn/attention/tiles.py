@@ -55,6 +55,19 @@ class Inputs(NamedTuple):
     span_H: Array
 
 
+def pack(
+    query_BTHK, key_BSHK, value_BSHK, *, position_query_BTHK, position_HLK, persistent_key_HNK, persistent_value_HNK,
+    span_H, first_distance, ramp, dropout_rate, scale, whole_context, one_query, **dynamic,
+) -> tuple[Static, Inputs, Dynamic]:  # fmt: skip
+    """The arguments of the operation by what an implementation does with them."""
+    if span_H is None:  # every distance counts fully: a span of L puts the ramp behind the table's end
+        span_H = jax.lax.stop_gradient(jnp.full(query_BTHK.shape[2], float(position_HLK.shape[1] + 1)))
+        ramp = 1
+    pairs = (persistent_key_HNK, persistent_value_HNK)
+    inputs = Inputs(query_BTHK, position_query_BTHK, key_BSHK, value_BSHK, position_HLK, *pairs, span_H)
+    return Static(first_distance, ramp, dropout_rate, scale, whole_context, one_query), inputs, Dynamic(**dynamic)
+
+
 def buckets(limit: int) -> tuple[int, ...]:
     """Numbers of distances for which code is compiled: powers of two and, from 512 on, the steps halfway between."""
     sizes, size = [], SMALLEST_BUCKET

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from allattn.attention import dropout
+from allattn.attention.first_order import first_order
 from allattn.attention.span import NOTHING, TIE, ramp_position, reach
 from allattn.attention.tiles import (
     Dynamic,
@@ -39,26 +40,9 @@ from allattn.attention.tiles import (
 Array = jax.Array
 
 
-def all_attention(
-    query_BTHK, key_BSHK, value_BSHK, *, position_query_BTHK, position_HLK, persistent_key_HNK, persistent_value_HNK,
-    span_H, first_distance, ramp, dropout_rate, scale, whole_context, one_query, **dynamic,
-) -> tuple[Array, Array]:  # fmt: skip
-    """The operation of `allattn.attention.all_attention`, whose docstring gives the arguments."""
-    L = position_HLK.shape[1]
-    if span_H is None:  # every distance counts fully: a span of L puts the ramp behind the table's end
-        span_H = jax.lax.stop_gradient(jnp.full(query_BTHK.shape[2], float(L + 1)))
-    static = Static(first_distance, ramp, dropout_rate, scale, whole_context, one_query)
-    inputs = Inputs(
-        query_BTHK,
-        position_query_BTHK,
-        key_BSHK,
-        value_BSHK,
-        position_HLK,
-        persistent_key_HNK,
-        persistent_value_HNK,
-        span_H,
-    )
-    return _attention(static, inputs, Dynamic(**dynamic))
+def all_attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Array, Array]:
+    """The operation of `allattn.attention.all_attention`, whose docstring gives the arguments, as out and mass."""
+    return _attention(static, inputs, dynamic)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -69,12 +53,12 @@ def _attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Array,
 def _attention_forward(static, inputs, dynamic):
     out_HBTK, mass_HBT, lse_HBT = _for_each_head(static, inputs, dynamic, _head_forward, ())
     out_BTHK = out_HBTK.transpose(1, 2, 0, 3).astype(inputs.query_BTHK.dtype)
-    return (out_BTHK, mass_HBT.transpose(1, 2, 0)), (inputs, dynamic, out_BTHK, lse_HBT)
+    return (out_BTHK, mass_HBT.transpose(1, 2, 0)), (inputs, out_BTHK, lse_HBT, dynamic)
 
 
 def _attention_backward(static, residuals, cotangents):
-    inputs, dynamic, out_BTHK, lse_HBT = residuals
-    dtype, d_out_BTHK = lse_HBT.dtype, cotangents[0]
+    (inputs, out_BTHK, lse_HBT, d_out_BTHK), dynamic = first_order((*residuals[:3], cotangents[0])), residuals[3]
+    dtype = lse_HBT.dtype
     delta_HBT = jnp.sum(d_out_BTHK.astype(dtype) * out_BTHK.astype(dtype), axis=-1).transpose(2, 0, 1)
     gradients = _for_each_head(static, inputs, dynamic, _head_backward, (d_out_BTHK, lse_HBT, delta_HBT))
     rows, (position_HLK, *by_head) = gradients[:4], gradients[4:]
