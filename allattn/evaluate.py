@@ -1,6 +1,6 @@
 """The evaluation protocols; the only code that computes a bpc or a perplexity.
 
-Dimension key: X layer, R row of parallel work, T position in the block, S cached position, H head, K head width.
+Dimension key: X layer, R row of parallel work, T position in the block, S cached position, E all heads side by side.
 """
 
 import functools
@@ -153,9 +153,9 @@ def score_block(model: Model, mesh: Mesh, params: Params, cache: KeyValue, input
     forward = network.cached_forward(inputs_RT, cache, attention=sharding.attention_over(mesh, R))
     nll_RT = network.io.nll(forward.hidden_BTD, targets_RT)
 
-    def shift(old_XRSHK: Array, new_XRTHK: Array) -> Array:
-        context_XRSHK = jnp.concatenate([old_XRSHK[:, :, :-T], new_XRTHK], axis=2)[:, :, T:]
-        return jnp.concatenate([context_XRSHK, jnp.zeros_like(new_XRTHK)], axis=2)
+    def shift(old_XRSE: Array, new_XRTE: Array) -> Array:
+        context_XRSE = jnp.concatenate([old_XRSE[:, :, :-T], new_XRTE], axis=2)[:, :, T:]
+        return jnp.concatenate([context_XRSE, jnp.zeros_like(new_XRTE)], axis=2)
 
     cache = jax.tree.map(shift, cache, forward.new)
     nll = jnp.sum(jnp.where(scored_RT, nll_RT, 0))

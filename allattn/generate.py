@@ -1,6 +1,7 @@
 """Streaming generation with a key/value cache no longer than the spans need; constant time per token.
 
-Dimension key: X layer, B batch (one), T position in the block, S cached position, H head, K head width, V vocabulary.
+Dimension key: X layer, B batch (one), T position in the block, S cached position, E all heads side by side,
+V vocabulary.
 """
 
 import functools
@@ -81,8 +82,8 @@ def advance(model: Model, params: Params, cache: KeyValue, tokens_BT: Array, pos
     network = model.bind(params)
     forward = network.cached_forward(tokens_BT, cache, position)
 
-    def write(old_XBSHK: Array, new_XBTHK: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(old_XBSHK, new_XBTHK, position, 2)
+    def write(old_XBSE: Array, new_XBTE: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old_XBSE, new_XBTE, position, 2)
 
     logits_BTV = network.io.logits(forward.hidden_BTD[:, -1:])
     return jax.tree.map(write, cache, forward.new), logits_BTV[0, 0]

@@ -1,7 +1,7 @@
 """The all-attention network: layers of joint attention over context and persistent vectors, and nothing else.
 
 Dimension key: X layer, B batch, T position in the block, S cached position, L distance, N persistent pair, H head,
-K head width, D model width, V vocabulary.
+K head width, E all heads side by side, D model width, V vocabulary.
 """
 
 import dataclasses
@@ -81,15 +81,15 @@ class Forward(NamedTuple):
     """What one pass over a block gives."""
 
     hidden_BTD: Array  # final hidden states, after embedding dropout
-    new: Any  # what the cache gains: inputs_XBTD in training, KeyValue of (X, B, T, H, K) in inference
+    new: Any  # what the cache gains: inputs_XBTD in training, KeyValue of (X, B, T, E) in inference
     mass_X: Array  # mean share of the attention weight on persistent pairs
 
 
 class KeyValue(NamedTuple):
-    """Cached keys and values of every layer; exact where nothing is learned."""
+    """Cached keys and values of every layer, heads side by side as the kernels read them; exact in inference."""
 
-    key_XBSHK: Array
-    value_XBSHK: Array
+    key_XBSE: Array
+    value_XBSE: Array
 
 
 class Layer(nnx.Module):
@@ -152,7 +152,7 @@ class Layer(nnx.Module):
             persistent["persistent_key_HNK"] = key_HNK * math.sqrt(config.head_width)
             persistent["persistent_value_HNK"] = value_HNK * math.sqrt(config.persistent)
         out_BTHK, mass_BTH = attention(
-            jnp.einsum("btd,dhk->bthk", h_BTD, self.query[...].astype(dtype)),
+            _project(self.query[...], h_BTD),
             *(key_BSHK, value_BSHK),
             position_HLK=position_LK[None],
             span_H=_at_most(self.span_tokens(), L) if config.adaptive else None,
@@ -163,12 +163,15 @@ class Layer(nnx.Module):
             **persistent,
             **options,
         )
-        out_BTD = jnp.einsum("bthk,hkd->btd", out_BTHK, self.output[...].astype(dtype))
+        out_BTD = out_BTHK.reshape(h_BTD.shape) @ self.output[...].astype(dtype).reshape(config.width, config.width)
         return layer_norm(h_BTD + out_BTD, self.norm_scale[...], self.norm_bias[...]), mass_BTH.mean()
 
 
 def _project(kernel_DHK: Array, states_BSD: Array) -> Array:
-    return jnp.einsum("bsd,dhk->bshk", states_BSD, kernel_DHK.astype(states_BSD.dtype))
+    """One product with heads side by side, the layout that kernels read: a TPU would transpose that of an einsum."""
+    D, H, K = kernel_DHK.shape
+    kernel_DE = kernel_DHK.astype(states_BSD.dtype).reshape(D, H * K)
+    return (states_BSD @ kernel_DE).reshape(*states_BSD.shape[:2], H, K)
 
 
 def _project_last(length: int, kernels: tuple, cache_BSD: Array, h_BTD: Array) -> tuple:
@@ -265,13 +268,16 @@ class Network(nnx.Module):
           position: index in the cache at which the block begins, int32, may be traced; None: its last T places.
           attention: the operation, or the operation over a mesh.
         """
-        T, S = tokens_BT.shape[1], cache.key_XBSHK.shape[2]
+        (B, T), S = tokens_BT.shape, cache.key_XBSE.shape[2]
         start = S - T if position is None else position
 
         def layer(layer: Layer, h_BTD, cache: KeyValue, position_LK, **options):
-            new = KeyValue(*layer.project(h_BTD))
-            key_BSHK = jax.lax.dynamic_update_slice_in_dim(cache.key_XBSHK, new.key_XBSHK, start, 1)
-            value_BSHK = jax.lax.dynamic_update_slice_in_dim(cache.value_XBSHK, new.value_XBSHK, start, 1)
+            def write(old_BSE: Array, new_BTE: Array) -> Array:
+                whole_BSE = jax.lax.dynamic_update_slice_in_dim(old_BSE, new_BTE, start, 1)
+                return whole_BSE.reshape(B, S, self.config.heads, -1)
+
+            new = KeyValue(*(x_BTHK.reshape(B, T, -1) for x_BTHK in layer.project(h_BTD)))
+            key_BSHK, value_BSHK = (write(*pair) for pair in zip(cache, new, strict=True))
             options["query_start"] = position
             out_BTD, mass = layer.attend(h_BTD, key_BSHK, value_BSHK, position_LK, attention, **options)
             return out_BTD, (new, mass)
@@ -335,7 +341,7 @@ class Model:
     def empty_key_value(self, rows: int, length: int) -> KeyValue:
         """Keys and values of zero states, which are zeros since the projections have no bias."""
         config = self.config
-        shape = (config.depth, rows, length, config.heads, config.head_width)
+        shape = (config.depth, rows, length, config.width)
         return KeyValue(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 

@@ -1,7 +1,7 @@
 """Where every array lives: one mesh, one table from path pattern to PartitionSpec.
 
 Dimension key: X layer, B batch, T query position, S context key, L distance, N persistent pair, H head, K head width,
-D model width, V vocabulary.
+E all heads side by side, D model width, V vocabulary.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"io/bias$", P()),  # V
     (r"position$", P("fsdp", None)),  # LK
     (r"^cache$", P(None, ROWS)),  # XBSD
-    (r"^(key|value)_XBSHK$", P(None, ROWS, None, "tensor", None)),
+    (r"^(key|value)_XBSE$", P(None, ROWS, None, "tensor")),
     (r"(^step|^key|count|made)$", P()),
 )
 
