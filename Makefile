@@ -6,7 +6,7 @@ STAMP := .venv/.installed-$(VERSION)
 # A folder that another version of Python made is emptied first.
 FRESH = $(if $(wildcard .venv/bin/python$(VERSION)),,--clear)
 
-.PHONY: install demo test test-all lint bench clean
+.PHONY: install demo test test-all test-tpu-compile lint bench clean
 
 install: $(STAMP)
 
@@ -28,6 +28,11 @@ test: install  ## everything that is quick; CI runs this
 test-all: install  ## and the slow ones
 	$(BIN)/python -m pytest -q
 
+test-tpu-compile:  ## compile the TPU kernels for v4 to tpu7x; needs libtpu, which is fetched, but no TPU
+	@test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
+	@.venv-tpu/bin/python -m pip install -q --disable-pip-version-check -e '.[test,tpu]'
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -q -s tests/test_tpu_compile.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,4 +43,4 @@ bench: install  ## speed of training and evaluation against this machine's own m
 	  $(BIN)/python -m benchmarks.train --mode=$$mode --geometry=$$geometry --spans=$$spans; done; done; done
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-tpu .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

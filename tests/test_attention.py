@@ -137,6 +137,9 @@ GEOMETRIES = {
     "transformer_xl": Case(
         *(2, 512, 1024, 8, 64, 1024, 0), None, first_distance=0, position_heads=8, two_queries=True, dropout=0.1
     ),
+    "wikitext103_xl": Case(
+        *(2, 150, 300, 10, 41, 300, 0), None, first_distance=0, position_heads=10, two_queries=True, dropout=0.1
+    ),
 }
 
 
@@ -145,7 +148,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 8 queries, so that small cases have several."""
     monkeypatch.setattr(tiles, "TILE", 8)
     monkeypatch.setattr(pallas_tpu, "QUERY_TILE", 8)
-    monkeypatch.setattr(pallas_tpu, "KEY_TILE", 16)
+    monkeypatch.setattr(pallas_tpu, "KEY_TILE", 32)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

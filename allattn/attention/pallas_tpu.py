@@ -12,7 +12,7 @@ of P heads that share lanes, R row of the padded, reversed position table, D all
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from allattn.attention.tpu_kernels import LANES, Place, Sizes, backward_kernel, 
 Array = jax.Array
 
 QUERY_TILE, KEY_TILE = 128, 512
-VMEM_LIMIT = 64 * 2**20
+SMALL_VMEM = 16 * 2**20  # of TPU v4, where half the keys fit
 
 
 def all_attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Array, Array]:
@@ -42,13 +42,22 @@ def _attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Array,
     return _attention_forward(static, inputs, dynamic)[0]
 
 
+def _vmem() -> int:
+    """Bytes of on-chip memory of the TPU that the code is traced for; the least there is where it is none."""
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:
+        return SMALL_VMEM
+
+
 def _sizes(inputs: Inputs) -> Sizes:
     (B, T, H, K), (S, L, N) = inputs.query_BTHK.shape, _lengths(inputs)
     heads = H if H * K <= LANES else max(1, LANES // K)
     if H % heads or heads * K % LANES and heads < H:  # such heads do not fill whole lanes side by side
         heads, K = 1, round_up(K, LANES)
     rows = 32 // inputs.query_BTHK.dtype.itemsize  # of one register
-    tiles = min(QUERY_TILE, round_up(T, rows)), min(KEY_TILE, round_up(max(S, 1), rows))
+    most = KEY_TILE if _vmem() > SMALL_VMEM else KEY_TILE // 2
+    tiles = min(QUERY_TILE, round_up(T, rows)), min(most, round_up(max(S, 1), rows))
     return Sizes(B, round_up(T, tiles[0]), max(S, 1), L, N, H, K, heads, *tiles, inputs.position_HLK.shape[0] == 1)
 
 
@@ -84,12 +93,12 @@ def _operands(sizes: Sizes, inputs: Inputs, reach_H: Array) -> tuple[Array, ...]
     needed_H = jnp.max(reach_H, keepdims=True) if sizes.shared else reach_H
     needed_HLK = (jnp.arange(L) < needed_H[:, None])[..., None]  # what no head looks at may be anything
     after = sizes.positions - sizes.left - L
-    position_HRK = jnp.where(needed_HLK, inputs.position_HLK, 0)[:, ::-1]
+    position_HKL = jnp.where(needed_HLK, inputs.position_HLK, 0)[:, ::-1].transpose(0, 2, 1)  # so that it fills lanes
     pairs = (inputs.persistent_key_HNK, inputs.persistent_value_HNK)
     return (
         *(_side_by_side(sizes, x, sizes.T) for x in (inputs.query_BTHK, inputs.position_query_BTHK)),
         *(_side_by_side(sizes, x, sizes.S) for x in (inputs.key_BSHK, inputs.value_BSHK)),
-        jnp.pad(position_HRK, ((0, 0), (sizes.left, after), pad_K)),
+        jnp.pad(position_HKL, ((0, 0), pad_K, (sizes.left, after))),
         *(jnp.pad(x_HNK, ((0, 0), (0, max(1, N) - N), pad_K)) for x_HNK in pairs),
     )
 
@@ -98,17 +107,21 @@ def _specs(static: Static, sizes: Sizes, order: Callable) -> dict[str, pl.BlockS
     """Blocks of every kind of operand; `order` gives (group, row, query tile, key tile) of a grid point."""
     lanes, table = sizes.heads * sizes.K, 1 if sizes.shared else sizes.heads
 
-    def spec(shape: tuple, index: Callable) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *point: index(*order(*point)))
+    def spec(shape: tuple, index: Callable, **options: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *point: index(*order(*point)), **options)
+
+    once: dict[str, Any] = {"pipeline_mode": pl.Buffered(1)}  # what changes with the group alone needs no second buffer
 
     by_group = (sizes.heads, max(1, sizes.N), sizes.K)
     return {
         "query": spec((None, sizes.query_tile, lanes), lambda g, b, t, s: (b, t, g)),
         "queries": spec((None, sizes.T, lanes), lambda g, b, t, s: (b, 0, g)),
         "key": spec((None, sizes.key_tile, lanes), lambda g, b, t, s: (b, s, g)),
-        "position": spec((table, sizes.positions, sizes.K), lambda g, b, t, s: (0 if sizes.shared else g, 0, 0)),
-        "d_position": spec((table, sizes.positions, sizes.K), lambda g, b, t, s: (g, 0, 0)),
-        "persistent": spec(by_group, lambda g, b, t, s: (g, 0, 0)),
+        "position": spec(
+            (table, sizes.K, sizes.positions), lambda g, b, t, s: (0 if sizes.shared else g, 0, 0), **once
+        ),
+        "d_position": spec((table, sizes.K, sizes.positions), lambda g, b, t, s: (g, 0, 0), **once),
+        "persistent": spec(by_group, lambda g, b, t, s: (g, 0, 0), **once),
         "statistic": spec((None, None, sizes.query_tile, sizes.heads), lambda g, b, t, s: (b, g, t, 0)),
         "span": spec((None, sizes.heads, LANES), lambda g, b, t, s: (g, 0, 0)),
     }
@@ -126,7 +139,7 @@ def _run(kernel: Callable, name: str, grid: tuple, parallel: int, specs: tuple, 
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=5, grid=grid, in_specs=specs[0], out_specs=specs[1], scratch_shapes=scratch
             ),
-            compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT),
+            compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=_vmem() * 7 // 8),
             interpret=interpret,
             name=name,
         )(*arrays)
@@ -199,7 +212,7 @@ def _attention_backward(static: Static, residuals: tuple, cotangents: tuple):
         ),
         [
             *(queries, queries, keys, keys),
-            jax.ShapeDtypeStruct((groups * table, sizes.positions, sizes.K), jnp.float32),
+            jax.ShapeDtypeStruct((groups * table, sizes.K, sizes.positions), jnp.float32),
             *(pairs, pairs, jax.ShapeDtypeStruct((groups, sizes.heads, LANES), jnp.float32)),
         ],
         [sums, sums],
@@ -218,7 +231,7 @@ def _attention_backward(static: Static, residuals: tuple, cotangents: tuple):
         _apart(d_position_query, inputs.query_BTHK),
         _apart(d_key, inputs.key_BSHK),
         _apart(d_value, inputs.value_BSHK),
-        d_position[:, sizes.left : sizes.left + L, :K][:, ::-1],
+        d_position[:, :K, sizes.left : sizes.left + L][:, :, ::-1].transpose(0, 2, 1),
         d_persistent_key[:, :N, :K],
         d_persistent_value[:, :N, :K],
         d_span[:, :, 0].reshape(-1),

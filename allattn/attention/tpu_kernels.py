@@ -151,8 +151,8 @@ def _unskew(x_TC: Array, place, window: int) -> Array:
     return pltpu.roll(_rotate_rows(x_TW, -1), place, 1)
 
 
-def _logits(static: Static, query_TK, position_query_TK, key_CK, position_WK, place) -> Array:
-    by_position_TC = _skew(_dot(position_query_TK, position_WK, (1, 1)), place, key_CK.shape[0])
+def _logits(static: Static, query_TK, position_query_TK, key_CK, position_KW, place) -> Array:
+    by_position_TC = _skew(_dot(position_query_TK, position_KW), place, key_CK.shape[0])
     return (_dot(query_TK, key_CK, (1, 1)) + by_position_TC) * static.scale
 
 
@@ -204,9 +204,9 @@ def forward_kernel(static: Static, sizes: Sizes, *refs: Any) -> None:
         @pl.when(place.meets(key_tile))
         def _context() -> None:
             first, offset = place.window(key_tile)
-            position_WK = position[0 if sizes.shared else p, pl.ds(first, sizes.window)]
+            position_KW = position[0 if sizes.shared else p, :, pl.ds(first, sizes.window)]
             key_CK, value_CK = (place.keys(key_tile, x[:, lanes]) for x in (key, value))
-            logits_TC = _logits(static, query[:, lanes], position_query[:, lanes], key_CK, position_WK, offset)
+            logits_TC = _logits(static, query[:, lanes], position_query[:, lanes], key_CK, position_KW, offset)
             distance_TC, exists_TC = place.distances(key_tile)
             mask_TC = jnp.where(exists_TC, jnp.clip(ramp_position(distance_TC, span_H[head], static.ramp), 0, 1), 0)
             logits_TC = jnp.where(mask_TC > 0, logits_TC, NOTHING)
@@ -281,8 +281,8 @@ def backward_kernel(static: Static, sizes: Sizes, *refs: Any) -> None:
             (first, offset), table = place.window(key_tile), 0 if sizes.shared else p
             window = pl.ds(first, sizes.window)
             key_CK, value_CK = (place.keys(key_tile, x[:, lanes]) for x in (key, value))
-            position_WK = position[table, window]
-            logits_TC = _logits(static, query[:, lanes], position_query[:, lanes], key_CK, position_WK, offset)
+            position_KW = position[table, :, window]
+            logits_TC = _logits(static, query[:, lanes], position_query[:, lanes], key_CK, position_KW, offset)
             distance_TC, exists_TC = place.distances(key_tile)
             ramp_TC = ramp_position(distance_TC, span_H[head], static.ramp)
             # before the mask m; where m = 0 nothing bounds the logit, and inf x 0 is not a number
@@ -297,8 +297,8 @@ def backward_kernel(static: Static, sizes: Sizes, *refs: Any) -> None:
             d_logits_TC = weight_TC * (d_weight_TC - delta_T1) * static.scale
             d_window_TW = _unskew(d_logits_TC, offset, sizes.window).astype(dtype)
             d_query[rows, lanes] += _dot(d_logits_TC.astype(dtype), key_CK)
-            d_position_query[rows, lanes] += _dot(d_window_TW, position_WK)
-            d_position[table, window] += _dot(d_window_TW, position_query[:, lanes], (0, 0))
+            d_position_query[rows, lanes] += _dot(d_window_TW, position_KW, (1, 1))
+            d_position[table, :, window] += _dot(position_query[:, lanes], d_window_TW, (0, 0))
             key_sum[:, lanes] += _dot(d_logits_TC.astype(dtype), query[:, lanes], (0, 0))
             value_sum[:, lanes] += _dot(dropped_TC.astype(dtype), d_out[:, lanes], (0, 0))
 

@@ -1,0 +1,65 @@
+"""The TPU kernels compiled to machine code by libtpu, for chips that need not be here: `make test-tpu-compile`.
+
+Dimension key: B batch, T query position, S context key, D model width, H head, K head width.
+"""
+
+import os
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, PartitionSpec
+from test_attention import GEOMETRIES, KEY_TILE, QUERY_TILE, arrays, call, options
+
+from allattn.attention import pallas_tpu
+from allattn.model import _project
+
+pytest.importorskip("libtpu", reason="libtpu is not installed: make test-tpu-compile installs it")
+TOPOLOGIES = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
+
+
+def device(topology: str) -> Any:
+    """The first chip of a topology."""
+    from jax.experimental import topologies
+
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_compiles(name: str, topology: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Projection and operation, forward and backward: they fit, and keys are never laid out anew between them."""
+    monkeypatch.setattr(pallas_tpu, "QUERY_TILE", QUERY_TILE)
+    monkeypatch.setattr(pallas_tpu, "KEY_TILE", KEY_TILE)
+    chip, case = device(topology), GEOMETRIES[name]
+    place = NamedSharding(Mesh([chip], ("data",), axis_types=(AxisType.Auto,)), PartitionSpec())
+    shapes = jax.eval_shape(lambda: arrays(case, jnp.bfloat16))
+    D = case.H * case.K
+    kernel_DHK = jax.ShapeDtypeStruct((D, case.H, case.K), jnp.bfloat16)
+    shapes["key"] = shapes["value"] = kernel_DHK
+    shapes["states_BSD"] = jax.ShapeDtypeStruct((case.B, case.S, D), jnp.bfloat16)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+
+    def loss(inputs: dict[str, Any]) -> jax.Array:
+        states_BSD, inputs = inputs["states_BSD"], {k: x for k, x in inputs.items() if k != "states_BSD"}
+        inputs |= {name: _project(inputs[name], states_BSD) for name in ("key", "value")}
+        return call(inputs, implementation="pallas_tpu", **options(case)).astype(jnp.float32).sum()
+
+    described = AbstractDevice(device_kind=chip.device_kind, num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=described)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(jax.grad(loss)).trace(shapes).lower(lowering_platforms=("tpu",))
+    text = lowered.compile().as_text()
+    calls = [line for line in text.splitlines() if re.search(r"%all_attention_\w+\.\d+ = ", line)]
+    assert len(calls) == 2
+    vmem = [int(re.search(r'"used_scoped_memory_configs":\[{[^]]*"size":"(\d+)"', line)[1]) for line in calls]
+    print(f"{name} on {chip.device_kind}: VMEM forward {vmem[0] / 2**20:.1f} MiB, backward {vmem[1] / 2**20:.1f} MiB")
+    if 128 % case.K:  # such heads are padded to whole lanes, which is a copy
+        return
+    shape = rf"\w+\[{case.B},{case.S},(?:{D}|{case.H},{case.K})\]"
+    layout = dict(re.findall(rf"(%[\w.]+) = {shape}{{([\d,]+)", text))
+    moved = re.findall(rf"(%[\w.]+) = {shape}\S+ (?:copy|transpose)\((%[\w.]+)", text)
+    assert layout and not [names for names in moved if layout[names[0]] != layout.get(names[1])]
