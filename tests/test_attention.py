@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 
 from allattn import attention
-from allattn.attention import all_attention, dropout, pallas_tpu, tiles
+from allattn.attention import all_attention, dropout, pallas_tpu, tiles, tpu_kernels
 
 IMPLEMENTATIONS = [name for name in attention.IMPLEMENTATIONS if name != "reference"]
 
@@ -332,11 +333,28 @@ def test_lowers_for_tpu(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -
     mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
 
     def loss(inputs: dict[str, Any]) -> jax.Array:
-        return call(inputs, implementation="pallas_tpu", **options(GEOMETRIES[name])).astype(jnp.float32).sum()
+        return call(inputs, **options(GEOMETRIES[name])).astype(jnp.float32).sum()  # which implementation is the best
 
     with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(jax.grad(loss)).trace(shapes).lower(lowering_platforms=("tpu",)).as_text()
     assert text.count("tpu_custom_call") == 2
+
+
+def test_skew_of_a_whole_tile() -> None:
+    """Real tiles have more than the eight rows of the other tests."""
+    x_TW, place = np.random.default_rng(0).normal(size=(32, 256)).astype(np.float32), 40
+
+    def kernel(x, skewed, back):
+        skewed[...] = tpu_kernels._skew(x[...], place, 128)
+        back[...] = tpu_kernels._unskew(skewed[...], place, 256)
+
+    shapes = [jax.ShapeDtypeStruct((32, 128), jnp.float32), jax.ShapeDtypeStruct((32, 256), jnp.float32)]
+    skewed_TC, back_TW = pl.pallas_call(kernel, out_shape=shapes, interpret=True)(x_TW)
+    column_TC = place + np.arange(128) - np.arange(32)[:, None]
+    np.testing.assert_array_equal(skewed_TC, np.take_along_axis(x_TW, column_TC, 1))
+    expected_TW = np.zeros_like(x_TW)
+    np.put_along_axis(expected_TW, column_TC, np.asarray(skewed_TC), 1)
+    np.testing.assert_array_equal(back_TW, expected_TW)
 
 
 @settings(max_examples=8, deadline=None, derandomize=True)

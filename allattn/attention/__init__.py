@@ -100,15 +100,23 @@ def all_attention(
         "head_offset": jnp.asarray(head_offset, jnp.int32),
         "scale": float(K**-0.5 if scale is None else scale),
     }
+    implementation = implementation or _best(query_BTHK.dtype)
     if implementation == "reference":
         out_BTHK, mass_BTH = reference.all_attention(query_BTHK, key_BSHK, value_BSHK, **arguments)
-    elif (implementation or "xla") in ("xla", "pallas_tpu"):
+    elif implementation in ("xla", "pallas_tpu"):
         run = pallas_tpu.all_attention if implementation == "pallas_tpu" else xla.all_attention
         arguments |= {"whole_context": static_start, "one_query": position_query_BTHK is None}
         out_BTHK, mass_BTH = run(*pack(query_BTHK, key_BSHK, value_BSHK, **arguments))
     else:
         raise NotImplementedError(f"implementation: expected one of {IMPLEMENTATIONS}, found {implementation!r}")
     return (out_BTHK, mass_BTH) if return_persistent_mass else out_BTHK
+
+
+def _best(dtype: Any) -> str:
+    """The fastest implementation for the machine that the code is traced for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device  # named where code is compiled for another machine
+    platform = device.platform if device else jax.default_backend()
+    return "pallas_tpu" if platform == "tpu" and dtype in (jnp.float32, jnp.bfloat16) else "xla"
 
 
 def _per_row(name: str, start: Array | int, rows: int) -> Array:

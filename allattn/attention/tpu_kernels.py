@@ -130,13 +130,18 @@ def _dot(x: Array, y: Array, contract: tuple[int, int] = (1, 0)) -> Array:
 
 
 def _rotate_rows(x_TW: Array, sign: int) -> Array:
-    """Rotate row i by i places to the right (sign 1) or left (-1): log2(T) rotations, which every TPU has."""
+    """Rotate row i by i places to the right (sign 1) or left (-1).
+
+    In two parts, i = 8 a + b: three rotations under a mask for b, and one of every eight rows by a fixed number of
+    places for a. Every TPU can do that; rotations with a stride v4 lacks, and no TPU has them to the left.
+    """
     T, W = x_TW.shape
     row_TW = jax.lax.broadcasted_iota(jnp.int32, (T, W), 0)
-    for bit in range((T - 1).bit_length()):
+    for bit in range(3):
         rotated_TW = pltpu.roll(x_TW, sign * (1 << bit) % W, 1)
         x_TW = jnp.where((row_TW >> bit) & 1 == 1, rotated_TW, x_TW)
-    return x_TW
+    eights = [x_TW[row : row + 8] for row in range(0, T, 8)]
+    return jnp.concatenate([pltpu.roll(x, sign * 8 * a % W, 1) if a else x for a, x in enumerate(eights)])
 
 
 def _skew(x_TW: Array, place, columns: int) -> Array:
