@@ -41,6 +41,7 @@ lint: install
 bench: install  ## speed of training and evaluation against this machine's own matrix product
 	for mode in train evaluate; do for geometry in tiny small-8; do for spans in full zero mixed; do \
 	  $(BIN)/python -m benchmarks.train --mode=$$mode --geometry=$$geometry --spans=$$spans; done; done; done
+	for spans in full zero; do $(BIN)/python -m benchmarks.attention --spans=$$spans --dropout=0.3; done
 
 clean:
 	rm -rf .venv .venv-tpu .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

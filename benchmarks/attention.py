@@ -1,0 +1,140 @@
+"""Speed of the operation alone, forward and with its gradients, beside the machine's own matrix product.
+
+Command:  python -m benchmarks.attention --geometry=enwik8_small --spans=full [--dropout=0.3] [--implementation=xla]
+`--spans` is full, zero, or a JSON file that lists spans in tokens, layer by layer and head by head: each layer is
+timed. With dropout, the same work without it is timed in turn. Last line: JSON; share counts required products only
+(3 x the forward's for both directions). Dimension key: B batch, T query position, S context key, L distance, N
+persistent pair, H head, K head width, X layer.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from allattn.attention import IMPLEMENTATIONS, all_attention
+from benchmarks.train import _seconds, commit, matmul_gflops
+
+# heads, head width, span limit, queries, persistent pairs
+GEOMETRIES = {
+    "tiny": (4, 64, 256, 128, 512),
+    "small-8": (4, 64, 1024, 256, 1024),
+    "enwik8_small": (8, 64, 8192, 512, 1024),
+    "enwik8_large": (8, 64, 8192, 512, 2048),
+    "wikitext103": (8, 64, 2048, 256, 2048),
+}
+RAMP = 32
+
+
+def spans(name: str, limit: int, heads: int) -> np.ndarray:
+    """Spans in tokens, as (X, H), each at most the limit."""
+    if name in ("full", "zero"):
+        return np.full((1, heads), limit if name == "full" else 0, np.float32)
+    listed_XH = np.array(json.loads(Path(name).read_text())["spans"], np.float32)
+    return np.minimum(listed_XH[:, :heads], limit)
+
+
+def required_flops(arguments: argparse.Namespace, span_XH: np.ndarray) -> float:
+    """Products of the forward pass, mean over layers: query.key, weights.value, query.position; persistent pairs."""
+    H, K, L, T, N = GEOMETRIES[arguments.geometry]
+    reach_H = np.minimum(span_XH + RAMP, L).mean(0)
+    return float(arguments.rows * T * K * 2 * (3 * reach_H + 2 * N).sum())
+
+
+def inputs(arguments: argparse.Namespace) -> tuple[jax.Array, ...]:
+    """Random query, key, value, position table, persistent keys and values."""
+    H, K, L, T, N = GEOMETRIES[arguments.geometry]
+    B, rng = arguments.rows, np.random.default_rng(0)
+    shapes = [(B, T, H, K), (B, T + L, H, K), (B, T + L, H, K), (1, L, K), (H, N, K), (H, N, K)]
+    return tuple(jnp.asarray(rng.normal(size=shape).astype(np.float32), arguments.dtype) for shape in shapes)
+
+
+def operation(arguments: argparse.Namespace, dropout: float) -> Callable[..., jax.Array]:
+    """The operation as a function of its arrays and the spans."""
+
+    def run(query_BTHK, key_BSHK, value_BSHK, position_HLK, persistent_key_HNK, persistent_value_HNK, span_H):
+        return all_attention(
+            *(query_BTHK, key_BSHK, value_BSHK),
+            position_HLK=position_HLK,
+            persistent_key_HNK=persistent_key_HNK,
+            persistent_value_HNK=persistent_value_HNK,
+            span_H=span_H,
+            ramp=RAMP,
+            dropout_rate=dropout,
+            dropout_seed=1,
+            implementation=arguments.implementation or None,
+        )
+
+    return run
+
+
+def both(run: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """The operation and the gradients of everything that goes into it."""
+
+    def loss(*arrays: jax.Array) -> jax.Array:
+        return run(*arrays).astype(jnp.float32).sum()
+
+    return jax.grad(loss, argnums=tuple(range(7)))
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Medians, the things compared taken in turn; the time of several layers is their mean."""
+    H, _, L, *_ = GEOMETRIES[arguments.geometry]
+    span_XH, arrays = spans(arguments.spans, L, H), inputs(arguments)
+    rates = sorted({0.0, arguments.dropout})
+    code: dict[tuple[str, float], Callable] = {("forward", r): jax.jit(operation(arguments, r)) for r in rates}
+    code |= {("both", r): jax.jit(both(operation(arguments, r))) for r in rates}
+    times: dict[tuple[str, float], list[list[float]]] = {name: [[] for _ in span_XH] for name in code}
+    before = matmul_gflops(arguments.dtype)
+    for repeat in range(arguments.repeats + 1):
+        for layer, span_H in enumerate(span_XH):
+            for name, run in code.items():
+                second = _seconds(functools.partial(run, *arrays, jnp.asarray(span_H)))
+                if repeat:  # the first compiles
+                    times[name][layer].append(second)
+    after = matmul_gflops(arguments.dtype)
+    means = {name: statistics.mean(map(statistics.median, by_layer)) for name, by_layer in times.items()}
+    forward, gradients = means["forward", arguments.dropout], means["both", arguments.dropout]
+    rate, flops = (before + after) / 2 * 1e9, required_flops(arguments, span_XH)
+    return {
+        **{name: getattr(arguments, name) for name in ("geometry", "spans", "rows", "dropout", "dtype")},
+        "implementation": arguments.implementation or "best here",
+        "forward_ms": round(forward * 1e3, 2),
+        "both_ms": round(gradients * 1e3, 2),
+        "matmul_gflops": [round(before, 1), round(after, 1)],
+        "share_forward": round(flops / forward / rate, 4),
+        "share_both": round(3 * flops / gradients / rate, 4),
+        "dropout_costs": round(gradients / means["both", 0.0], 3),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "devices": f"1 {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+    }
+
+
+def main() -> None:
+    """Parse the flags, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="small-8")
+    parser.add_argument("--spans", default="full", help="full, zero, or a JSON file")
+    parser.add_argument("--rows", type=int, default=8, help="B")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--implementation", choices=("", *IMPLEMENTATIONS), default="")
+    parser.add_argument("--repeats", type=int, default=9)
+    print(json.dumps(measure(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

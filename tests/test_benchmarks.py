@@ -1,0 +1,56 @@
+"""The benchmarks run and say what they promise; how fast is not a test's business.
+
+Dimension key: X layer, H head.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_model import geometry
+
+from allattn.model import forward_flops
+from benchmarks import attention, train
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def arguments(**changes: object) -> argparse.Namespace:
+    fields = dict(geometry="tiny", spans="full", rows=1, dropout=0.1, dtype="float32", implementation="xla", repeats=1)
+    return argparse.Namespace(**{**fields, **changes})
+
+
+def test_the_operation_alone() -> None:
+    found = attention.measure(arguments())
+    assert 0 < found["forward_ms"] < found["both_ms"] and 0 < found["share_both"] < 1
+
+
+def test_required_flops_are_those_of_the_model() -> None:
+    """What the operation needs is what the model needs beyond its projections and its output."""
+    H, K, L, T, N = attention.GEOMETRIES["small-8"]
+    span_XH = np.array([[0.0, 32.0, 100.0, L]])
+    config = geometry(depth=1, width=H * K, heads=H, persistent=N, vocab_size=2, limit=L, ramp=attention.RAMP)
+    reach = float(np.minimum(span_XH + attention.RAMP, L).mean())
+    others = 8 * config.width**2 + 2 * config.width * config.vocab_size
+    expected = 3 * T * (forward_flops(config, reach, T, cached=True) - others)
+    assert attention.required_flops(arguments(geometry="small-8", rows=3), span_XH) == pytest.approx(expected)
+
+
+def test_spans_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "spans.json"
+    path.write_text(json.dumps({"spans": [[8, 16, 9000, 0], [1, 2, 3, 4]]}))
+    np.testing.assert_array_equal(attention.spans(str(path), 256, 3), [[8, 16, 256], [1, 2, 3]])
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_training_and_evaluation(mode: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.train", f"--mode={mode}", "--spans=zero", "--seconds=0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    promised = {"tokens_per_s", "matmul_gflops", "share", "peak_memory_mb", "date", "commit"}
+    assert promised <= set(found) and 0 < found["share"] < 1 and len(found["matmul_gflops"]) == 2
+    assert set(train.GEOMETRIES) == {"tiny", "small-8"}
