@@ -386,7 +386,7 @@ def run(attention):
     def loss(inputs):
         rest = dict(inputs)
         first = [rest.pop(n) for n in ("query", "key", "value")]
-        return (attention(*first, **rest, dropout_rate=0.3, dropout_seed=5, ramp=4) ** 2).sum()
+        return (attention(*first, **rest, implementation={name!r}, dropout_rate=0.3, dropout_seed=5, ramp=4) ** 2).sum()
     return jax.jit(jax.value_and_grad(loss))
 single, spread = run(all_attention)(inputs), run(attention_over(mesh, 8))(inputs)
 for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(spread), strict=True):
@@ -395,9 +395,10 @@ print("agree on", mesh.size)
 """
 
 
-def test_mesh() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_mesh(implementation: str) -> None:
     """2 x 2 x 2 devices give the outputs, gradients and dropout of one."""
-    code = MESH.format(path=[str(p) for p in sys.path if p])
+    code = MESH.format(path=[str(p) for p in sys.path if p], name=implementation)
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"}
     done = subprocess.run([sys.executable, "-c", code], env=flags, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip().endswith("agree on 8"), done.stderr[-2000:]
