@@ -113,6 +113,7 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from allattn import config, sharding, train
 
     c = config.load(arguments.config, overrides)
+    config.check_ranges(c, "train.")  # which the number of devices depends on
     sharding.use_cores_for(c)
     scores = train.train_and_evaluate(c, arguments.workdir)
     print(f"checkpoints: {arguments.workdir}/checkpoints", flush=True)

@@ -8,7 +8,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,10 +59,10 @@ def use_cores(rows: int, parts: int = 1) -> None:
     if jax.config.values["jax_num_cpu_devices"] > 0 or "xla_force_host_platform_device_count" in flags:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ["XLA_FLAGS"] = f"{flags} {PATIENCE}".strip()
+    devices = max((n for n in range(parts, cores + 1, parts) if rows % n == 0), default=1)
     with contextlib.suppress(RuntimeError):  # JAX runs already, as in a notebook: its devices stay
-        devices = max((n for n in range(parts, cores + 1, parts) if rows % n == 0), default=1)
         jax.config.update("jax_num_cpu_devices", devices)
+        os.environ["XLA_FLAGS"] = f"{flags} {PATIENCE}".strip()  # read when JAX is first used
 
 
 def use_cores_for(config: ml_collections.ConfigDict) -> None:
@@ -75,7 +75,11 @@ def use_cores_for(config: ml_collections.ConfigDict) -> None:
 
 def mesh_over_rows() -> Mesh:
     """All devices, rows spread over them and parameters replicated."""
-    return jax.make_mesh((jax.device_count(), 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+    return _mesh((jax.device_count(), 1, 1))
+
+
+def _mesh(sizes: Sequence[int]) -> Mesh:
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
@@ -99,7 +103,7 @@ def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
         raise UserError(f"train.batch: expected a multiple of {parts}, found {config.train.batch}")
     if heads % sizes[2]:
         raise UserError(f"mesh.tensor: expected a divisor of model.heads {heads}, found {sizes[2]}")
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    return _mesh(sizes)
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:

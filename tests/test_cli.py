@@ -223,6 +223,7 @@ MISTAKES = [
     (TRAIN, {"model__widht": 3}, "did you mean --config.model.width?"),
     (TRAIN, {"model__width": "wide"}, "expected int"),
     (TRAIN, {"train__accumulation": 3}, "train.batch: expected a multiple of"),
+    (TRAIN, {"train__accumulation": 0}, "train.accumulation: expected at least 1, found 0"),
     (TRAIN, {"train__block": 0}, "train.block: expected at least 1, found 0"),
     (TRAIN, {"train__block": 5000}, "a row has 510 and needs 5001"),
     (TRAIN, {"model__span__limit": 0}, "model.span.limit: expected at least 1, found 0"),

@@ -66,7 +66,7 @@ def all_attention(
       head_offset: global index of head 0.
       scale: factor of every logit; None: 1/sqrt(K).
       return_persistent_mass: also return the share of each query's weight that lies on persistent pairs.
-      implementation: "reference", "xla" or "pallas_tpu" (interpreted, slowly, but on a TPU); None: the best here.
+      implementation: "reference", "xla" or "pallas_tpu" (slowly interpreted off a TPU); None: the best here.
 
     Returns:
       out_BTHK in the query's dtype and, if asked for, mass_BTH in float32, before dropout and without a gradient.

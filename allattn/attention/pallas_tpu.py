@@ -7,7 +7,7 @@ until they are complete. Here are the calls, blocks and grids; the kernels are i
 interpreted.
 
 Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K head width, G group
-of P heads that share lanes, R row of the padded, reversed position table, D all heads side by side, X any length.
+of P heads that share lanes, E all heads side by side, X any length.
 """
 
 import functools
@@ -80,10 +80,10 @@ def _side_by_side(sizes: Sizes, x_BXHK: Array, length: int) -> Array:
     return (jnp.pad(x_BXHK, padding) if any(map(any, padding)) else x_BXHK).reshape(B, length, H * sizes.K)
 
 
-def _apart(x_BXD: Array, like_BXHK: Array) -> Array:
+def _apart(x_BXE: Array, like_BXHK: Array) -> Array:
     """The inverse of `_side_by_side`."""
     B, X, H, K = like_BXHK.shape
-    return x_BXD.reshape(*x_BXD.shape[:2], H, -1)[:, :X, :, :K]
+    return x_BXE.reshape(*x_BXE.shape[:2], H, -1)[:, :X, :, :K]
 
 
 def _operands(sizes: Sizes, inputs: Inputs, reach_H: Array) -> tuple[Array, ...]:
@@ -103,7 +103,7 @@ def _operands(sizes: Sizes, inputs: Inputs, reach_H: Array) -> tuple[Array, ...]
     )
 
 
-def _specs(static: Static, sizes: Sizes, order: Callable) -> dict[str, pl.BlockSpec]:
+def _specs(sizes: Sizes, order: Callable) -> dict[str, pl.BlockSpec]:
     """Blocks of every kind of operand; `order` gives (group, row, query tile, key tile) of a grid point."""
     lanes, table = sizes.heads * sizes.K, 1 if sizes.shared else sizes.heads
 
@@ -150,18 +150,18 @@ def _run(kernel: Callable, name: str, grid: tuple, parallel: int, specs: tuple, 
 
 
 def _attention_forward(static: Static, inputs: Inputs, dynamic: Dynamic):
-    inputs = first_order(inputs)
+    inputs = first_order(inputs)  # a second derivative would enter the kernel here, which has none
     sizes, scalars = _sizes(inputs), _scalars(static, inputs, dynamic)
     groups, H = sizes.H // sizes.heads, sizes.H
 
     def order(group, row, query_tile, step, *scalars):  # no key tile beyond the reach of the group's spans is loaded
-        reach = group_reach(sizes, scalars[0], group)
-        return group, row, query_tile, Place(static, sizes, scalars, row, query_tile, reach).key_tile(step)
+        farthest = group_reach(sizes, scalars[0], group)
+        return group, row, query_tile, Place(static, sizes, scalars, row, query_tile, farthest).key_tile(step)
 
-    spec = _specs(static, sizes, order)
+    spec = _specs(sizes, order)
     statistic = jax.ShapeDtypeStruct((sizes.B, groups, sizes.T, sizes.heads), jnp.float32)
     column = pltpu.VMEM((sizes.heads, sizes.query_tile, 1), jnp.float32)
-    out_BTD, lse_BGTP, mass_BGTP = _run(
+    out_BTE, lse_BGTP, mass_BGTP = _run(
         functools.partial(forward_kernel, static, sizes),
         "all_attention_forward",
         (groups, sizes.B, sizes.T // sizes.query_tile, sizes.key_steps),
@@ -175,7 +175,7 @@ def _attention_forward(static: Static, inputs: Inputs, dynamic: Dynamic):
         *scalars,
         *_operands(sizes, inputs, scalars[0]),
     )
-    out_BTHK = _apart(out_BTD, inputs.query_BTHK)
+    out_BTHK = _apart(out_BTE, inputs.query_BTHK)
     mass_BTH = mass_BGTP.transpose(0, 2, 1, 3).reshape(sizes.B, sizes.T, H)[:, : inputs.query_BTHK.shape[1]]
     return (out_BTHK, mass_BTH), (inputs, out_BTHK, lse_BGTP, dynamic)
 
@@ -189,13 +189,13 @@ def _attention_backward(static: Static, residuals: tuple, cotangents: tuple):
     delta_BGTP = delta_BTH.reshape(sizes.B, sizes.T, groups, sizes.heads).transpose(0, 2, 1, 3)
 
     def order(group, row, key_tile, query_tile, *scalars):
-        reach = group_reach(sizes, scalars[0], group)
-        places = [Place(static, sizes, scalars, row, t, reach) for t in (0, sizes.T // sizes.query_tile - 1)]
+        farthest = group_reach(sizes, scalars[0], group)
+        places = [Place(static, sizes, scalars, row, t, farthest) for t in (0, sizes.T // sizes.query_tile - 1)]
         loaded = jnp.minimum(jnp.maximum(key_tile, places[0].key_tile(0)), places[1].key_tile(sizes.key_tiles))
         return group, row, query_tile, loaded
 
-    loads = _specs(static, sizes, order)
-    stores = _specs(static, sizes, lambda group, row, key_tile, query_tile, *_: (group, row, query_tile, key_tile))
+    loads = _specs(sizes, order)
+    stores = _specs(sizes, lambda group, row, key_tile, query_tile, *_: (group, row, query_tile, key_tile))
     queries = jax.ShapeDtypeStruct((sizes.B, sizes.T, sizes.H * sizes.K), jnp.float32)
     keys = jax.ShapeDtypeStruct((sizes.B, sizes.S, sizes.H * sizes.K), inputs.key_BSHK.dtype)
     pairs = jax.ShapeDtypeStruct((sizes.H, max(1, sizes.N), sizes.K), jnp.float32)

@@ -196,15 +196,16 @@ def forward_kernel(static: Static, sizes: Sizes, *refs: Any) -> None:
         def _persistent() -> None:
             top[p] = jnp.full_like(top[p], NOTHING / 10)
             total[p], sums[p] = jnp.zeros_like(total[p]), jnp.zeros_like(sums[p])
+            persistent_lse[p] = jnp.full_like(top[p], NOTHING)
             if sizes.N:
                 logits_TN = _dot(query[:, lanes], persistent_key[p], (1, 1)) * static.scale
                 top_T1 = jnp.max(logits_TN, axis=1, keepdims=True)
                 weight_TN = jnp.exp(logits_TN - top_T1)
                 top[p], total[p] = top_T1, jnp.sum(weight_TN, axis=1, keepdims=True)
+                persistent_lse[p] = top_T1 + jnp.log(total[p])
                 if static.dropout_rate:
                     weight_TN *= _kept(static, place, numbers, row, head, dropout.PERSISTENT, _pair_index(sizes))
                 sums[p] = _dot(weight_TN.astype(value.dtype), persistent_value[p])
-            persistent_lse[p] = jnp.where(total[p] > 0, top[p] + jnp.log(jnp.maximum(total[p], 1e-37)), NOTHING)
 
         @pl.when(place.meets(key_tile))
         def _context() -> None:
