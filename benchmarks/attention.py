@@ -8,11 +8,8 @@ persistent pair, H head, K head width, X layer.
 """
 
 import argparse
-import datetime
 import functools
 import json
-import os
-import platform
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from allattn.attention import IMPLEMENTATIONS, all_attention
-from benchmarks.train import _seconds, commit, matmul_gflops
+from benchmarks import machine
 
 # heads, head width, span limit, queries, persistent pairs
 GEOMETRIES = {
@@ -95,14 +92,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     code: dict[tuple[str, float], Callable] = {("forward", r): jax.jit(operation(arguments, r)) for r in rates}
     code |= {("both", r): jax.jit(both(operation(arguments, r))) for r in rates}
     times: dict[tuple[str, float], list[list[float]]] = {name: [[] for _ in span_XH] for name in code}
-    before = matmul_gflops(arguments.dtype)
+    before = machine.matmul_gflops(arguments.dtype)
     for repeat in range(arguments.repeats + 1):
         for layer, span_H in enumerate(span_XH):
             for name, run in code.items():
-                second = _seconds(functools.partial(run, *arrays, jnp.asarray(span_H)))
+                second = machine.seconds(functools.partial(run, *arrays, jnp.asarray(span_H)))
                 if repeat:  # the first compiles
                     times[name][layer].append(second)
-    after = matmul_gflops(arguments.dtype)
+    after = machine.matmul_gflops(arguments.dtype)
     means = {name: statistics.mean(map(statistics.median, by_layer)) for name, by_layer in times.items()}
     forward, gradients = means["forward", arguments.dropout], means["both", arguments.dropout]
     rate, flops = (before + after) / 2 * 1e9, required_flops(arguments, span_XH)
@@ -115,11 +112,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "share_forward": round(flops / forward / rate, 4),
         "share_both": round(3 * flops / gradients / rate, 4),
         "dropout_costs": round(gradients / means["both", 0.0], 3),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "devices": f"1 {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        **machine.provenance(),
     }
 
 

@@ -6,13 +6,9 @@ peak_memory_mb. Dimension key: X layer, H head, B batch, T position in the block
 """
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import resource
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +21,7 @@ from jax.sharding import Mesh
 
 from allattn import data, evaluate, optim, sharding, train
 from allattn.model import Model, ModelConfig, forward_flops
+from benchmarks import machine
 from configs import base
 
 # layers, width, heads, span limit, block, persistent pairs
@@ -53,21 +50,6 @@ def spans(c: ml_collections.ConfigDict, name: str) -> np.ndarray:
     limit, heads = c.model.span.limit, c.model.heads
     tokens_H = {"full": [limit] * heads, "zero": [0] * heads, "mixed": [32] * (heads - 1) + [limit]}[name]
     return np.tile(np.array(tokens_H, np.float32) / limit, (c.model.depth, 1))
-
-
-def matmul_gflops(dtype: str = "float32", size: int = 2048) -> float:
-    """Rate of a square product, the median of ten."""
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype)
-    product = jax.jit(lambda x: x @ x)
-    product(x).block_until_ready()
-    seconds = [_seconds(lambda: product(x)) for _ in range(10)]
-    return 2 * size**3 / statistics.median(seconds) / 1e9
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - began
 
 
 def trainer(c: ml_collections.ConfigDict, params: Any, model: Model, longest: float, mesh: Mesh) -> Callable[[], Any]:
@@ -119,14 +101,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     params["layers"]["span"] = jnp.asarray(z_XH)
     evaluates = arguments.mode == "evaluate"
     run = evaluator(c, params, model, mesh) if evaluates else trainer(c, params, model, float(z_XH.max()), mesh)
-    before = matmul_gflops(arguments.dtype)
+    before = machine.matmul_gflops(arguments.dtype)
     for _ in range(2):
         jax.block_until_ready(run())
     times: list[float] = []
     began = time.perf_counter()
     while time.perf_counter() - began < arguments.seconds or len(times) < 3:
-        times.append(_seconds(run))
-    after = matmul_gflops(arguments.dtype)
+        times.append(machine.seconds(run))
+    after = machine.matmul_gflops(arguments.dtype)
     tokens, second = BATCH * c.train.block, statistics.median(times)
     reach = float(np.minimum(z_XH * config.limit + config.ramp, config.limit).mean())
     flops = tokens * forward_flops(config, reach, c.train.block, cached=evaluates) * (1 if evaluates else 3)
@@ -141,18 +123,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "share": round(flops / second / 1e9 / ((before + after) / 2), 4),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "steps": len(times),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        **machine.provenance(),
     }
-
-
-def commit() -> str:
-    """Short hash of the checkout that runs, or "" outside one."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip()
 
 
 def main() -> None:

@@ -12,136 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import CASES, Case, arrays, call, error, options, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental import pallas as pl
 
 from allattn import attention
-from allattn.attention import all_attention, dropout, pallas_tpu, tiles, tpu_kernels
+from allattn.attention import dropout, pallas_tpu, tiles
 
 IMPLEMENTATIONS = [name for name in attention.IMPLEMENTATIONS if name != "reference"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Sizes and options of one call; the defaults are a call with everything in it."""
-
-    B: int = 2
-    T: int = 5
-    S: int = 17
-    H: int = 2
-    K: int = 8
-    L: int = 12
-    N: int = 7
-    spans: tuple[float, ...] | None = (0.0, 3.5)
-    ramp: int = 4
-    first_distance: int = 1
-    position_heads: int = 1
-    two_queries: bool = False
-    query_start: int | tuple[int, ...] | None = None
-    key_start: int | tuple[int, ...] = 0
-    dropout: float = 0.0
-
-
-CASES = {
-    "plain": Case(),
-    "no spans": Case(spans=None, ramp=0),
-    "ties and full": Case(H=4, spans=(0.0, 3.0, 12.0, 11.25)),
-    "one query": Case(T=1),
-    "one head": Case(H=1, spans=(5.5,)),
-    "several tiles": Case(T=21, S=60, L=30, spans=(9.0, 30.0)),
-    "block longer than context": Case(T=21, S=24, L=3, spans=(0.5, 3.0), ramp=2),
-    "empty cache": Case(T=9, S=9),
-    "no context": Case(S=0, L=0, spans=None),
-    "keys without distances": Case(L=0, spans=None),
-    "no persistent pairs": Case(N=0),
-    "current token": Case(first_distance=0),
-    "two queries": Case(two_queries=True, position_heads=2, first_distance=0, spans=None, N=0),
-    "starts": Case(query_start=4, key_start=3),
-    "starts by row": Case(query_start=(2, 11), key_start=(1, 9)),
-    "dropout": Case(T=21, S=60, L=30, spans=(9.0, 30.0), dropout=0.3),
-    "dropout with starts": Case(query_start=(2, 11), key_start=(1, 9), dropout=0.3),
-}
-
-
-def arrays(case: Case, dtype: Any = np.float32, seed: int = 0) -> dict[str, Any]:
-    """Random inputs of a case."""
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.normal(size=shape).astype(np.float32), dtype)
-
-    B, T, S, H, K, L, N = case.B, case.T, case.S, case.H, case.K, case.L, case.N
-    found = {"query": normal(B, T, H, K), "key": normal(B, S, H, K), "value": normal(B, S, H, K)}
-    found["position_HLK"] = normal(case.position_heads, L, K)
-    found["persistent_key_HNK"], found["persistent_value_HNK"] = normal(H, N, K), normal(H, N, K)
-    if case.two_queries:
-        found["position_query_BTHK"] = normal(B, T, H, K)
-    if case.spans is not None:
-        found["span_H"] = jnp.asarray(case.spans, jnp.promote_types(dtype, jnp.float32))
-    return found
-
-
-def options(case: Case) -> dict[str, Any]:
-    """The options of a case; the starts are traced where they are given."""
-    found: dict[str, Any] = {"first_distance": case.first_distance, "ramp": case.ramp, "dropout_rate": case.dropout}
-    found |= {"dropout_seed": 7} if case.dropout else {}
-    for name in ("query_start", "key_start"):
-        start = getattr(case, name)
-        found[name] = start if start is None or start == 0 else jnp.array(start)
-    return found
-
-
-def call(inputs: dict[str, Any], **rest: Any) -> Any:
-    """The operation on a dictionary of inputs."""
-    inputs = dict(inputs)
-    return all_attention(inputs.pop("query"), inputs.pop("key"), inputs.pop("value"), **inputs, **rest)
-
-
-def results(case: Case, inputs: dict[str, Any], implementation: str, **rest: Any) -> dict[str, Any]:
-    """Output, persistent mass and every gradient of sum(out * cotangent)."""
-    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=(case.B, case.T, case.H, case.K)), jnp.float32)
-
-    @jax.jit
-    def run(inputs: dict[str, Any]) -> tuple:
-        def loss(inputs: dict[str, Any]) -> tuple:
-            settings = {**options(case), **rest}
-            out, mass = call(inputs, return_persistent_mass=True, implementation=implementation, **settings)
-            return jnp.sum(out.astype(cotangent.dtype) * cotangent), (out, mass)
-
-        return jax.grad(loss, has_aux=True)(inputs)
-
-    gradients, (out, mass) = run(inputs)
-    return {"out": out, "mass": mass, **gradients}
-
-
-def error(ours: dict[str, Any], reference: dict[str, Any]) -> float:
-    """Largest error over largest entry; gradients that vanish in theory are held against the largest gradient."""
-    largest, errors = max(float(np.abs(np.asarray(x, np.float64)).max(initial=0)) for x in reference.values()), []
-    for name, expected in reference.items():
-        expected, found = np.asarray(expected, np.float64), np.asarray(ours[name], np.float64)
-        assert found.shape == expected.shape and np.isfinite(found).all(), name
-        scale = np.abs(expected).max(initial=0)
-        scale = scale if scale > 1e-9 * largest else largest
-        errors.append(np.abs(found - expected).max(initial=0) / max(scale, 1e-30))
-    return float(np.max(errors))
-
-
-# what the fixture makes small
-TILE, QUERY_TILE, KEY_TILE = tiles.TILE, pallas_tpu.QUERY_TILE, pallas_tpu.KEY_TILE
-
-# the operation of one layer of the papers' models, for two rows
-GEOMETRIES = {
-    "enwik8_small": Case(B=2, T=512, S=8704, H=8, K=64, L=8192, N=1024, spans=(0.0,) * 8, ramp=32, dropout=0.3),
-    "enwik8_large": Case(B=2, T=512, S=8704, H=8, K=64, L=8192, N=2048, spans=(0.0,) * 8, ramp=32, dropout=0.4),
-    "wikitext103": Case(B=2, T=256, S=2304, H=8, K=64, L=2048, N=2048, spans=(0.0,) * 8, ramp=32, dropout=0.3),
-    "transformer_xl": Case(
-        *(2, 512, 1024, 8, 64, 1024, 0), None, first_distance=0, position_heads=8, two_queries=True, dropout=0.1
-    ),
-    "wikitext103_xl": Case(
-        *(2, 150, 300, 10, 41, 300, 0), None, first_distance=0, position_heads=10, two_queries=True, dropout=0.1
-    ),
-}
+TILE = tiles.TILE  # before the fixture makes it small
 
 
 @pytest.fixture(autouse=True)
@@ -322,41 +203,6 @@ def test_second_derivatives_are_refused(implementation: str) -> None:
         jax.grad(slope)(inputs["query"])
 
 
-@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v6 lite", "TPU7x"])
-@pytest.mark.parametrize("name", GEOMETRIES)
-def test_lowers_for_tpu(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward kernels at real sizes; there is no copy of keys or values around them."""
-    monkeypatch.setattr(pallas_tpu, "QUERY_TILE", QUERY_TILE)
-    monkeypatch.setattr(pallas_tpu, "KEY_TILE", KEY_TILE)
-    shapes = jax.eval_shape(lambda: arrays(GEOMETRIES[name], jnp.bfloat16))
-    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
-
-    def loss(inputs: dict[str, Any]) -> jax.Array:
-        return call(inputs, **options(GEOMETRIES[name])).astype(jnp.float32).sum()  # which implementation is the best
-
-    with jax.sharding.use_abstract_mesh(mesh):
-        text = jax.jit(jax.grad(loss)).trace(shapes).lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("tpu_custom_call") == 2
-
-
-def test_skew_of_a_whole_tile() -> None:
-    """Real tiles have more than the eight rows of the other tests."""
-    x_TW, place = np.random.default_rng(0).normal(size=(32, 256)).astype(np.float32), 40
-
-    def kernel(x, skewed, back):
-        skewed[...] = tpu_kernels._skew(x[...], place, 128)
-        back[...] = tpu_kernels._unskew(skewed[...], place, 256)
-
-    shapes = [jax.ShapeDtypeStruct((32, 128), jnp.float32), jax.ShapeDtypeStruct((32, 256), jnp.float32)]
-    skewed_TC, back_TW = pl.pallas_call(kernel, out_shape=shapes, interpret=True)(x_TW)
-    column_TC = place + np.arange(128) - np.arange(32)[:, None]
-    np.testing.assert_array_equal(skewed_TC, np.take_along_axis(x_TW, column_TC, 1))
-    expected_TW = np.zeros_like(x_TW)
-    np.put_along_axis(expected_TW, column_TC, np.asarray(skewed_TC), 1)
-    np.testing.assert_array_equal(back_TW, expected_TW)
-
-
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.data())
 def test_property(draw: st.DataObject) -> None:
@@ -375,7 +221,7 @@ def test_property(draw: st.DataObject) -> None:
 MESH = """
 import sys; sys.path[:0] = {path!r}
 import dataclasses, jax, numpy as np
-from test_attention import *
+from attention_cases import *
 from allattn.sharding import attention_over, make_mesh
 from configs import base
 c = base.get_config(); c.mesh.fsdp = c.mesh.tensor = 2; c.train.batch = 8

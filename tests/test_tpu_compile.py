@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from attention_cases import GEOMETRIES, arrays, call, options
 from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, PartitionSpec
-from test_attention import GEOMETRIES, KEY_TILE, QUERY_TILE, arrays, call, options
 
-from allattn.attention import pallas_tpu
 from allattn.model import _project
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: make test-tpu-compile installs it")
@@ -30,10 +29,8 @@ def device(topology: str) -> Any:
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("name", GEOMETRIES)
-def test_compiles(name: str, topology: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles(name: str, topology: str) -> None:
     """Projection and operation, forward and backward: they fit, and keys are never laid out anew between them."""
-    monkeypatch.setattr(pallas_tpu, "QUERY_TILE", QUERY_TILE)
-    monkeypatch.setattr(pallas_tpu, "KEY_TILE", KEY_TILE)
     chip, case = device(topology), GEOMETRIES[name]
     place = NamedSharding(Mesh([chip], ("data",), axis_types=(AxisType.Auto,)), PartitionSpec())
     shapes = jax.eval_shape(lambda: arrays(case, jnp.bfloat16))

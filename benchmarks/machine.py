@@ -1,0 +1,47 @@
+"""What every benchmark says of the machine that it ran on."""
+
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def matmul_gflops(dtype: str = "float32", size: int = 2048) -> float:
+    """Rate of a square product, the median of ten."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(size, size)), dtype)
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    times = [seconds(lambda: product(x)) for _ in range(10)]
+    return 2 * size**3 / statistics.median(times) / 1e9
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    """How long a call takes, its results included."""
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - began
+
+
+def provenance() -> dict[str, str]:
+    """Machine, devices, version, date and commit of a run."""
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str:
+    """Short hash of the checkout that runs, or "" outside one."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
