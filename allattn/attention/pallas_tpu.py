@@ -201,19 +201,24 @@ def _attention_backward(static: Static, residuals: tuple, cotangents: tuple):
     pairs = jax.ShapeDtypeStruct((sizes.H, max(1, sizes.N), sizes.K), jnp.float32)
     names = ("query", "query", "key", "key", "position", "persistent", "persistent", "query", "statistic", "statistic")
     sums = pltpu.VMEM((sizes.key_tile, sizes.heads * sizes.K), jnp.float32)
-    d_query, d_position_query, d_key, d_value, d_position, d_persistent_key, d_persistent_value, d_span = _run(
+    others = 0 if static.one_query else 1
+    d_query, d_key, d_value, d_position, d_persistent_key, d_persistent_value, d_span, *d_position_query = _run(
         functools.partial(backward_kernel, static, sizes),
         "all_attention_backward",
         (groups, sizes.B, sizes.key_tiles, sizes.T // sizes.query_tile),
         1,
         (
             [loads[n] for n in names],
-            [stores[n] for n in ("queries", "queries", "key", "key", "d_position", "persistent", "persistent", "span")],
+            [
+                *(stores[n] for n in ("queries", "key", "key", "d_position", "persistent", "persistent", "span")),
+                *[stores["queries"]] * others,
+            ],
         ),
         [
-            *(queries, queries, keys, keys),
+            *(queries, keys, keys),
             jax.ShapeDtypeStruct((groups * table, sizes.K, sizes.positions), jnp.float32),
             *(pairs, pairs, jax.ShapeDtypeStruct((groups, sizes.heads, LANES), jnp.float32)),
+            *[queries] * others,
         ],
         [sums, sums],
         *scalars,
@@ -224,11 +229,9 @@ def _attention_backward(static: Static, residuals: tuple, cotangents: tuple):
     )
     (_, L, N), K = _lengths(inputs), inputs.query_BTHK.shape[3]
     d_position = d_position.sum(0, keepdims=True) if sizes.shared else d_position
-    if static.one_query:
-        d_query, d_position_query = d_query + d_position_query, jnp.zeros_like(d_position_query)
     gradients = Inputs(
         _apart(d_query, inputs.query_BTHK),
-        _apart(d_position_query, inputs.query_BTHK),
+        _apart(d_position_query[0], inputs.query_BTHK) if others else jnp.zeros_like(inputs.query_BTHK),
         _apart(d_key, inputs.key_BSHK),
         _apart(d_value, inputs.value_BSHK),
         d_position[:, :K, sizes.left : sizes.left + L][:, :, ::-1].transpose(0, 2, 1),

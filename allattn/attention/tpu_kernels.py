@@ -241,8 +241,9 @@ def backward_kernel(static: Static, sizes: Sizes, *refs: Any) -> None:
     """Grid (group, row, key tile, query tile); every gradient but the keys' and values' adds up over several steps."""
     scalars = refs[:5]
     query, position_query, key, value, position, persistent_key, persistent_value, d_out, lse, delta = refs[5:15]
-    d_query, d_position_query, d_key, d_value, d_position, d_persistent_key, d_persistent_value, d_span = refs[15:23]
-    key_sum, value_sum = refs[23:]
+    d_query, d_key, d_value, d_position, d_persistent_key, d_persistent_value, d_span = refs[15:22]
+    *other, key_sum, value_sum = refs[22:]  # first the second query's gradient, if there is one
+    d_position_query = other[0] if other else d_query
     reach_H, span_H, *_, numbers = scalars
     group, row, key_tile, query_tile = (pl.program_id(axis) for axis in range(4))
     rows = pl.ds(pl.multiple_of(query_tile * sizes.query_tile, sizes.query_tile), sizes.query_tile)
@@ -259,7 +260,8 @@ def backward_kernel(static: Static, sizes: Sizes, *refs: Any) -> None:
     @pl.when(key_tile == 0)
     def _start_queries() -> None:
         zeros = jnp.zeros((sizes.query_tile, sizes.heads * sizes.K), jnp.float32)
-        d_query[rows], d_position_query[rows] = zeros, zeros
+        for x in (d_query, *other):
+            x[rows] = zeros
 
     def one_head(p: int) -> None:
         head, lanes = group * sizes.heads + p, _lanes(sizes, p)
