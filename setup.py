@@ -31,9 +31,11 @@ setup(
             "hypothesis>=6.100,<7",
             "ruff>=0.14,<0.17",
             "mypy>=1.18,<3",
+            "etils[epath-gcs]>=1.12,<2",  # against a bucket that a test serves itself
         ],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+        "gcs": ["etils[epath-gcs]>=1.12,<2"],  # workdirs in gs:// buckets
         "torch": ["torch>=2.9,<3"],
     },
     entry_points={"console_scripts": ["allattn = allattn.__main__:console"]},

@@ -104,9 +104,12 @@ def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 def _quiet() -> None:
     """Keep the libraries' remarks on ordinary uses of them off the screen; their errors still show."""
-    from absl import logging
+    import logging
 
-    logging.set_verbosity(logging.ERROR)
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of what it raises as well
 
 
 def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Mapping
@@ -20,16 +21,19 @@ class TensorBoardWriter:
     """Scalars and texts as TensorBoard event files, without TensorFlow.
 
     Takes the place of the one class for which clu's metric writers need TensorFlow, and so has
-    those methods of its interface that are called here.
+    those methods of its interface that are called here. In a bucket, where nothing can be appended, the file is kept
+    here and copied whole at each flush.
 
     Args:
-      logdir: folder of the event files.
+      logdir: folder or bucket URL of the event files.
     """
 
     def __init__(self, logdir: str) -> None:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._writer = EventFileWriter(str(logdir))
+        self._folder = epath.Path(logdir)
+        self._local = tempfile.TemporaryDirectory() if "://" in str(logdir) else None
+        self._writer = EventFileWriter(self._local.name if self._local else str(logdir))
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Write the numbers of a step."""
@@ -55,12 +59,18 @@ class TensorBoardWriter:
         self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=int(step), summary=summary))
 
     def flush(self) -> None:
-        """Bring everything to the disk."""
+        """Bring everything to the disk or the bucket."""
         self._writer.flush()
+        if self._local:
+            for file in epath.Path(self._local.name).iterdir():
+                (self._folder / file.name).write_bytes(file.read_bytes())
 
     def close(self) -> None:
         """Flush and close the file."""
+        self.flush()
         self._writer.close()
+        if self._local:
+            self._local.cleanup()
 
 
 _shim = types.ModuleType("clu.metric_writers.tf.summary_writer")
