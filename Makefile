@@ -6,7 +6,7 @@ STAMP := .venv/.installed-$(VERSION)
 # A folder that another version of Python made is emptied first.
 FRESH = $(if $(wildcard .venv/bin/python$(VERSION)),,--clear)
 
-.PHONY: install demo test test-all test-tpu-compile lint bench clean
+.PHONY: install demo test test-all test-tpu-compile test-gpu-compile lint bench clean
 
 install: $(STAMP)
 
@@ -33,6 +33,13 @@ test-tpu-compile:  ## compile the TPU kernels for v4 to tpu7x; needs libtpu, whi
 	@.venv-tpu/bin/python -m pip install -q --disable-pip-version-check -e '.[test,tpu]'
 	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -q -s tests/test_tpu_compile.py
 
+test-gpu-compile:  ## compile the GPU kernels for an H100; needs CUDA's compiler, which is fetched, but no GPU
+	@test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
+	@.venv-gpu/bin/python -m pip install -q --disable-pip-version-check -e '.[test]'
+	@jax=$$(.venv-gpu/bin/python -c 'import jax; print(jax.__version__)') && .venv-gpu/bin/python -m pip install -q \
+	    --disable-pip-version-check --no-deps jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax nvidia-cuda-nvcc-cu12
+	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m pytest -q -s tests/test_gpu_compile.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +51,4 @@ bench: install  ## speed of training and evaluation against this machine's own m
 	for spans in full zero; do $(BIN)/python -m benchmarks.attention --spans=$$spans --dropout=0.3; done
 
 clean:
-	rm -rf .venv .venv-tpu .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-tpu .venv-gpu .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

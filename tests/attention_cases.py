@@ -41,6 +41,7 @@ CASES = {
     "one query": Case(T=1),
     "one head": Case(H=1, spans=(5.5,)),
     "several tiles": Case(T=21, S=60, L=30, spans=(9.0, 30.0)),
+    "tiles without a mask": Case(T=33, S=150, L=100, spans=(50.5, 100.0), dropout=0.2),
     "block longer than context": Case(T=21, S=24, L=3, spans=(0.5, 3.0), ramp=2),
     "empty cache": Case(T=9, S=9),
     "no context": Case(S=0, L=0, spans=None),

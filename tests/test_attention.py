@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_cases import CASES, Case, arrays, call, error, options, results
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from allattn import attention
-from allattn.attention import dropout, pallas_tpu, tiles
+from allattn.attention import dropout, pallas_gpu, pallas_tpu, tiles
 
 IMPLEMENTATIONS = [name for name in attention.IMPLEMENTATIONS if name != "reference"]
 
@@ -31,6 +31,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "TILE", 8)
     monkeypatch.setattr(pallas_tpu, "QUERY_TILE", 8)
     monkeypatch.setattr(pallas_tpu, "KEY_TILE", 32)
+    monkeypatch.setattr(pallas_gpu, "QUERY_TILE", 16)  # the least that Triton multiplies
+    monkeypatch.setattr(pallas_gpu, "KEY_TILE", 16)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -59,8 +61,9 @@ def test_float64() -> None:
     with jax.enable_x64(True):
         inputs = arrays(case, np.float64)
         assert error(results(case, inputs, "xla"), results(case, inputs, "reference")) <= 1e-9
-        with pytest.raises(NotImplementedError, match="pallas_tpu: expected dtype float32 or bfloat16, found float64"):
-            call(inputs, implementation="pallas_tpu")
+        for name in ("pallas_tpu", "pallas_gpu"):
+            with pytest.raises(NotImplementedError, match=f"{name}: expected dtype float32 or bfloat16, found float64"):
+                call(inputs, implementation=name)
 
 
 @pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
@@ -203,9 +206,10 @@ def test_second_derivatives_are_refused(implementation: str) -> None:
         jax.grad(slope)(inputs["query"])
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
-@given(st.data())
-def test_property(draw: st.DataObject) -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(draw=st.data())
+def test_property(draw: st.DataObject, implementation: str) -> None:
     """Any sizes, starts and spans agree with the definition."""
     T, L, N = draw.draw(st.integers(1, 19)), draw.draw(st.integers(0, 20)), draw.draw(st.integers(0, 5))
     S = T + draw.draw(st.integers(0, 20))
@@ -215,7 +219,8 @@ def test_property(draw: st.DataObject) -> None:
     case = Case(B=1, T=T, S=S, L=L, N=N, K=4, spans=spans, first_distance=first, query_start=start)
     with jax.enable_x64(True):
         expected = results(case, arrays(case, np.float64), "reference")
-    assert error(results(case, arrays(case), "xla"), expected) <= 1e-5
+    with jax.default_matmul_precision("highest"):
+        assert error(results(case, arrays(case), implementation), expected) <= 1e-5
 
 
 MESH = """

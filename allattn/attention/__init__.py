@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from allattn.attention import pallas_tpu, reference, xla
+from allattn.attention import pallas_gpu, pallas_tpu, reference, xla
 from allattn.attention.tiles import pack
 
 Array = jax.Array
 
-IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu")
+IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
+_FUSED = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 
 
 def all_attention(
@@ -66,7 +67,8 @@ def all_attention(
       head_offset: global index of head 0.
       scale: factor of every logit; None: 1/sqrt(K).
       return_persistent_mass: also return the share of each query's weight that lies on persistent pairs.
-      implementation: "reference", "xla" or "pallas_tpu" (slowly interpreted off a TPU); None: the best here.
+      implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu" (slowly interpreted elsewhere); None: the best
+        here.
 
     Returns:
       out_BTHK in the query's dtype and, if asked for, mass_BTH in float32, before dropout and without a gradient.
@@ -103,8 +105,8 @@ def all_attention(
     implementation = implementation or _best(query_BTHK.dtype)
     if implementation == "reference":
         out_BTHK, mass_BTH = reference.all_attention(query_BTHK, key_BSHK, value_BSHK, **arguments)
-    elif implementation in ("xla", "pallas_tpu"):
-        run = pallas_tpu.all_attention if implementation == "pallas_tpu" else xla.all_attention
+    elif implementation in _FUSED:
+        run = _FUSED[implementation].all_attention
         arguments |= {"whole_context": static_start, "one_query": position_query_BTHK is None}
         out_BTHK, mass_BTH = run(*pack(query_BTHK, key_BSHK, value_BSHK, **arguments))
     else:
@@ -116,7 +118,8 @@ def _best(dtype: Any) -> str:
     """The fastest implementation for the machine that the code is traced for."""
     device = jax.sharding.get_abstract_mesh().abstract_device  # named where code is compiled for another machine
     platform = device.platform if device else jax.default_backend()
-    return "pallas_tpu" if platform == "tpu" and dtype in (jnp.float32, jnp.bfloat16) else "xla"
+    kernels = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"} if dtype in (jnp.float32, jnp.bfloat16) else {}
+    return kernels.get(platform, "xla")
 
 
 def _per_row(name: str, start: Array | int, rows: int) -> Array:

@@ -26,11 +26,16 @@ def mix(word: Array) -> Array:
     Returns:
       uint32 array of the same shape, each bit of which depends on every bit of the input.
     """
+    word = _multiplied(word)
+    return word ^ (word >> 16)
+
+
+def _multiplied(word: Array) -> Array:
+    """The mix but for its last step, which leaves the upper 16 bits alone."""
     word = word ^ (word >> 16)
     word = word * jnp.uint32(0x7FEB352D)
     word = word ^ (word >> 15)
-    word = word * jnp.uint32(0x846CA68B)
-    return word ^ (word >> 16)
+    return word * jnp.uint32(0x846CA68B)
 
 
 def query_key(seed: Array | int, row: Array | int, head: Array | int, query: Array | int, domain: int) -> Array:
@@ -61,4 +66,5 @@ def keep(key: Array, index: Array, rate: float) -> Array:
       bool array, True with probability 1 - rate.
     """
     threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
-    return mix(key + jnp.asarray(index).astype(jnp.uint32) * jnp.uint32(_STEP)) >= threshold
+    # a comparison looks at the upper bits, and this line runs for every weight
+    return _multiplied(key + jnp.asarray(index).astype(jnp.uint32) * jnp.uint32(_STEP)) >= threshold

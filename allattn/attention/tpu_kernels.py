@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from allattn.attention import dropout
+from allattn.attention.kernels import dot, dropout_factors, pair_gradients
 from allattn.attention.span import NOTHING, ramp_position
 from allattn.attention.tiles import Static
 
@@ -125,10 +126,6 @@ def group_reach(sizes: Sizes, reach_H, group) -> Array:
     return functools.reduce(jnp.maximum, reaches)
 
 
-def _dot(x: Array, y: Array, contract: tuple[int, int] = (1, 0)) -> Array:
-    return jax.lax.dot_general(x, y, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
-
-
 def _rotate_rows(x_TW: Array, sign: int) -> Array:
     """Rotate row i by i places to the right (sign 1) or left (-1).
 
@@ -157,15 +154,13 @@ def _unskew(x_TC: Array, place, window: int) -> Array:
 
 
 def _logits(static: Static, query_TK, position_query_TK, key_CK, position_KW, place) -> Array:
-    by_position_TC = _skew(_dot(position_query_TK, position_KW), place, key_CK.shape[0])
-    return (_dot(query_TK, key_CK, (1, 1)) + by_position_TC) * static.scale
+    by_position_TC = _skew(dot(position_query_TK, position_KW), place, key_CK.shape[0])
+    return (dot(query_TK, key_CK, (1, 1)) + by_position_TC) * static.scale
 
 
 def _kept(static: Static, place: Place, numbers, row, head, domain: int, index_TX: Array) -> Array:
-    """Dropout's factors, 0 or 1 / (1 - rate)."""
     query_T1 = place.first_query + jax.lax.broadcasted_iota(jnp.int32, (index_TX.shape[0], 1), 0)
-    key_T1 = dropout.query_key(numbers[0], numbers[1] + row, numbers[2] + head, query_T1, domain)
-    return jnp.where(dropout.keep(key_T1, index_TX, static.dropout_rate), 1 / (1 - static.dropout_rate), 0.0)
+    return dropout_factors(static, numbers, row, head, query_T1, domain, index_TX)
 
 
 def _lanes(sizes: Sizes, p: int) -> slice:
@@ -198,14 +193,14 @@ def forward_kernel(static: Static, sizes: Sizes, *refs: Any) -> None:
             total[p], sums[p] = jnp.zeros_like(total[p]), jnp.zeros_like(sums[p])
             persistent_lse[p] = jnp.full_like(top[p], NOTHING)
             if sizes.N:
-                logits_TN = _dot(query[:, lanes], persistent_key[p], (1, 1)) * static.scale
+                logits_TN = dot(query[:, lanes], persistent_key[p], (1, 1)) * static.scale
                 top_T1 = jnp.max(logits_TN, axis=1, keepdims=True)
                 weight_TN = jnp.exp(logits_TN - top_T1)
                 top[p], total[p] = top_T1, jnp.sum(weight_TN, axis=1, keepdims=True)
                 persistent_lse[p] = top_T1 + jnp.log(total[p])
                 if static.dropout_rate:
                     weight_TN *= _kept(static, place, numbers, row, head, dropout.PERSISTENT, _pair_index(sizes))
-                sums[p] = _dot(weight_TN.astype(value.dtype), persistent_value[p])
+                sums[p] = dot(weight_TN.astype(value.dtype), persistent_value[p])
 
         @pl.when(place.meets(key_tile))
         def _context() -> None:
@@ -221,7 +216,7 @@ def forward_kernel(static: Static, sizes: Sizes, *refs: Any) -> None:
             top[p], total[p] = top_T1, total[p] * shrink_T1 + jnp.sum(weight_TC, axis=1, keepdims=True)
             if static.dropout_rate:
                 weight_TC *= _kept(static, place, numbers, row, head, dropout.CONTEXT, distance_TC)
-            sums[p] = sums[p] * shrink_T1 + _dot(weight_TC.astype(value.dtype), value_CK)
+            sums[p] = sums[p] * shrink_T1 + dot(weight_TC.astype(value.dtype), value_CK)
 
         @pl.when(step == sizes.key_steps - 1)
         def _finish() -> None:
@@ -270,16 +265,15 @@ def backward_kernel(static: Static, sizes: Sizes, *refs: Any) -> None:
         dtype = query.dtype
 
         def persistent() -> None:
-            logits_TN = _dot(query[:, lanes], persistent_key[p], (1, 1)) * static.scale
-            weight_TN = jnp.exp(logits_TN - lse_T1)
-            d_weight_TN, dropped_TN = _dot(d_out[:, lanes], persistent_value[p], (1, 1)), weight_TN
+            logits_TN = dot(query[:, lanes], persistent_key[p], (1, 1)) * static.scale
+            kept_TN = None
             if static.dropout_rate:
                 kept_TN = _kept(static, place, numbers, row, head, dropout.PERSISTENT, _pair_index(sizes))
-                d_weight_TN, dropped_TN = d_weight_TN * kept_TN, weight_TN * kept_TN
-            d_logits_TN = (weight_TN * (d_weight_TN - delta_T1) * static.scale).astype(dtype)
-            d_query[rows, lanes] += _dot(d_logits_TN, persistent_key[p])
-            d_persistent_key[p] += _dot(d_logits_TN, query[:, lanes], (0, 0))
-            d_persistent_value[p] += _dot(dropped_TN.astype(dtype), d_out[:, lanes], (0, 0))
+            gradients = pair_gradients(logits_TN, lse_T1, delta_T1, d_out[:, lanes], persistent_value[p], kept_TN)
+            d_logits_TN, dropped_TN = gradients
+            d_query[rows, lanes] += dot(d_logits_TN, persistent_key[p]) * static.scale
+            d_persistent_key[p] += dot(d_logits_TN, query[:, lanes], (0, 0)) * static.scale
+            d_persistent_value[p] += dot(dropped_TN, d_out[:, lanes], (0, 0))
 
         if sizes.N:
             pl.when(key_tile == 0)(persistent)
@@ -296,7 +290,7 @@ def backward_kernel(static: Static, sizes: Sizes, *refs: Any) -> None:
             # before the mask m; where m = 0 nothing bounds the logit, and inf x 0 is not a number
             bare_TC = jnp.where(exists_TC & (ramp_TC >= 0), jnp.exp(jnp.minimum(logits_TC - lse_T1, 80)), 0)
             weight_TC = bare_TC * jnp.clip(ramp_TC, 0, 1)
-            d_weight_TC, dropped_TC = _dot(d_out[:, lanes], value_CK, (1, 1)), weight_TC
+            d_weight_TC, dropped_TC = dot(d_out[:, lanes], value_CK, (1, 1)), weight_TC
             if static.dropout_rate:
                 kept_TC = _kept(static, place, numbers, row, head, dropout.CONTEXT, distance_TC)
                 d_weight_TC, dropped_TC = d_weight_TC * kept_TC, weight_TC * kept_TC
@@ -304,11 +298,11 @@ def backward_kernel(static: Static, sizes: Sizes, *refs: Any) -> None:
             d_span[p : p + 1] += jnp.sum(d_mask_TC) / static.ramp
             d_logits_TC = weight_TC * (d_weight_TC - delta_T1) * static.scale
             d_window_TW = _unskew(d_logits_TC, offset, sizes.window).astype(dtype)
-            d_query[rows, lanes] += _dot(d_logits_TC.astype(dtype), key_CK)
-            d_position_query[rows, lanes] += _dot(d_window_TW, position_KW, (1, 1))
-            d_position[table, :, window] += _dot(position_query[:, lanes], d_window_TW, (0, 0))
-            key_sum[:, lanes] += _dot(d_logits_TC.astype(dtype), query[:, lanes], (0, 0))
-            value_sum[:, lanes] += _dot(dropped_TC.astype(dtype), d_out[:, lanes], (0, 0))
+            d_query[rows, lanes] += dot(d_logits_TC.astype(dtype), key_CK)
+            d_position_query[rows, lanes] += dot(d_window_TW, position_KW, (1, 1))
+            d_position[table, :, window] += dot(position_query[:, lanes], d_window_TW, (0, 0))
+            key_sum[:, lanes] += dot(d_logits_TC.astype(dtype), query[:, lanes], (0, 0))
+            value_sum[:, lanes] += dot(dropped_TC.astype(dtype), d_out[:, lanes], (0, 0))
 
     for p in range(sizes.heads):
         one_head(p)

@@ -1,0 +1,224 @@
+"""The operation as fused GPU kernels in Pallas (Triton).
+
+Triton cannot skew a tile in registers. The logits by position are therefore one plain product per unit (one head of
+one row), written to a scratch array of bounded size and read along its diagonals. Units go through it in chunks: each
+takes as much of it as its span can reach, so that short spans need one chunk, and full ones many. The backward pass
+recomputes the logits; their gradients take their place in the scratch array. Here are the calls, grids and chunks; the
+kernels are in `gpu_kernels`. On a CPU they run interpreted.
+
+Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K head width, U unit,
+G group of rows, P program of a unit, X and Y any.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from allattn.attention import gpu_kernels
+from allattn.attention.first_order import first_order
+from allattn.attention.gpu_units import Scalars, Sizes
+from allattn.attention.span import reach
+from allattn.attention.tiles import Dynamic, Inputs, Static
+
+Array = jax.Array
+
+QUERY_TILE, KEY_TILE = 64, 64
+FEW_QUERIES = 32  # in a tile of the kernel whose sums over queries take most registers
+WARPS, STAGES = 4, 2
+SCRATCH = 2**28  # bytes
+PROGRAMS = 16  # that share one unit's tiles of keys
+GROUPS = 4  # of rows, whose gradients of the persistent pairs are added at the end
+
+
+def all_attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Array, Array]:
+    """The operation of `allattn.attention.all_attention`, whose docstring gives the arguments, as out and mass."""
+    if inputs.query_BTHK.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f"pallas_gpu: expected dtype float32 or bfloat16, found {inputs.query_BTHK.dtype}")
+    sizes = _sizes(inputs)
+    needed = sizes.length * _tiled(sizes, sizes.L) * inputs.query_BTHK.dtype.itemsize
+    if needed > SCRATCH:
+        raise NotImplementedError(
+            f"pallas_gpu: expected at most {SCRATCH} bytes for the logits by position of one head of one row, "
+            f"found T x L = {sizes.T} x {sizes.L}, which needs {needed}"
+        )
+    return _attention(static, inputs, dynamic)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Array, Array]:
+    return _attention_forward(static, inputs, dynamic)[0]
+
+
+def _sizes(inputs: Inputs) -> Sizes:
+    (B, T, H, K), (S, L) = inputs.query_BTHK.shape, (inputs.key_BSHK.shape[1], inputs.position_HLK.shape[1])
+    N, shared = inputs.persistent_key_HNK.shape[1], inputs.position_HLK.shape[0] == 1
+    query_tile = min(QUERY_TILE, max(16, pl.next_power_of_2(T)))
+    return Sizes(B, T, S, L, N, H, K, query_tile, KEY_TILE, shared, pl.cdiv(T, query_tile) * query_tile)
+
+
+def _tiled(sizes: Sizes, distances: Any) -> Any:
+    """Distances, rounded up to whole tiles."""
+    return pl.cdiv(distances, sizes.key_tile) * sizes.key_tile
+
+
+def _rows(x: Array) -> Array:
+    """The last dimension in columns, the others in rows; at least one row, since none cannot be passed."""
+    return x.reshape(-1, x.shape[-1]) if x.size else jnp.zeros((1, x.shape[-1]), x.dtype)
+
+
+def _heads_in_columns(x_BXHK: Array) -> Array:
+    """(B, X, H, K) as (B X, H K), which is no copy."""
+    B, X, H, K = x_BXHK.shape
+    return _rows(x_BXHK.reshape(B * X, H * K))
+
+
+class Call(NamedTuple):
+    """The kernels of one call, and what they all read."""
+
+    static: Static
+    sizes: Sizes
+    scalars: Scalars
+
+    def run(self, kernel: Callable, grid: tuple, *arrays: Array, changed: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Call a kernel, compiled for a GPU, interpreted elsewhere; what it changes comes last, and back."""
+        operands = (*self.scalars, *arrays, *changed)
+        first, sizes = len(operands) - len(changed), self.sizes
+        if kernel is gpu_kernels.key_gradients:  # two sums in registers leave room for few queries
+            sizes = dataclasses.replace(sizes, query_tile=min(sizes.query_tile, FEW_QUERIES))
+
+        def call(interpret: bool, *operands: Array) -> list[Array]:
+            return pl.pallas_call(
+                functools.partial(kernel, self.static, sizes),
+                grid=grid,
+                out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed],
+                input_output_aliases={first + i: i for i in range(len(changed))},
+                compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+                interpret=interpret,
+                name=kernel.__name__,
+            )(*operands)
+
+        compiled, interpreted = (functools.partial(call, interpret) for interpret in (False, True))
+        return tuple(jax.lax.platform_dependent(*operands, cuda=compiled, default=interpreted))
+
+    def query_grid(self) -> tuple[int, int]:
+        return self.sizes.length // self.sizes.query_tile, self.sizes.B * self.sizes.H
+
+    def for_each_chunk(self, dtype: Any, work: Callable, results: tuple) -> tuple:
+        """Carry results through chunks of units whose logits by position fit into the scratch array together."""
+        sizes, base_U = self.sizes, self.scalars.base_U
+        units = sizes.B * sizes.H
+        room = min(units * _tiled(sizes, sizes.L), SCRATCH // jnp.dtype(dtype).itemsize // sizes.length)
+
+        def chunk(carry: tuple) -> tuple:
+            first, logits, results = carry
+            end = jnp.sum(base_U <= base_U[first] + room, dtype=jnp.int32) - 1  # as many units as there is room for
+            call = self._replace(scalars=self.scalars._replace(chunk=jnp.stack([first, end - first])))
+            return end, *work(call, logits, results)
+
+        logits = jnp.zeros(max(1, room * sizes.length), dtype)
+        return jax.lax.while_loop(lambda carry: carry[0] < units, chunk, (jnp.int32(0), logits, results))[2]
+
+
+def _call(static: Static, inputs: Inputs, dynamic: Dynamic) -> Call:
+    sizes = _sizes(inputs)
+    limit = sizes.L if sizes.S else 0
+    reach_H = reach(inputs.span_H, static.ramp, static.first_distance, limit).astype(jnp.int32)
+    base_U = jnp.cumsum(jnp.tile(_tiled(sizes, reach_H), sizes.B))
+    seed = jax.lax.bitcast_convert_type(dynamic.dropout_seed.astype(jnp.uint32), jnp.int32)
+    scalars = Scalars(
+        chunk=jnp.array([0, sizes.B * sizes.H], jnp.int32),
+        base_U=jnp.concatenate([jnp.zeros(1, jnp.int32), base_U.astype(jnp.int32)]),
+        reach_H=reach_H,
+        span_H=inputs.span_H.astype(jnp.float32),
+        query_start_B=dynamic.query_start_B,
+        key_start_B=dynamic.key_start_B,
+        numbers=jnp.stack([seed, dynamic.row_offset, dynamic.head_offset]).astype(jnp.int32),
+    )
+    return Call(static, sizes, scalars)
+
+
+def _flat(inputs: Inputs) -> Inputs:
+    """The arrays of all inputs but the spans in rows and columns, as the kernels read them."""
+    query, position_query, key, value, *others, span_H = inputs
+    heads = (_heads_in_columns(x_BXHK) for x_BXHK in (query, position_query, key, value))
+    return Inputs._make((*heads, *map(_rows, others), span_H))
+
+
+def _attention_forward(static: Static, inputs: Inputs, dynamic: Dynamic):
+    inputs = first_order(inputs)  # a second derivative would enter the kernels here, which have none
+    call, flat = _call(static, inputs, dynamic), _flat(inputs)
+    sizes, grid = call.sizes, call.query_grid()
+    context = (flat.query_BTHK, flat.key_BSHK, flat.value_BSHK, flat.persistent_key_HNK, flat.persistent_value_HNK)
+
+    def chunk(call: Call, logits: Array, results: tuple) -> tuple:
+        positions = (flat.position_query_BTHK, flat.position_HLK)
+        (logits,) = call.run(gpu_kernels.logits_by_position, grid, *positions, changed=(logits,))
+        return logits, call.run(gpu_kernels.forward, grid, *context, logits, changed=results)
+
+    statistic = jnp.zeros(sizes.B * sizes.H * sizes.T, jnp.float32)
+    results = (jnp.zeros_like(flat.query_BTHK), statistic, statistic)
+    out_XE, lse, mass = call.for_each_chunk(inputs.query_BTHK.dtype, chunk, results)
+    out_BTHK, mass_BHT = out_XE.reshape(inputs.query_BTHK.shape), mass.reshape(sizes.B, sizes.H, sizes.T)
+    return (out_BTHK, mass_BHT.transpose(0, 2, 1)), (inputs, out_BTHK, lse, dynamic)
+
+
+def _attention_backward(static: Static, residuals: tuple, cotangents: tuple):
+    (inputs, out_BTHK, lse, d_out_BTHK), dynamic = first_order((*residuals[:3], cotangents[0])), residuals[3]
+    call, flat, d_out = _call(static, inputs, dynamic), _flat(inputs), _heads_in_columns(d_out_BTHK)
+    sizes = call.sizes
+    delta_BTH = jnp.sum(d_out_BTHK.astype(jnp.float32) * out_BTHK.astype(jnp.float32), axis=-1)
+    given = (d_out, lse, delta_BTH.transpose(0, 2, 1).reshape(-1))
+    query, position_query, key, value, position, *pairs, _ = flat
+    by_distance = (max(1, pl.cdiv(sizes.L, sizes.key_tile)), sizes.H)
+
+    def chunk(call: Call, logits: Array, results: tuple) -> tuple:
+        d_keys, d_queries, d_table = results
+        grid = call.query_grid()
+        (logits,) = call.run(gpu_kernels.logits_by_position, grid, position_query, position, changed=(logits,))
+        per_unit = (PROGRAMS, sizes.B * sizes.H)
+        changed = call.run(gpu_kernels.key_gradients, per_unit, query, key, value, *given, changed=(*d_keys, logits))
+        d_keys, logits = changed[:-1], changed[-1]
+        operands = (query, key, position, *pairs, *given, logits)
+        d_queries = call.run(gpu_kernels.query_gradients, grid, *operands, changed=d_queries)
+        operands = (position_query, logits)
+        d_table = call.run(gpu_kernels.position_gradients, by_distance, *operands, changed=d_table)
+        return logits, (d_keys, d_queries, d_table)
+
+    d_keys = (jnp.zeros_like(key), jnp.zeros_like(value), jnp.zeros((sizes.B * sizes.H, PROGRAMS), jnp.float32))
+    d_queries = (jnp.zeros_like(query),) * (1 if static.one_query else 2)
+    d_table = (jnp.zeros((sizes.H * max(1, sizes.L), sizes.K), jnp.float32),)
+    (d_key, d_value, d_span), d_queries, (d_table_XK,) = call.for_each_chunk(
+        query.dtype, chunk, (d_keys, d_queries, d_table)
+    )
+    d_position_HLK = d_table_XK[: sizes.H * sizes.L].reshape(sizes.H, sizes.L, sizes.K)
+    gradients = (
+        *(d_query.reshape(inputs.query_BTHK.shape) for d_query in d_queries),
+        *[jnp.zeros_like(inputs.query_BTHK)] * (2 - len(d_queries)),
+        d_key[: sizes.B * sizes.S].reshape(inputs.key_BSHK.shape),
+        d_value[: sizes.B * sizes.S].reshape(inputs.value_BSHK.shape),
+        d_position_HLK.sum(0, keepdims=True) if sizes.shared else d_position_HLK,
+        *_persistent_gradients(call, inputs, (query, *pairs, *given)),
+        d_span.reshape(sizes.B, sizes.H, PROGRAMS).sum((0, 2)) / static.ramp,
+    )
+    return jax.tree.map(lambda g, x: g.astype(x.dtype), Inputs._make(gradients), inputs), None
+
+
+def _persistent_gradients(call: Call, inputs: Inputs, operands: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Gradients of persistent keys and values, from sums over groups of rows."""
+    sizes, pairs = call.sizes, (inputs.persistent_key_HNK, inputs.persistent_value_HNK)
+    if not sizes.N:
+        return pairs
+    groups = min(GROUPS, sizes.B)
+    zeros_XK = jnp.zeros((groups * sizes.H * sizes.N, sizes.K), jnp.float32)
+    grid = (pl.cdiv(sizes.N, sizes.key_tile), sizes.H, groups)
+    sums = call.run(gpu_kernels.persistent_gradients, grid, *operands, changed=(zeros_XK, zeros_XK))
+    return tuple(sum_XK.reshape(groups, *x_HNK.shape).sum(0) for sum_XK, x_HNK in zip(sums, pairs, strict=True))
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
