@@ -8,6 +8,7 @@ setup(
     description="The all-attention network in JAX: persistent vectors instead of feed-forward layers, adaptive spans",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["allattn", "allattn.*"]),
+    package_data={"allattn.attention": ["tuned.json"]},
     install_requires=[
         "jax>=0.10.2,<0.13",
         "flax>=0.12.8,<0.13",

@@ -1,10 +1,12 @@
 """Speed of the operation alone, forward and with its gradients, beside the machine's own matrix product.
 
 Command:  python -m benchmarks.attention --geometry=enwik8_small --spans=full [--dropout=0.3] [--implementation=xla]
+          python -m benchmarks.attention --geometry=enwik8_small --tune
 `--spans` is full, zero, or a JSON file that lists spans in tokens, layer by layer and head by head: each layer is
 timed. With dropout, the same work without it is timed in turn. Last line: JSON; share counts required products only
-(3 x the forward's for both directions). Dimension key: B batch, T query position, S context key, L distance, N
-persistent pair, H head, K head width, X layer.
+(3 x the forward's for both directions). Rows are spread over devices as in training. With `--tune`, tile sizes are
+timed instead and the best enter the table that the implementation looks them up in. Dimension key: B batch, T query
+position, S context key, L distance, N persistent pair, H head, K head width, X layer.
 """
 
 import argparse
@@ -18,9 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from allattn.attention import IMPLEMENTATIONS, all_attention
-from benchmarks import machine
+from allattn import sharding
+from allattn.attention import IMPLEMENTATIONS, best_here
+from benchmarks import machine, tune
 
 # heads, head width, span limit, queries, persistent pairs
 GEOMETRIES = {
@@ -51,16 +55,20 @@ def required_flops(arguments: argparse.Namespace, span_XH: np.ndarray) -> float:
 def inputs(arguments: argparse.Namespace) -> tuple[jax.Array, ...]:
     """Random query, key, value, position table, persistent keys and values."""
     H, K, L, T, N = GEOMETRIES[arguments.geometry]
-    B, rng = arguments.rows, np.random.default_rng(0)
+    B, mesh = arguments.rows, sharding.mesh_over_rows()
     shapes = [(B, T, H, K), (B, T + L, H, K), (B, T + L, H, K), (1, L, K), (H, N, K), (H, N, K)]
-    return tuple(jnp.asarray(rng.normal(size=shape).astype(np.float32), arguments.dtype) for shape in shapes)
+    places = [NamedSharding(mesh, PartitionSpec(spec)) for spec in [sharding.ROWS] * 3 + [None] * 3]
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    draw = jax.jit(lambda key, shape: jax.random.normal(key, shape, arguments.dtype), static_argnums=1)
+    return tuple(jax.device_put(draw(*drawn), place) for *drawn, place in zip(keys, shapes, places, strict=True))
 
 
 def operation(arguments: argparse.Namespace, dropout: float) -> Callable[..., jax.Array]:
     """The operation as a function of its arrays and the spans."""
+    attention = sharding.attention_over(sharding.mesh_over_rows(), arguments.rows)
 
     def run(query_BTHK, key_BSHK, value_BSHK, position_HLK, persistent_key_HNK, persistent_value_HNK, span_H):
-        return all_attention(
+        return attention(
             *(query_BTHK, key_BSHK, value_BSHK),
             position_HLK=position_HLK,
             persistent_key_HNK=persistent_key_HNK,
@@ -116,6 +124,24 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def tune_tiles(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Find the best tile sizes for forward and backward, and enter them in the table."""
+    H, K, L, T, N = GEOMETRIES[arguments.geometry]
+    implementation = arguments.implementation or best_here(jnp.dtype(arguments.dtype))
+    arrays, span_XH = inputs(arguments), spans(arguments.spans, L, H)
+    code: dict[Any, Callable] = {}
+
+    def seconds(tiles: Any) -> float:
+        if tiles not in code:  # traced while these tiles are in force
+            code[tiles] = jax.jit(both(operation(arguments, arguments.dropout)))
+        return sum(machine.seconds(functools.partial(code[tiles], *arrays, jnp.asarray(span_H))) for span_H in span_XH)
+
+    sizes = {"T": T, "L": L, "N": N, "K": K}
+    row = tune.tune(implementation, sizes, seconds, arguments.repeats) | machine.provenance()
+    tune.enter(row | {"geometry": arguments.geometry, "spans": arguments.spans, "dtype": arguments.dtype})
+    return row
+
+
 def main() -> None:
     """Parse the flags, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -126,7 +152,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--implementation", choices=("", *IMPLEMENTATIONS), default="")
     parser.add_argument("--repeats", type=int, default=9)
-    print(json.dumps(measure(parser.parse_args())))
+    parser.add_argument("--tune", action="store_true", help="measure tile sizes and enter the best in the table")
+    arguments = parser.parse_args()
+    sharding.use_cores(arguments.rows)
+    print(json.dumps(tune_tiles(arguments) if arguments.tune else measure(arguments)))
 
 
 if __name__ == "__main__":

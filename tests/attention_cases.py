@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from allattn.attention import all_attention
+from allattn.attention import all_attention, tuning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +118,13 @@ def error(ours: dict[str, Any], reference: dict[str, Any]) -> float:
         errors.append(np.abs(found - expected).max(initial=0) / max(scale, 1e-30))
     return float(np.max(errors))
 
+
+# for small cases to have several; 16 is the least that Triton multiplies
+SMALL_TILES = {
+    "xla": tuning.XlaTiles(queries=8),
+    "pallas_tpu": tuning.TpuTiles(queries=8, keys=32),
+    "pallas_gpu": tuning.GpuTiles(queries=16, keys=16, few=16),
+}
 
 # the operation of one layer of the papers' models, for two rows
 GEOMETRIES = {

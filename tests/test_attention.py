@@ -12,27 +12,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import CASES, Case, arrays, call, error, options, results
+from attention_cases import CASES, SMALL_TILES, Case, arrays, call, error, options, results
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from allattn import attention
-from allattn.attention import dropout, pallas_gpu, pallas_tpu, tiles
+from allattn.attention import dropout, tuning
 
 IMPLEMENTATIONS = [name for name in attention.IMPLEMENTATIONS if name != "reference"]
 
 
-TILE = tiles.TILE  # before the fixture makes it small
+DEFAULTS = tuning.DEFAULTS  # before the fixture makes them small
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 8 queries, so that small cases have several."""
-    monkeypatch.setattr(tiles, "TILE", 8)
-    monkeypatch.setattr(pallas_tpu, "QUERY_TILE", 8)
-    monkeypatch.setattr(pallas_tpu, "KEY_TILE", 32)
-    monkeypatch.setattr(pallas_gpu, "QUERY_TILE", 16)  # the least that Triton multiplies
-    monkeypatch.setattr(pallas_gpu, "KEY_TILE", 16)
+    monkeypatch.setattr(tuning, "DEFAULTS", SMALL_TILES)
+    monkeypatch.setattr(tuning, "TABLE", [])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -116,7 +113,7 @@ def test_dropout_does_not_depend_on_the_cut(implementation: str, monkeypatch: py
     inputs = arrays(case)
     whole = kept(case, inputs, implementation)
     close = dict(rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr(tiles, "TILE", TILE)
+    monkeypatch.setattr(tuning, "DEFAULTS", DEFAULTS)
     np.testing.assert_allclose(kept(case, inputs, implementation), whole, **close)
     rows = {name: inputs[name][2:] for name in ("query", "key", "value")}
     np.testing.assert_allclose(kept(case, {**inputs, **rows}, implementation, row_offset=2), whole[2:], **close)
@@ -145,7 +142,7 @@ def test_dropout_rate() -> None:
 
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward pass keeps no array of T x S x H: under 64 MiB beyond inputs and outputs for a row of 8 heads."""
-    monkeypatch.setattr(tiles, "TILE", TILE)
+    monkeypatch.setattr(tuning, "DEFAULTS", DEFAULTS)
     case = Case(B=1, T=512, S=8704, H=8, K=64, L=8192, N=1024, spans=(8192.0,) * 8, ramp=32)
     shapes = jax.eval_shape(lambda: arrays(case))
 

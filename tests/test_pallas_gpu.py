@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import CASES, GEOMETRIES, Case, arrays, call, error, options, results
+from attention_cases import CASES, GEOMETRIES, SMALL_TILES, Case, arrays, call, error, options, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allattn.attention import pallas_gpu
+from allattn.attention import pallas_gpu, tuning
 
 H100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
 
@@ -35,8 +35,7 @@ def test_lowers_for_cuda(name: str) -> None:
 @pytest.mark.parametrize("name", ["several tiles", "dropout", "two queries"])
 def test_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scratch array with room for one head of one row, and not a byte less, gives the same numbers."""
-    monkeypatch.setattr(pallas_gpu, "QUERY_TILE", 16)
-    monkeypatch.setattr(pallas_gpu, "KEY_TILE", 16)
+    monkeypatch.setattr(tuning, "DEFAULTS", SMALL_TILES)
     case = dataclasses.replace(CASES[name], B=3)
     whole = results(case, arrays(case), "pallas_gpu")
     one = (-(-case.T // 16) * 16) * (-(-case.L // 16) * 16) * 4

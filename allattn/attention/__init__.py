@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from allattn.attention import pallas_gpu, pallas_tpu, reference, xla
+from allattn.attention import pallas_gpu, pallas_tpu, reference, tuning, xla
 from allattn.attention.tiles import pack
 
 Array = jax.Array
@@ -102,24 +102,23 @@ def all_attention(
         "head_offset": jnp.asarray(head_offset, jnp.int32),
         "scale": float(K**-0.5 if scale is None else scale),
     }
-    implementation = implementation or _best(query_BTHK.dtype)
+    implementation = implementation or best_here(query_BTHK.dtype)
     if implementation == "reference":
         out_BTHK, mass_BTH = reference.all_attention(query_BTHK, key_BSHK, value_BSHK, **arguments)
     elif implementation in _FUSED:
         run = _FUSED[implementation].all_attention
         arguments |= {"whole_context": static_start, "one_query": position_query_BTHK is None}
+        arguments["tiles"] = tuning.tiles(implementation, T=T, L=L, N=arguments["persistent_key_HNK"].shape[1], K=K)
         out_BTHK, mass_BTH = run(*pack(query_BTHK, key_BSHK, value_BSHK, **arguments))
     else:
         raise NotImplementedError(f"implementation: expected one of {IMPLEMENTATIONS}, found {implementation!r}")
     return (out_BTHK, mass_BTH) if return_persistent_mass else out_BTHK
 
 
-def _best(dtype: Any) -> str:
+def best_here(dtype: Any) -> str:
     """The fastest implementation for the machine that the code is traced for."""
-    device = jax.sharding.get_abstract_mesh().abstract_device  # named where code is compiled for another machine
-    platform = device.platform if device else jax.default_backend()
     kernels = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"} if dtype in (jnp.float32, jnp.bfloat16) else {}
-    return kernels.get(platform, "xla")
+    return kernels.get(tuning.device()[0], "xla")
 
 
 def _per_row(name: str, start: Array | int, rows: int) -> Array:

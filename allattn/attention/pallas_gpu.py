@@ -28,9 +28,6 @@ from allattn.attention.tiles import Dynamic, Inputs, Static
 
 Array = jax.Array
 
-QUERY_TILE, KEY_TILE = 64, 64
-FEW_QUERIES = 32  # in a tile of the kernel whose sums over queries take most registers
-WARPS, STAGES = 4, 2
 SCRATCH = 2**28  # bytes
 PROGRAMS = 16  # that share one unit's tiles of keys
 GROUPS = 4  # of rows, whose gradients of the persistent pairs are added at the end
@@ -40,7 +37,7 @@ def all_attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Arr
     """The operation of `allattn.attention.all_attention`, whose docstring gives the arguments, as out and mass."""
     if inputs.query_BTHK.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"pallas_gpu: expected dtype float32 or bfloat16, found {inputs.query_BTHK.dtype}")
-    sizes = _sizes(inputs)
+    sizes = _sizes(static, inputs)
     needed = sizes.length * _tiled(sizes, sizes.L) * inputs.query_BTHK.dtype.itemsize
     if needed > SCRATCH:
         raise NotImplementedError(
@@ -55,11 +52,11 @@ def _attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Array,
     return _attention_forward(static, inputs, dynamic)[0]
 
 
-def _sizes(inputs: Inputs) -> Sizes:
+def _sizes(static: Static, inputs: Inputs) -> Sizes:
     (B, T, H, K), (S, L) = inputs.query_BTHK.shape, (inputs.key_BSHK.shape[1], inputs.position_HLK.shape[1])
     N, shared = inputs.persistent_key_HNK.shape[1], inputs.position_HLK.shape[0] == 1
-    query_tile = min(QUERY_TILE, max(16, pl.next_power_of_2(T)))
-    return Sizes(B, T, S, L, N, H, K, query_tile, KEY_TILE, shared, pl.cdiv(T, query_tile) * query_tile)
+    query_tile = min(static.tiles.queries, max(16, pl.next_power_of_2(T)))
+    return Sizes(B, T, S, L, N, H, K, query_tile, static.tiles.keys, shared, pl.cdiv(T, query_tile) * query_tile)
 
 
 def _tiled(sizes: Sizes, distances: Any) -> Any:
@@ -88,9 +85,9 @@ class Call(NamedTuple):
     def run(self, kernel: Callable, grid: tuple, *arrays: Array, changed: tuple[Array, ...]) -> tuple[Array, ...]:
         """Call a kernel, compiled for a GPU, interpreted elsewhere; what it changes comes last, and back."""
         operands = (*self.scalars, *arrays, *changed)
-        first, sizes = len(operands) - len(changed), self.sizes
+        first, sizes, tiles = len(operands) - len(changed), self.sizes, self.static.tiles
         if kernel is gpu_kernels.key_gradients:  # two sums in registers leave room for few queries
-            sizes = dataclasses.replace(sizes, query_tile=min(sizes.query_tile, FEW_QUERIES))
+            sizes = dataclasses.replace(sizes, query_tile=min(sizes.query_tile, tiles.few))
 
         def call(interpret: bool, *operands: Array) -> list[Array]:
             return pl.pallas_call(
@@ -98,7 +95,7 @@ class Call(NamedTuple):
                 grid=grid,
                 out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed],
                 input_output_aliases={first + i: i for i in range(len(changed))},
-                compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+                compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
                 interpret=interpret,
                 name=kernel.__name__,
             )(*operands)
@@ -126,7 +123,7 @@ class Call(NamedTuple):
 
 
 def _call(static: Static, inputs: Inputs, dynamic: Dynamic) -> Call:
-    sizes = _sizes(inputs)
+    sizes = _sizes(static, inputs)
     limit = sizes.L if sizes.S else 0
     reach_H = reach(inputs.span_H, static.ramp, static.first_distance, limit).astype(jnp.int32)
     base_U = jnp.cumsum(jnp.tile(_tiled(sizes, reach_H), sizes.B))

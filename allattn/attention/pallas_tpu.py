@@ -26,7 +26,6 @@ from allattn.attention.tpu_kernels import LANES, Place, Sizes, backward_kernel, 
 
 Array = jax.Array
 
-QUERY_TILE, KEY_TILE = 128, 512
 SMALL_VMEM = 16 * 2**20  # of TPU v4, where half the keys fit
 
 
@@ -50,14 +49,14 @@ def _vmem() -> int:
         return SMALL_VMEM
 
 
-def _sizes(inputs: Inputs) -> Sizes:
+def _sizes(static: Static, inputs: Inputs) -> Sizes:
     (B, T, H, K), (S, L, N) = inputs.query_BTHK.shape, _lengths(inputs)
     heads = H if H * K <= LANES else max(1, LANES // K)
     if H % heads or heads * K % LANES and heads < H:  # such heads do not fill whole lanes side by side
         heads, K = 1, round_up(K, LANES)
     rows = 32 // inputs.query_BTHK.dtype.itemsize  # of one register
-    most = KEY_TILE if _vmem() > SMALL_VMEM else KEY_TILE // 2
-    tiles = min(QUERY_TILE, round_up(T, rows)), min(most, round_up(max(S, 1), rows))
+    most = static.tiles.keys if _vmem() > SMALL_VMEM else static.tiles.keys // 2
+    tiles = min(static.tiles.queries, round_up(T, rows)), min(most, round_up(max(S, 1), rows))
     return Sizes(B, round_up(T, tiles[0]), max(S, 1), L, N, H, K, heads, *tiles, inputs.position_HLK.shape[0] == 1)
 
 
@@ -151,7 +150,7 @@ def _run(kernel: Callable, name: str, grid: tuple, parallel: int, specs: tuple, 
 
 def _attention_forward(static: Static, inputs: Inputs, dynamic: Dynamic):
     inputs = first_order(inputs)  # a second derivative would enter the kernel here, which has none
-    sizes, scalars = _sizes(inputs), _scalars(static, inputs, dynamic)
+    sizes, scalars = _sizes(static, inputs), _scalars(static, inputs, dynamic)
     groups, H = sizes.H // sizes.heads, sizes.H
 
     def order(group, row, query_tile, step, *scalars):  # no key tile beyond the reach of the group's spans is loaded
@@ -182,7 +181,7 @@ def _attention_forward(static: Static, inputs: Inputs, dynamic: Dynamic):
 
 def _attention_backward(static: Static, residuals: tuple, cotangents: tuple):
     (inputs, out_BTHK, lse_BGTP, d_out_BTHK), dynamic = first_order((*residuals[:3], cotangents[0])), residuals[3]
-    sizes, scalars = _sizes(inputs), _scalars(static, inputs, dynamic)
+    sizes, scalars = _sizes(static, inputs), _scalars(static, inputs, dynamic)
     groups, table = sizes.H // sizes.heads, 1 if sizes.shared else sizes.heads
     delta_BTH = jnp.sum(d_out_BTHK.astype(jnp.float32) * out_BTHK.astype(jnp.float32), axis=-1)
     delta_BTH = jnp.pad(delta_BTH, ((0, 0), (0, sizes.T - delta_BTH.shape[1]), (0, 0)))

@@ -6,17 +6,16 @@ P the same padded to R + T + 1, A width and the span's bias.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from allattn.attention.span import NOTHING, log_span_mask
+from allattn.attention.tuning import XlaTiles
 
 Array = jax.Array
 
-TILE, SHORT_TILE = 128, 64  # queries of one row: a quarter of the distances, between these
-ELEMENTS = 2**20  # weights that are worked on at once, if rows are grouped: products of many queries run faster
 SMALLEST_BUCKET = 64
 
 
@@ -30,6 +29,7 @@ class Static:
     scale: float
     whole_context: bool  # query_start is S - T and key_start 0, known when tracing
     one_query: bool  # the position logits use the same queries
+    tiles: Any  # tile sizes of the implementation, from `tuning`
 
 
 class Dynamic(NamedTuple):
@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
 
 def pack(
     query_BTHK, key_BSHK, value_BSHK, *, position_query_BTHK, position_HLK, persistent_key_HNK, persistent_value_HNK,
-    span_H, first_distance, ramp, dropout_rate, scale, whole_context, one_query, **dynamic,
+    span_H, first_distance, ramp, dropout_rate, scale, whole_context, one_query, tiles, **dynamic,
 ) -> tuple[Static, Inputs, Dynamic]:  # fmt: skip
     """The arguments of the operation by what an implementation does with them."""
     if span_H is None:  # every distance counts fully: a span of L puts the ramp behind the table's end
@@ -65,7 +65,8 @@ def pack(
         ramp = 1
     pairs = (persistent_key_HNK, persistent_value_HNK)
     inputs = Inputs(query_BTHK, position_query_BTHK, key_BSHK, value_BSHK, position_HLK, *pairs, span_H)
-    return Static(first_distance, ramp, dropout_rate, scale, whole_context, one_query), inputs, Dynamic(**dynamic)
+    static = Static(first_distance, ramp, dropout_rate, scale, whole_context, one_query, tiles)
+    return static, inputs, Dynamic(**dynamic)
 
 
 def buckets(limit: int) -> tuple[int, ...]:
@@ -89,18 +90,19 @@ class Shape(NamedTuple):
     right: int
     masked: bool  # whether a window can hold keys that do not exist
     together: bool  # whether all rows have their windows at the same place
+    tile_sizes: XlaTiles
 
     def tile(self, R: int) -> int:
         """Queries of one row in a tile: few where a head sees little, since a window holds R + tile keys."""
-        tile = min(self.length, TILE)
-        while tile % 2 == 0 and tile > max(R // 4, SHORT_TILE):
+        tile = min(self.length, self.tile_sizes.queries)
+        while tile % 2 == 0 and tile > max(R // 4, self.tile_sizes.few):
             tile //= 2
         return tile
 
     def rows(self, R: int) -> int:
         """Rows in a tile: as many as keep its arrays small."""
         tile = self.tile(R)
-        most = max(1, ELEMENTS // (tile * (R + tile + self.N))) if self.together else 1
+        most = max(1, self.tile_sizes.elements // (tile * (R + tile + self.N))) if self.together else 1
         return max(rows for rows in range(1, self.B + 1) if self.B % rows == 0 and rows <= most)
 
     def tiles(self, R: int) -> int:
@@ -111,13 +113,14 @@ class Shape(NamedTuple):
 def work_shape(static: Static, inputs: Inputs) -> Shape:
     """Sizes, and the padding with which every window of keys lies inside the padded keys."""
     (B, T), S, L = inputs.query_BTHK.shape[:2], inputs.key_BSHK.shape[1], inputs.position_HLK.shape[1]
-    whole, tile = static.whole_context, min(T, TILE)
+    whole, tile = static.whole_context, min(T, static.tiles.queries)
     length = -(-T // tile) * tile
     farthest = static.first_distance + L - 1
     left = max(0, farthest - (S - T)) if whole else farthest
     right = length + 1 - static.first_distance - (T if whole else 0)
     masked = left > 0 or not whole
-    return Shape(B, T, S, inputs.persistent_key_HNK.shape[1], length, left, right, masked, together=whole)
+    N = inputs.persistent_key_HNK.shape[1]
+    return Shape(B, T, S, N, length, left, right, masked, whole, static.tiles)
 
 
 class Head(NamedTuple):

@@ -1,0 +1,68 @@
+"""How large the tiles of an implementation are: measured for some devices and sizes, a default for the others.
+
+The table `tuned.json` lists what `python -m benchmarks.attention --tune` found: device, sizes of the call, tiles, the
+time before and after, date and versions.
+"""
+
+import json
+import math
+from importlib import resources
+from typing import Any, NamedTuple
+
+import jax
+
+
+class XlaTiles(NamedTuple):
+    """Queries of one row in a tile are a quarter of the distances, between `few` and `queries`."""
+
+    queries: int = 128
+    few: int = 64
+    elements: int = 2**20  # weights worked on at once, if rows are grouped: products of many queries run faster
+
+
+class TpuTiles(NamedTuple):
+    """Keys of a tile are halved on a TPU with little on-chip memory."""
+
+    queries: int = 128
+    keys: int = 512
+
+
+class GpuTiles(NamedTuple):
+    """Powers of two; keys are also distances and persistent pairs of a tile."""
+
+    queries: int = 64
+    keys: int = 64
+    few: int = 32  # queries in a tile of the kernel whose sums over queries take most registers
+    warps: int = 4
+    stages: int = 2
+
+
+DEFAULTS: dict[str, Any] = {"xla": XlaTiles(), "pallas_tpu": TpuTiles(), "pallas_gpu": GpuTiles()}
+TABLE: list[dict[str, Any]] = json.loads(resources.files(__package__).joinpath("tuned.json").read_text())
+
+
+def device() -> tuple[str, str]:
+    """Platform and kind of the device that the code is traced for."""
+    described = jax.sharding.get_abstract_mesh().abstract_device  # named where code is compiled for another machine
+    if described:
+        return described.platform, described.device_kind
+    return jax.default_backend(), jax.devices()[0].device_kind
+
+
+def tiles(implementation: str, **sizes: int) -> Any:
+    """Tile sizes of the nearest call that was measured on this kind of device, or the default.
+
+    Args:
+      implementation: a name that `all_attention` knows, not "reference".
+      **sizes: T, L, N and K of the call.
+
+    Returns:
+      XlaTiles, TpuTiles or GpuTiles.
+    """
+    default, (_, kind) = DEFAULTS[implementation], device()
+    measured = [row for row in TABLE if row["implementation"] == implementation and row["device"] == kind]
+
+    def far(row: dict[str, Any]) -> float:
+        return sum(abs(math.log2((1 + row["sizes"][name]) / (1 + size))) for name, size in sizes.items())
+
+    return default._replace(**min(measured, key=far)["tiles"]) if measured else default
