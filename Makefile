@@ -6,7 +6,7 @@ STAMP := .venv/.installed-$(VERSION)
 # A folder that another version of Python made is emptied first.
 FRESH = $(if $(wildcard .venv/bin/python$(VERSION)),,--clear)
 
-.PHONY: install demo test test-all test-tpu-compile test-gpu-compile lint bench clean
+.PHONY: install demo test test-all test-tpu-compile test-gpu-compile lint bench bench-gpu clean
 
 install: $(STAMP)
 
@@ -49,6 +49,9 @@ bench: install  ## speed of training and evaluation against this machine's own m
 	for mode in train evaluate; do for geometry in tiny small-8; do for spans in full zero mixed; do \
 	  $(BIN)/python -m benchmarks.train --mode=$$mode --geometry=$$geometry --spans=$$spans; done; done; done
 	for spans in full zero; do $(BIN)/python -m benchmarks.attention --spans=$$spans --dropout=0.3; done
+
+bench-gpu:  ## what a GPU is asked for, in under nine minutes, with the Python at hand (its JAX must see the GPU)
+	$(PYTHON) -m benchmarks.gpu
 
 clean:
 	rm -rf .venv .venv-tpu .venv-gpu .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

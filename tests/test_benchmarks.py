@@ -14,7 +14,7 @@ import pytest
 from tiny_model import geometry
 
 from allattn.model import forward_flops
-from benchmarks import attention, train
+from benchmarks import attention, gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,4 +53,17 @@ def test_training_and_evaluation(mode: str) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     promised = {"tokens_per_s", "matmul_gflops", "share", "peak_memory_mb", "date", "commit"}
     assert promised <= set(found) and 0 < found["share"] < 1 and len(found["matmul_gflops"]) == 2
-    assert set(train.GEOMETRIES) == {"tiny", "small-8"}
+
+
+def test_the_gpu_table(tmp_path: Path) -> None:
+    """Every line runs on a small call, a failing one leaves the others, and the file holds what the table says."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--geometry=tiny", "--rows=2", "--dtype=float32"]
+    command.append(f"--results={tmp_path}")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=540, check=True)
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    assert len(found) == len(gpu.LINES) and all(0 < row["share"] < 1 for row in found)
+    assert str(path) in done.stdout and "paper-like spans take" in done.stdout
+    failed = {"name": "x", "asked": None, "share": None, **gpu.run("attention", ["--geometry=huge"], 60)}
+    assert "invalid choice: 'huge'" in gpu.report([failed, *found])
+    assert gpu.run("attention", [], 0.1) == {"error": "no result in 0 s"}
