@@ -13,6 +13,7 @@ import pytest
 from attention_cases import CASES, GEOMETRIES, SMALL_TILES, Case, arrays, call, error, options, results
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractMesh, AxisType
 
 from allattn.attention import pallas_gpu, tuning
 
@@ -27,7 +28,8 @@ def test_lowers_for_cuda(name: str) -> None:
     def loss(inputs: dict[str, Any]) -> jax.Array:
         return call(inputs, **options(GEOMETRIES[name])).astype(jnp.float32).sum()
 
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), abstract_device=H100)):
+    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=H100)
+    with jax.sharding.use_abstract_mesh(mesh):
         text = jax.jit(jax.grad(loss)).trace(shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("gpu.triton") + text.count("triton_kernel_call") == (7 if GEOMETRIES[name].N else 6)
 
