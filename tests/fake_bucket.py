@@ -7,6 +7,7 @@ are no folders and no appending, as in a real bucket.
 import base64
 import hashlib
 import json
+import logging
 import re
 import sys
 import threading
@@ -56,8 +57,9 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     bucket = Bucket()
 
-    def log_message(self, *_: Any) -> None:
-        pass
+    def log_message(self, format: str, *values: Any) -> None:
+        """Requests are shown where a test fails, and not in between."""
+        logging.getLogger("fake_bucket").info(format, *values)
 
     def reply(self, code: int, body: bytes | dict = b"", **headers: str) -> None:
         data = json.dumps(body).encode() if isinstance(body, dict) else body

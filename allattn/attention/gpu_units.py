@@ -17,26 +17,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from allattn.attention.kernels import dropout_factors
+from allattn.attention.kernels import CallSizes, dropout_factors
 from allattn.attention.tiles import Static
 
 Array = jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Static sizes of one call."""
+class Sizes(CallSizes):
+    """Static sizes of one call; a tile of keys is also one of distances and of persistent pairs."""
 
-    B: int
-    T: int
-    S: int
-    L: int
-    N: int
-    H: int
-    K: int
-    query_tile: int
-    key_tile: int  # also of distances and of persistent pairs
-    shared: bool  # one position table for all heads
     length: int  # T, rounded up to whole tiles of every kernel
 
     @property

@@ -3,6 +3,7 @@
 Dimension key: T query of the tile, N persistent pair, K head width, X any.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,6 +13,22 @@ from allattn.attention import dropout
 from allattn.attention.tiles import Static
 
 Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CallSizes:
+    """Static sizes of one call."""
+
+    B: int
+    T: int
+    S: int
+    L: int
+    N: int
+    H: int
+    K: int
+    query_tile: int
+    key_tile: int
+    shared: bool  # one position table for all heads
 
 
 def dot(x: Array, y: Array, contract: tuple[int, int] = (1, 0)) -> Array:

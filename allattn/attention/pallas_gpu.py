@@ -85,13 +85,11 @@ class Call(NamedTuple):
     def run(self, kernel: Callable, grid: tuple, *arrays: Array, changed: tuple[Array, ...]) -> tuple[Array, ...]:
         """Call a kernel, compiled for a GPU, interpreted elsewhere; what it changes comes last, and back."""
         operands = (*self.scalars, *arrays, *changed)
-        first, sizes, tiles = len(operands) - len(changed), self.sizes, self.static.tiles
-        if kernel is gpu_kernels.key_gradients:  # two sums in registers leave room for few queries
-            sizes = dataclasses.replace(sizes, query_tile=min(sizes.query_tile, tiles.few))
+        first, tiles = len(operands) - len(changed), self.static.tiles
 
         def call(interpret: bool, *operands: Array) -> list[Array]:
             return pl.pallas_call(
-                functools.partial(kernel, self.static, sizes),
+                functools.partial(kernel, self.static, self.sizes),
                 grid=grid,
                 out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed],
                 input_output_aliases={first + i: i for i in range(len(changed))},
@@ -172,14 +170,16 @@ def _attention_backward(static: Static, residuals: tuple, cotangents: tuple):
     delta_BTH = jnp.sum(d_out_BTHK.astype(jnp.float32) * out_BTHK.astype(jnp.float32), axis=-1)
     given = (d_out, lse, delta_BTH.transpose(0, 2, 1).reshape(-1))
     query, position_query, key, value, position, *pairs, _ = flat
-    by_distance = (max(1, pl.cdiv(sizes.L, sizes.key_tile)), sizes.H)
+    by_unit, by_distance = (PROGRAMS, sizes.B * sizes.H), (max(1, pl.cdiv(sizes.L, sizes.key_tile)), sizes.H)
+    # two sums in registers leave room for few queries
+    few = dataclasses.replace(sizes, query_tile=min(sizes.query_tile, static.tiles.few))
 
     def chunk(call: Call, logits: Array, results: tuple) -> tuple:
         d_keys, d_queries, d_table = results
         grid = call.query_grid()
         (logits,) = call.run(gpu_kernels.logits_by_position, grid, position_query, position, changed=(logits,))
-        per_unit = (PROGRAMS, sizes.B * sizes.H)
-        changed = call.run(gpu_kernels.key_gradients, per_unit, query, key, value, *given, changed=(*d_keys, logits))
+        with_few = call._replace(sizes=few)
+        changed = with_few.run(gpu_kernels.key_gradients, by_unit, query, key, value, *given, changed=(*d_keys, logits))
         d_keys, logits = changed[:-1], changed[-1]
         operands = (query, key, position, *pairs, *given, logits)
         d_queries = call.run(gpu_kernels.query_gradients, grid, *operands, changed=d_queries)

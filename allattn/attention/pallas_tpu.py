@@ -57,7 +57,7 @@ def _sizes(static: Static, inputs: Inputs) -> Sizes:
     rows = 32 // inputs.query_BTHK.dtype.itemsize  # of one register
     most = static.tiles.keys if _vmem() > SMALL_VMEM else static.tiles.keys // 2
     tiles = min(static.tiles.queries, round_up(T, rows)), min(most, round_up(max(S, 1), rows))
-    return Sizes(B, round_up(T, tiles[0]), max(S, 1), L, N, H, K, heads, *tiles, inputs.position_HLK.shape[0] == 1)
+    return Sizes(B, round_up(T, tiles[0]), max(S, 1), L, N, H, K, *tiles, inputs.position_HLK.shape[0] == 1, heads)
 
 
 def _lengths(inputs: Inputs) -> tuple[int, int, int]:

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from allattn.attention import dropout
-from allattn.attention.kernels import dot, dropout_factors, pair_gradients
+from allattn.attention.kernels import CallSizes, dot, dropout_factors, pair_gradients
 from allattn.attention.span import NOTHING, ramp_position
 from allattn.attention.tiles import Static
 
@@ -28,20 +28,10 @@ LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class Sizes(CallSizes):
     """Static sizes of one call, T padded to whole tiles."""
 
-    B: int
-    T: int
-    S: int
-    L: int
-    N: int
-    H: int
-    K: int
     heads: int  # P, side by side in one block
-    query_tile: int
-    key_tile: int
-    shared: bool  # one position table for all heads
 
     @property
     def window(self) -> int:
