@@ -1,5 +1,6 @@
 PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
 WORKDIR ?= runs/demo
+RESULTS ?= benchmarks/results/$(shell date +%F)-cpu.jsonl
 BIN := .venv/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 STAMP := .venv/.installed-$(VERSION)
@@ -45,10 +46,13 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## speed of training and evaluation against this machine's own matrix product
-	for mode in train evaluate; do for geometry in tiny small-8; do for spans in full zero mixed; do \
-	  $(BIN)/python -m benchmarks.train --mode=$$mode --geometry=$$geometry --spans=$$spans; done; done; done
-	for spans in full zero; do $(BIN)/python -m benchmarks.attention --spans=$$spans --dropout=0.3; done
+bench: install  ## speed of training, evaluation and the operation, kept as a file; ends with a table beside what is asked
+	@mkdir -p $(dir $(RESULTS))
+	{ for mode in train evaluate; do for geometry in tiny small-8; do for spans in full zero mixed; do \
+	  $(BIN)/python -m benchmarks.train --mode=$$mode --geometry=$$geometry --spans=$$spans; done; done; done; \
+	  for spans in full zero; do $(BIN)/python -m benchmarks.attention --spans=$$spans --dropout=0.3; done; } \
+	  | tee -a $(RESULTS)
+	$(BIN)/python -m benchmarks.table $(RESULTS)
 
 bench-gpu:  ## what a GPU is asked for, in under nine minutes, with the Python at hand (its JAX must see the GPU)
 	$(PYTHON) -m benchmarks.gpu

@@ -14,7 +14,7 @@ import pytest
 from tiny_model import geometry
 
 from allattn.model import forward_flops
-from benchmarks import attention, gpu
+from benchmarks import attention, gpu, table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,3 +67,12 @@ def test_the_gpu_table(tmp_path: Path) -> None:
     failed = {"name": "x", "asked": None, "share": None, **gpu.run("attention", ["--geometry=huge"], 60)}
     assert "invalid choice: 'huge'" in gpu.report([failed, *found])
     assert gpu.run("attention", [], 0.1) == {"error": "no result in 0 s"}
+
+
+def test_table_divides_both_speeds_by_their_machines_rates() -> None:
+    """Twice the authors' tokens/s on a machine twice as fast is once their speed; the last row of a line counts."""
+    line = table.Line("train", "tiny", "full", 2500, 1.3, 1.8)
+    row = {"mode": "train", "geometry": "tiny", "spans": "full", "dropout": 0.0, "matmul_gflops": [329.0, 331.0]}
+    rows = [row | {"tokens_per_s": 1.0}, row | {"tokens_per_s": 5000.0}, row | {"tokens_per_s": 1.0, "dropout": 0.3}]
+    assert table.ratio(table.find(rows, line), line) == pytest.approx(1.0)
+    assert "5000" in table.report(rows) and table.find(rows[2:], line) is None
