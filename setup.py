@@ -22,6 +22,7 @@ setup(
         "tensorboard>=2.20,<3",
         "etils[epath]>=1.12,<2",
         "rich>=14,<16",
+        "matplotlib>=3.9,<4",
         "numpy>=2,<3",
     ],
     extras_require={

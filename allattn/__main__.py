@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments, rest = _parser().parse_known_args(argv)
-        overrides = _overrides(rest, allowed=arguments.command == "train")
+        overrides = _overrides(rest, allowed=arguments.command in ("train", "sweep"))
         _quiet()
         return arguments.run(arguments, overrides) or 0
     except (UserError, RunError) as error:
@@ -86,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top_p", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0)
 
+    sweep = command("sweep", _sweep, "train every experiment of a folder, several seeds each; writes one table")
+    sweep.add_argument("--configs", required=True, help="folder of experiment files")
+    sweep.add_argument("--workdir", required=True, type=os.path.expanduser, help="folder or bucket URL of the sweep")
+    sweep.add_argument("--seeds", type=int, default=3, help="runs of each experiment")
+    sweep.add_argument("--budget", type=int, default=0, help="tokens that every run trains on; 0: as its file says")
+    sweep.add_argument("--launcher", default="", help="words before each training command, such as a submitting script")
+
     data = command("data", _data, "download or take over, check and prepare a data set")
     data.add_argument("--dataset", required=True, help="enwik8, text8, wikitext103, stdlib or files")
     data.add_argument("--data_dir", help="where to; for `files` the folder of texts")
@@ -145,6 +152,13 @@ def _generate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
         out.flush()
     out.write(b"\n")
     out.flush()
+
+
+def _sweep(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from allattn import sweep
+
+    options = (arguments.seeds, arguments.budget, overrides, arguments.launcher)
+    print(sweep.sweep(arguments.configs, arguments.workdir, *options), flush=True)
 
 
 def _data(arguments: argparse.Namespace, _: dict[str, str]) -> None:

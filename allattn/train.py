@@ -6,6 +6,7 @@ D model width.
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
+from etils import epath
 
 from allattn import checkpoint, data, evaluate, metrics, optim, sharding
 from allattn.config import changed_fields, check_ranges, from_json, to_json
@@ -315,8 +317,19 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     with checkpoint.Checkpointer(workdir, config.checkpoint.keep) as checkpoints:
         state, bucket = _restore(trainer, checkpoints) or trainer.fresh_state()
         state = _run(trainer, checkpoints, state, bucket, workdir)
-    scores = trainer.evaluate(state.params, "test")
-    return {"split": "test", "protocol": config.evaluate.protocol, "step": int(state.step), **scores}
+    scores = {"split": "test", "protocol": config.evaluate.protocol, "step": int(state.step)}
+    scores |= trainer.evaluate(state.params, "test")
+    _keep_scores(trainer, state, workdir, scores)
+    return scores
+
+
+def _keep_scores(trainer: Trainer, state: TrainState, workdir: str, scores: dict[str, Any]) -> None:
+    """Leave the scores in the workdir, with what a comparison of runs needs besides."""
+    train = trainer.config.train
+    size = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params))}
+    size["trained_tokens"] = int(state.step) * train.batch * train.block
+    if not jax.process_index():
+        (epath.Path(workdir) / "scores.json").write_text(json.dumps({**scores, **size}) + "\n")
 
 
 def _restore(trainer: Trainer, checkpoints: checkpoint.Checkpointer) -> tuple[TrainState, int] | None:

@@ -69,4 +69,4 @@ def get_config() -> ConfigDict:
     c.evaluate.protocol = "authors"  # authors or full
     c.evaluate.batch = 8  # rows that share the work of protocol `full`; `authors` always has 8
     c.evaluate.max_tokens = 0  # of dev, for the evaluations while training; 0: all
-    return c
+    return c.lock()  # a misspelt field in a file over this one is an error
