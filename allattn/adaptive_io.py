@@ -119,8 +119,8 @@ class AdaptiveIO(nnx.Module):
         for i, (low, high) in enumerate(pairwise(self.bounds)):
             inside_BT = (low <= tokens_BT) & (tokens_BT < high)
             row_BT = jnp.where(inside_BT, tokens_BT - low, high)  # no such row: zeros, and no gradient
-            part_BTd = self.embedding[i].at[row_BT].get(mode="fill", fill_value=0).astype(dtype)
-            h_BTD += part_BTd @ self.projection[i].astype(dtype).T if self.projection else part_BTd
+            part_BTd = _take(self.embedding[i][...], row_BT).astype(dtype)
+            h_BTD += part_BTd @ self.projection[i][...].astype(dtype).T if self.projection else part_BTd
         return h_BTD * math.sqrt(self.embedding[0].shape[1])
 
     def logits(self, h_BTD: Array) -> Array:
@@ -162,8 +162,9 @@ class AdaptiveIO(nnx.Module):
             kernel_nd = jnp.concatenate([kernel_nd, self.tail_kernel[...]])
             bias_n = jnp.concatenate([bias_n, self.tail_bias[...]])
         own = self.output_projection
-        projection = own if i < len(own) else self.projection
-        return h_PD @ projection[i].astype(h_PD.dtype) if projection else h_PD, kernel_nd, bias_n
+        projections = own if i < len(own) else self.projection
+        x_Pd = h_PD @ projections[i][...].astype(h_PD.dtype) if projections else h_PD
+        return x_Pd, kernel_nd, bias_n
 
 
 def _product(subscripts: str, *arrays: Array) -> Array:
@@ -174,9 +175,10 @@ def _product(subscripts: str, *arrays: Array) -> Array:
 
 
 def _round_size(tokens: int, columns: int, share: float) -> int:
-    """Tokens of one round: a share of the block, and no more than `LOGITS` allows; multiples of 8, as tiles are."""
-    most = max(1, LOGITS // columns // 8)
-    return 8 * min(most, math.ceil(tokens * share / 8))
+    """Tokens of one round: a share of the block in equal parts that `LOGITS` allows, in multiples of 8, as tiles are."""
+    wanted = math.ceil(tokens * share)
+    parts = math.ceil(wanted * columns / LOGITS)
+    return 8 * math.ceil(wanted / parts / 8)
 
 
 def _gathered(chosen_P: Array, size: int) -> tuple[Array, Array]:
@@ -186,9 +188,9 @@ def _gathered(chosen_P: Array, size: int) -> tuple[Array, Array]:
     return token_Q, -(-chosen_P.sum() // size)
 
 
-def _take(x_P: Array, token_C: Array, fill: float = 0) -> Array:
-    """Entries of tokens; `fill` for those beyond the last."""
-    return x_P.at[token_C].get(mode="fill", fill_value=fill)
+def _take(x_P: Array, index_C: Array, fill: float = 0) -> Array:
+    """Rows of a table; `fill`, and no gradient, for indices beyond the last."""
+    return jnp.take(x_P, index_C, axis=0, mode="fill", fill_value=fill)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

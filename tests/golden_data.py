@@ -76,6 +76,23 @@ def adaptive_io(take: dict[str, np.ndarray]) -> dict[str, Any]:
     return {name: value for name, value in ours.items() if len(value)}
 
 
+def xl_io(take: dict[str, np.ndarray], cutoffs: tuple[int, ...]) -> dict[str, Any]:
+    """Transformer-XL's; what is not in `take` is left out. Division 1 has one table for all clusters there."""
+    names = {
+        "embedding": r"word_emb\.emb_layers\.(\d+)\.weight",
+        "projection": r"word_emb\.emb_projs\.(\d+)",
+        "output_projection": r"crit\.out_projs\.(\d+)",
+        "bias": r"crit\.out_layers\.(\d+)\.bias",
+    }
+    ours: dict[str, Any] = {name: _numbered(take, pattern) for name, pattern in names.items()}
+    for name in ("embedding", "bias"):
+        if len(ours[name]) < 1 + len(cutoffs):
+            ours[name] = dict(enumerate(np.split(ours[name][0], cutoffs)))
+    if cutoffs:
+        ours |= {"tail_kernel": take["crit.cluster_weight"][::-1], "tail_bias": take["crit.cluster_bias"][::-1]}
+    return {name: value for name, value in ours.items() if len(value)}
+
+
 def _numbered(take: dict[str, np.ndarray], pattern: str) -> dict[int, np.ndarray]:
     """The arrays whose whole name matches, by the number in it."""
     return {int(m[1]): take[name] for name in take if (m := re.fullmatch(pattern, name))}
