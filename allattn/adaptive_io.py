@@ -115,13 +115,14 @@ class AdaptiveIO(nnx.Module):
 
     def embed(self, tokens_BT: Array, dtype: jnp.dtype) -> Array:
         """Vectors of tokens, as h_BTD in dtype."""
-        h_BTD: Array | float = 0.0
+        width = self.embedding[0].shape[1]
+        h_BTD = jnp.zeros((*tokens_BT.shape, width), dtype)
         for i, (low, high) in enumerate(pairwise(self.bounds)):
             inside_BT = (low <= tokens_BT) & (tokens_BT < high)
             row_BT = jnp.where(inside_BT, tokens_BT - low, high)  # no such row: zeros, and no gradient
             part_BTd = _take(self.embedding[i][...], row_BT).astype(dtype)
             h_BTD += part_BTd @ self.projection[i][...].astype(dtype).T if self.projection else part_BTd
-        return h_BTD * math.sqrt(self.embedding[0].shape[1])
+        return h_BTD * math.sqrt(width)
 
     def logits(self, h_BTD: Array) -> Array:
         """Log-probabilities of the next token, normalised, as logits_BTV, at least in float32."""
@@ -144,7 +145,7 @@ class AdaptiveIO(nnx.Module):
         Rows must be local to the device (`sharding.nll_over`), since tokens of all rows are gathered together.
         """
         h_PD, target_P, words = h_BTD.reshape(-1, h_BTD.shape[-1]), targets_BT.reshape(-1), self.bounds[1]
-        cluster_P = sum((target_P >= low).astype(jnp.int32) for low in self.bounds[1:-1])
+        cluster_P = sum(((target_P >= low).astype(jnp.int32) for low in self.bounds[1:-1]), jnp.zeros_like(target_P))
         column_P = jnp.where(target_P < words, target_P, words + cluster_P - 1)
         size = _round_size(len(target_P), words, 1)
         every_Q = jnp.arange(-(-len(target_P) // size) * size)
@@ -167,6 +168,15 @@ class AdaptiveIO(nnx.Module):
         return x_Pd, kernel_nd, bias_n
 
 
+def make_io(
+    vocab_size: int, width: int, rngs: nnx.Rngs, cutoffs: Sequence[int], division: int, tied: bool
+) -> TokenIO | AdaptiveIO:
+    """Plain embedding and softmax, or adaptive ones where there are cutoffs; arguments: `AdaptiveIO`."""
+    if not cutoffs:
+        return TokenIO(vocab_size, width, rngs)
+    return AdaptiveIO(vocab_size, width, rngs, cutoffs=cutoffs, division=division, tied=tied)
+
+
 def _product(subscripts: str, *arrays: Array) -> Array:
     """An einsum in the dtype of the first array, its sums at least in float32."""
     dtype = arrays[0].dtype
@@ -175,7 +185,7 @@ def _product(subscripts: str, *arrays: Array) -> Array:
 
 
 def _round_size(tokens: int, columns: int, share: float) -> int:
-    """Tokens of one round: a share of the block in equal parts that `LOGITS` allows, in multiples of 8, as tiles are."""
+    """Tokens of one round: a share of the block, in equal parts that `LOGITS` allows; multiples of 8, as tiles are."""
     wanted = math.ceil(tokens * share)
     parts = math.ceil(wanted * columns / LOGITS)
     return 8 * math.ceil(wanted / parts / 8)

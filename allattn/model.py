@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from allattn.adaptive_io import AdaptiveIO, TokenIO
+from allattn.adaptive_io import make_io
 from allattn.attention import IMPLEMENTATIONS, all_attention, dropout
 from allattn.attention.span import reach
 from allattn.attention.tiles import buckets
@@ -240,11 +240,7 @@ class Network(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        if config.cutoffs:
-            clusters = {"cutoffs": config.cutoffs, "division": config.division, "tied": config.tied}
-            self.io = AdaptiveIO(config.vocab_size, config.width, rngs, **clusters)
-        else:
-            self.io = TokenIO(config.vocab_size, config.width, rngs)
+        self.io = make_io(config.vocab_size, config.width, rngs, config.cutoffs, config.division, config.tied)
         self.position = nnx.Param(jax.random.normal(rngs.params(), (config.limit, config.head_width)))
         stack = nnx.vmap(lambda layer_rngs: Layer(config, layer_rngs), in_axes=0, out_axes=0)
         self.layers = stack(nnx.Rngs(params=jax.random.split(rngs.params(), config.depth)))

@@ -56,7 +56,7 @@ def measure(kind: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
     step = jax.jit(jax.value_and_grad(loss)).lower(io, ids_BT).compile()
     times = [machine.seconds(lambda: step(io, ids_BT)) for _ in range(1 + arguments.repeats)][1:]
-    memory = step.memory_analysis()
+    memory: Any = step.memory_analysis()
     parts = {name: getattr(memory, f"{name[:-1]}_size_in_bytes") / 2**20 for name in ("arguments", "outputs")}
     parts["temporary"] = memory.temp_size_in_bytes / 2**20
     return {
