@@ -49,6 +49,7 @@ bench: install  ## speed of training and evaluation against this machine's own m
 	for mode in train evaluate; do for geometry in tiny small-8; do for spans in full zero mixed; do \
 	  $(BIN)/python -m benchmarks.train --mode=$$mode --geometry=$$geometry --spans=$$spans; done; done; done
 	for spans in full zero; do $(BIN)/python -m benchmarks.attention --spans=$$spans --dropout=0.3; done
+	$(BIN)/python -m benchmarks.vocabulary
 
 bench-gpu:  ## what a GPU is asked for, in under nine minutes, with the Python at hand (its JAX must see the GPU)
 	$(PYTHON) -m benchmarks.gpu

@@ -14,7 +14,7 @@ import pytest
 from tiny_model import geometry
 
 from allattn.model import forward_flops
-from benchmarks import attention, gpu
+from benchmarks import attention, gpu, vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,3 +67,22 @@ def test_the_gpu_table(tmp_path: Path) -> None:
     failed = {"name": "x", "asked": None, "share": None, **gpu.run("attention", ["--geometry=huge"], 60)}
     assert "invalid choice: 'huge'" in gpu.report([failed, *found])
     assert gpu.run("attention", [], 0.1) == {"error": "no result in 0 s"}
+
+
+def test_memory_of_the_vocabulary() -> None:
+    """At WikiText-103's, adaptive input and softmax need less than a third of what plain ones need, parameters apart
+    and all together. Compiled, not run."""
+    steps = (vocabulary.compiled(vocabulary.geometry(kind, "float32"), rows=8) for kind in ("plain", "adaptive"))
+    plain, adaptive = map(vocabulary.memory, steps)
+    assert plain["temporary"] > 8 * 256 * 267_735 * 4 / 2**20, "all logits at once"
+    for name in ("temporary", "memory_mib"):
+        assert plain[name] > 3 * adaptive[name]
+
+
+def test_the_vocabulary() -> None:
+    fields = argparse.Namespace(rows=1, dtype="float32", repeats=1)
+    found = {kind: vocabulary.measure(kind, fields) for kind in ("adaptive", "worst")}
+    assert found["adaptive"]["step_ms"] > 0 and found["worst"]["step_ms"] > 0
+    ids_BT = vocabulary.tokens(64, worst=False)
+    assert (ids_BT < 20_000).mean() == pytest.approx(0.937, abs=0.01)
+    assert (vocabulary.tokens(64, worst=True) < 20_000).mean() == pytest.approx(0.075, abs=0.01)
