@@ -50,7 +50,8 @@ bench: install  ## speed of training, evaluation and the operation, kept as a fi
 	@mkdir -p $(dir $(RESULTS))
 	{ for mode in train evaluate; do for geometry in tiny small-8; do for spans in full zero mixed; do \
 	  $(BIN)/python -m benchmarks.train --mode=$$mode --geometry=$$geometry --spans=$$spans; done; done; done; \
-	  for spans in full zero; do $(BIN)/python -m benchmarks.attention --spans=$$spans --dropout=0.3; done; } \
+	  for spans in full zero; do $(BIN)/python -m benchmarks.attention --spans=$$spans --dropout=0.3; done; \
+	  $(BIN)/python -m benchmarks.vocabulary; } \
 	  | tee -a $(RESULTS)
 	$(BIN)/python -m benchmarks.table $(RESULTS)
 

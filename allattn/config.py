@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,7 +33,7 @@ LEAST = {
     **dict.fromkeys(("model.depth", "model.width", "model.heads", "model.vocab_size", "model.span.limit"), 1),
     **dict.fromkeys(("model.span.ramp", "model.span.check_every", "checkpoint.every", "checkpoint.keep"), 1),
     **dict.fromkeys(("train.batch", "train.block", "train.accumulation", "train.log_every"), 1),
-    **dict.fromkeys(("evaluate.every", "evaluate.batch"), 1),
+    **dict.fromkeys(("evaluate.every", "evaluate.batch", "model.adaptive_io.division"), 1),
     **dict.fromkeys(("model.persistent", "model.dropout", "model.embedding_dropout", "model.span.init"), 0),
     **dict.fromkeys(("model.span.margin", "train.steps", "train.finetune_steps"), 0),
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.warmup", "optimizer.clip", "optimizer.weight_decay"), 0),
@@ -107,8 +108,13 @@ def _parse(name: str, text: str, old: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if kind is tuple:
+            return tuple(int(part.replace("_", "")) for part in text.split(",") if text)
         return int(text.replace("_", "")) if kind is int else kind(text)
     except (ValueError, KeyError):
+        if kind is tuple:
+            expected = "whole numbers with commas between, such as 20000,40000"
+            raise UserError(f"--config.{name}: expected {expected}, found {text!r}") from None
         raise UserError(f"--config.{name}: expected {kind.__name__}, such as {old!r}, found {text!r}") from None
 
 
@@ -140,6 +146,22 @@ def check_ranges(config: ml_collections.ConfigDict, prefix: str = "") -> None:
             raise UserError(f"{name}: expected less than {BELOW[name]}, found {value}")
 
 
+def check_clusters(config: ml_collections.ConfigDict) -> None:
+    """Refuse cutoffs that do not cut the vocabulary, and a division that leaves the last cluster no width.
+
+    Raises:
+      UserError: names the field, what it must fit and the value.
+    """
+    model, cutoffs = config.model, config.model.adaptive_io.cutoffs
+    bounds = (0, *cutoffs, model.vocab_size)
+    if not all(isinstance(high, int) and low < high for low, high in pairwise(bounds)):
+        expected = f"increasing whole numbers between 0 and model.vocab_size {model.vocab_size}"
+        raise UserError(f"model.adaptive_io.cutoffs: expected {expected}, found {cutoffs}")
+    if model.adaptive_io.division ** len(cutoffs) > model.width:
+        expected = f"a number whose power {len(cutoffs)} is at most model.width {model.width}"
+        raise UserError(f"model.adaptive_io.division: expected {expected}, found {model.adaptive_io.division}")
+
+
 def to_json(config: ml_collections.ConfigDict) -> str:
     """A configuration as JSON text, for a checkpoint."""
     return json.dumps(config.to_dict(), sort_keys=True)
@@ -147,7 +169,11 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 def from_json(text: str) -> ml_collections.ConfigDict:
     """The inverse of `to_json`."""
-    return ml_collections.ConfigDict(json.loads(text)).lock()
+
+    def with_tuples(found: dict[str, Any]) -> dict[str, Any]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+    return ml_collections.ConfigDict(json.loads(text, object_hook=with_tuples)).lock()
 
 
 def changed_fields(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:

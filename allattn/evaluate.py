@@ -5,7 +5,7 @@ Dimension key: X layer, R row of parallel work, T position in the block, S cache
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from allattn import sharding
+from allattn.data import Vocabulary
 from allattn.data.stream import TokenSource
 from allattn.errors import UserError
 from allattn.model import KeyValue, Model, Params
@@ -69,7 +70,15 @@ def full_plan(tokens: int, block: int, rows: int, warm_up: int) -> Plan:
 
 
 def evaluate_tokens(
-    model: Model, params: Params, tokens: TokenSource, *, protocol: str, block: int, rows: int = 8, mesh: Mesh
+    model: Model,
+    params: Params,
+    tokens: TokenSource,
+    *,
+    protocol: str,
+    block: int,
+    rows: int = 8,
+    mesh: Mesh,
+    vocabulary: Vocabulary | None = None,
 ) -> dict[str, float]:
     """Score a split.
 
@@ -81,9 +90,11 @@ def evaluate_tokens(
       block: tokens read at once; part of the definition of `authors`, without effect on `full`.
       rows: rows that share the work of `full`; without effect on the result beyond rounding.
       mesh: devices that the rows are spread over; holds the parameters.
+      vocabulary: where its symbols are words, `ppl_words` is reported as well.
 
     Returns:
-      nll (mean, nats), bpc, ppl and tokens (targets scored).
+      nll (mean, nats), bpc, ppl and tokens (targets scored); for words also ppl_words, over the targets that are not
+      the end of a line.
 
     Raises:
       UserError: unknown protocol, or too few tokens.
@@ -96,14 +107,28 @@ def evaluate_tokens(
     else:
         raise UserError(f"protocol: expected authors or full, found {protocol!r}")
     plan = plan.padded(sharding.row_shards(mesh))
-    total = score(model, params, tokens, plan, block, context, mesh)
+    end_of_line = vocabulary.end_of_line if vocabulary and vocabulary.unit == "word" else None
+    total = score(model, params, tokens, plan, block, context, mesh, end_of_line)
     return summary(total, int((plan.last_R - plan.first_R + 1).sum()))
 
 
-def summary(total_nll: float, tokens: int) -> dict[str, float]:
-    """Mean negative log-likelihood in its three units."""
-    nll = total_nll / tokens
-    return {"nll": nll, "bpc": nll / math.log(2), "ppl": math.exp(min(nll, 700)), "tokens": tokens}
+class Total(NamedTuple):
+    """Sums over scored targets."""
+
+    nll: Any  # nats
+    word_nll: Any  # nats of those that are not the end of a line; 0 where symbols are not words
+    words: Any  # how many those are
+
+
+def summary(total: Total, tokens: int) -> dict[str, float]:
+    """Mean negative log-likelihood in its three units, and the perplexity of words where there are any."""
+    nll = total.nll / tokens
+    found = {"nll": nll, "bpc": nll / math.log(2), "ppl": _perplexity(nll), "tokens": tokens}
+    return found | ({"ppl_words": _perplexity(total.word_nll / total.words)} if total.words else {})
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(min(nll, 700))
 
 
 def context_length(model: Model, params: Params) -> int:
@@ -115,17 +140,30 @@ def context_length(model: Model, params: Params) -> int:
     return min(config.limit, -(-(math.ceil(longest) + config.ramp) // 64) * 64)
 
 
-def score(model: Model, params: Params, tokens: TokenSource, plan: Plan, block: int, context: int, mesh: Mesh) -> float:
-    """Sum of the scored targets' negative log-likelihoods, in nats."""
-    rows, total = len(plan.begin_R), 0.0
+def score(
+    model: Model,
+    params: Params,
+    tokens: TokenSource,
+    plan: Plan,
+    block: int,
+    context: int,
+    mesh: Mesh,
+    end_of_line: int | None,
+) -> Total:
+    """Sums of the scored targets' negative log-likelihoods; `end_of_line` is the id that is no word, None: no words."""
+    rows, total = len(plan.begin_R), Total(0.0, 0.0, 0)
     mine = plan.part(sharding.local_rows(mesh, rows))
     cache = empty_cache(model, mesh, rows, context + block)
-    pending: Array | float = 0.0
+    pending = total
     for number in range(plan.blocks):
         arrays = (sharding.place_rows(mesh, x_RT) for x_RT in read_block(tokens, mine, block, number))
-        cache, nll = score_block(model, mesh, params, cache, *arrays)
-        total, pending = total + float(pending), nll  # read one block late, so that the device never waits
-    return total + float(pending)
+        cache, sums = score_block(model, mesh, end_of_line, params, cache, *arrays)
+        total, pending = _add(total, pending), sums  # read one block late, so that the device never waits
+    return _add(total, pending)
+
+
+def _add(total: Total, block: Total) -> Total:
+    return Total(*(before + float(more) for before, more in zip(total, block, strict=True)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -146,17 +184,20 @@ def read_block(tokens: TokenSource, plan: Plan, block: int, number: int) -> tupl
     return window_RT[:, :-1], window_RT[:, 1:], scored_RT
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def score_block(model: Model, mesh: Mesh, params: Params, cache: KeyValue, inputs_RT, targets_RT, scored_RT):
-    """One block of every row: the shifted cache and the sum of the scored targets' nats."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def score_block(
+    model: Model, mesh: Mesh, end_of_line, params: Params, cache: KeyValue, inputs_RT, targets_RT, scored_RT
+):
+    """One block of every row: the shifted cache and the sums over the scored targets."""
     network, (R, T) = model.bind(params), inputs_RT.shape
     forward = network.cached_forward(inputs_RT, cache, attention=sharding.attention_over(mesh, R))
-    nll_RT = network.io.nll(forward.hidden_BTD, targets_RT)
+    nll_RT = sharding.nll_over(mesh)(network.io, forward.hidden_BTD, targets_RT)
 
     def shift(old_XRSE: Array, new_XRTE: Array) -> Array:
         context_XRSE = jnp.concatenate([old_XRSE[:, :, :-T], new_XRTE], axis=2)[:, :, T:]
         return jnp.concatenate([context_XRSE, jnp.zeros_like(new_XRTE)], axis=2)
 
     cache = jax.tree.map(shift, cache, forward.new)
-    nll = jnp.sum(jnp.where(scored_RT, nll_RT, 0))
-    return sharding.constrain(mesh, cache), nll
+    word_RT = jnp.zeros_like(scored_RT) if end_of_line is None else scored_RT & (targets_RT != end_of_line)
+    nll, word_nll = (jnp.sum(jnp.where(chosen_RT, nll_RT, 0)) for chosen_RT in (scored_RT, word_RT))
+    return sharding.constrain(mesh, cache), Total(nll, word_nll, word_RT.sum())

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from allattn.adaptive_io import TokenIO
+from allattn.adaptive_io import make_io
 from allattn.attention import IMPLEMENTATIONS, all_attention, dropout
 from allattn.attention.span import reach
 from allattn.attention.tiles import buckets
-from allattn.config import check_ranges
+from allattn.config import check_clusters, check_ranges
 from allattn.errors import UserError
 
 Array = jax.Array
@@ -45,6 +45,9 @@ class ModelConfig:
     ramp: int
     init: float
     implementation: str | None = None
+    cutoffs: tuple[int, ...] = ()
+    division: int = 1
+    tied: bool = True
     remat: bool = False  # config.train.remat
 
     @classmethod
@@ -64,10 +67,12 @@ class ModelConfig:
             raise UserError(f"model.heads: expected a divisor of model.width {model.width}, found {model.heads}")
         if span.init > 1:
             raise UserError(f"model.span.init: expected a number in [0, 1], found {span.init}")
+        check_clusters(config)
         shared = ("depth", "width", "heads", "persistent", "vocab_size", "dropout", "embedding_dropout", "dtype")
         return cls(
             **{name: model[name] for name in shared},
             **{name: span[name] for name in ("limit", "adaptive", "ramp", "init")},
+            **{name: model.adaptive_io[name] for name in ("cutoffs", "division", "tied")},
             implementation=model.implementation or None,
             remat=config.train.remat,
         )
@@ -235,7 +240,7 @@ class Network(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
-        self.io = TokenIO(config.vocab_size, config.width, rngs)
+        self.io = make_io(config.vocab_size, config.width, rngs, config.cutoffs, config.division, config.tied)
         self.position = nnx.Param(jax.random.normal(rngs.params(), (config.limit, config.head_width)))
         stack = nnx.vmap(lambda layer_rngs: Layer(config, layer_rngs), in_axes=0, out_axes=0)
         self.layers = stack(nnx.Rngs(params=jax.random.split(rngs.params(), config.depth)))
@@ -357,9 +362,12 @@ def forward_flops(config: ModelConfig, mean_reach: float, block: int, cached: bo
     Returns:
       Per layer 2 D (3 reach + 2 N) for attention (query.key, weights.value, query.position; query.persistent key,
       weights.persistent value), 8 D^2 for the four projections and 4 D^2 reach / T for keys and values of the cache;
-      and 2 D V for the output.
+      and 2 D V for the output. With adaptive input and softmax that is 2 D (n + tails) for a head of n symbols, and
+      4 D^2 for its two projections, as a token of the head needs. Tails are left out, since how many tokens visit
+      them is up to the text: the count is never too high.
     """
     D = config.width
     attention = 2 * D * (3 * mean_reach + 2 * config.persistent)
     projections = 8 * D * D + (0 if cached else 4 * D * D * mean_reach / block)
-    return config.depth * (attention + projections) + 2 * D * config.vocab_size
+    head = config.cutoffs[0] + len(config.cutoffs) + 2 * D * (config.division > 1) if config.cutoffs else 0
+    return config.depth * (attention + projections) + 2 * D * (head or config.vocab_size)

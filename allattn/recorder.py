@@ -74,9 +74,10 @@ class Recorder:
         """Score dev and log it; the time this takes is not counted as training."""
         began, step = time.perf_counter(), self._step
         scores = self._trainer.evaluate(params, "valid")
-        self._dev = {f"dev_{name}": scores[name] for name in ("nll", "bpc", "ppl")}
+        self._dev = {f"dev_{name}": scores[name] for name in ("nll", "bpc", "ppl", "ppl_words") if name in scores}
         self._writer.write_scalars(step, self._dev)
         protocol = self._config.evaluate.protocol
-        self._progress.message(f"step {step}: dev {scores['bpc']:.4f} bpc, {protocol}, {scores['tokens']} tokens")
+        score = f"{scores['ppl']:.2f} ppl" if "ppl_words" in scores else f"{scores['bpc']:.4f} bpc"
+        self._progress.message(f"step {step}: dev {score}, {protocol}, {scores['tokens']} tokens")
         self._time += time.perf_counter() - began
         return scores

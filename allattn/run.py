@@ -37,13 +37,14 @@ class Run:
           data_dir: where the data set is, if not where training had it.
 
         Returns:
-          split, protocol, step, nll, bpc, ppl and tokens.
+          split, protocol, step, nll, bpc, ppl and tokens; of words also ppl_words.
 
         Raises:
           UserError: a missing file, a symbol outside the vocabulary, or too short a text.
         """
         tokens, c = self._tokens(split, text, data_dir), self.config
         options = {"protocol": protocol, "block": c.train.block, "rows": c.evaluate.batch}
+        options |= {"vocabulary": self.vocabulary}
         mesh = sharding.mesh_over_rows()
         params = jax.device_put(self.params, sharding.shardings(mesh, self.params))
         scores = evaluate.evaluate_tokens(self.model, params, tokens, mesh=mesh, **options)

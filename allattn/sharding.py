@@ -1,7 +1,7 @@
 """Where every array lives: one mesh, one table from path pattern to PartitionSpec.
 
 Dimension key: X layer, B batch, T query position, S context key, L distance, N persistent pair, H head, K head width,
-E all heads side by side, D model width, V vocabulary.
+E all heads side by side, D model width, V vocabulary or cluster of it, d width of a cluster's vectors.
 """
 
 import contextlib
@@ -32,13 +32,18 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/persistent_(key|value)$", P(None, "tensor", "fsdp", None)),  # XHNK
     (r"layers/span$", P(None, "tensor")),  # XH
     (r"layers/norm_(scale|bias)$", P()),  # XD
-    (r"io/(embedding|kernel)$", P(None, "fsdp")),  # VD
-    (r"io/bias$", P()),  # V
+    (r"io/(embedding|kernel)(/\d+)?$", P(None, "fsdp")),  # VD, Vd
+    (r"io/(output_)?projection/\d+$", P("fsdp", None)),  # Dd
+    (r"io/tail_kernel$", P(None, "fsdp")),  # one row of D for each tail
+    (r"io/(bias(/\d+)?|tail_bias)$", P()),  # V
     (r"position$", P("fsdp", None)),  # LK
     (r"^cache$", P(None, ROWS)),  # XBSD
     (r"^(key|value)_XBSE$", P(None, ROWS, None, "tensor")),
     (r"(^step|^key|count|made)$", P()),
 )
+
+# The rarest words have a table that is narrower than fsdp may be wide, and small: every device then holds it whole.
+NARROW = re.compile(r"io/(embedding|kernel)/\d+$")
 
 # XLA aborts a process whose CPU devices wait more than 40 s for each other, which those of a large model on CPU may.
 PATIENCE = " ".join(f"--xla_cpu_collective_call_{what}_timeout_seconds=100000" for what in ("warn_stuck", "terminate"))
@@ -117,7 +122,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
       The same tree of NamedSharding.
 
     Raises:
-      UserError: an axis of the mesh does not divide the dimension that it should split.
+      UserError: an axis of the mesh does not divide the dimension that it should split, other than of `NARROW`.
     """
 
     def sharding(path: tuple, array: Any) -> NamedSharding:
@@ -127,7 +132,9 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
             raise LookupError(f"{name}: no rule in sharding.RULES")
         for size, axes in zip(array.shape, spec, strict=False):
             parts = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
-            if size % parts:
+            if size % parts and NARROW.search(name):
+                spec = P()
+            elif size % parts:
                 raise UserError(f"{name}: expected a dimension divisible by mesh axis {axes} = {parts}, found {size}")
         return NamedSharding(mesh, spec)
 
@@ -202,3 +209,27 @@ def attention_over(mesh: Mesh, rows: int) -> Callable[..., Any]:
         )
 
     return attention
+
+
+def nll_over(mesh: Mesh | None) -> Callable[[Any, Array, Array], Array]:
+    """The loss of every token on a mesh: rows over data x fsdp, no collective inside.
+
+    Adaptive softmax gathers the tokens of all rows that belong to a tail. Left to the partitioner, that gather would
+    collect rows from every device; here each device gathers among its own rows, and makes as many rounds as those
+    need. The parameters of `io` are whole inside, and their gradients are summed over the devices on the way out.
+    Devices along `tensor` repeat each other's work.
+
+    Args:
+      mesh: from `make_mesh`; None: one device.
+
+    Returns:
+      Function (io, h_BTD, targets_BT) -> nll_BT.
+    """
+
+    def local(io: Any, h_BTD: Array, targets_BT: Array) -> Array:
+        return io.nll(h_BTD, targets_BT)
+
+    if mesh is None or mesh.size == 1:
+        return local
+    rows = P(ROWS)
+    return jax.shard_map(local, mesh=mesh, in_specs=(P(), rows, rows), out_specs=rows, check_vma=False)

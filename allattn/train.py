@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 import optax
 from etils import epath
+from jax.sharding import Mesh
 
 from allattn import checkpoint, data, evaluate, metrics, optim, sharding
 from allattn.config import changed_fields, check_ranges, from_json, to_json
@@ -80,7 +81,7 @@ def make_train_step(
     config: ml_collections.ConfigDict,
     bucket: int,
     attention: Callable[..., Any],
-    shards: int = 1,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, data.Batch], tuple[TrainState, metrics.TrainMetrics]]:
     """The pure step for one context bucket.
 
@@ -90,12 +91,13 @@ def make_train_step(
       config: the whole configuration.
       bucket: cached positions that the heads may look at; static.
       attention: the operation, or the operation over a mesh.
-      shards: groups of devices that rows are spread over; each takes its share of every accumulated part.
+      mesh: devices that rows are spread over, each of which takes its share of every accumulated part; None: one.
 
     Returns:
       Function (state, batch) -> (state, metrics).
     """
     span, parts = config.model.span, config.train.accumulation
+    shards, nll_of = sharding.row_shards(mesh) if mesh else 1, sharding.nll_over(mesh)
     drops = config.model.dropout > 0 or config.model.embedding_dropout > 0
 
     def split(x_BX: Array, axis: int) -> Array:
@@ -114,7 +116,7 @@ def make_train_step(
     def loss(params: Params, cache_XBSD, inputs_BT, targets_BT, seeds_X, row_offset):
         network = model.bind(params)
         forward = network.train_forward(inputs_BT, cache_XBSD, seeds_X, row_offset, attention)
-        nll = network.io.nll(forward.hidden_BTD, targets_BT).mean()
+        nll = nll_of(network.io, forward.hidden_BTD, targets_BT).mean()
         penalty = 0.0
         if span.adaptive:  # coefficient x limit x mean over heads of z, summed over layers
             penalty = span.loss * span.limit * params["layers"]["span"].mean(1).sum()
@@ -231,8 +233,7 @@ class Trainer:
         """One update, by the code compiled for this bucket."""
         if bucket not in self._steps:
             attention = sharding.attention_over(self.mesh, self.config.train.batch)
-            shards = sharding.row_shards(self.mesh)
-            step = make_train_step(self.model, self.optimizer, self.config, bucket, attention, shards)
+            step = make_train_step(self.model, self.optimizer, self.config, bucket, attention, self.mesh)
             places = sharding.shardings(self.mesh, jax.eval_shape(lambda s: s, state))
             self._steps[bucket] = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
         return self._steps[bucket](state, batch)
@@ -253,7 +254,8 @@ class Trainer:
         """Score a split as `config.evaluate` says."""
         c = self.config
         options = {"protocol": c.evaluate.protocol, "block": c.train.block, "rows": c.evaluate.batch}
-        return evaluate.evaluate_tokens(self.model, params, self._split(split), mesh=self.mesh, **options)
+        options |= {"mesh": self.mesh, "vocabulary": self.dataset.vocabulary}
+        return evaluate.evaluate_tokens(self.model, params, self._split(split), **options)
 
     def _split(self, split: str) -> data.TokenSource:
         tokens: data.TokenSource = self.dataset.tokens(split)

@@ -63,7 +63,7 @@ def trainer(c: ml_collections.ConfigDict, params: Any, model: Model, longest: fl
     key = jax.random.key_data(jax.random.key(0))
     state = train.TrainState(jnp.int32(0), params, optimizer.init(params), cache_XBSD, key)
     places, attention = sharding.shardings(mesh, state), sharding.attention_over(mesh, c.train.batch)
-    step = train.make_train_step(model, optimizer, c, bucket, attention, sharding.row_shards(mesh))
+    step = train.make_train_step(model, optimizer, c, bucket, attention, mesh)
     step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
     rng, holder = np.random.default_rng(0), [jax.device_put(state, places)]
     tokens_BT = rng.integers(VOCABULARY, size=(c.train.batch, c.train.block + 1), dtype=np.int32)
@@ -87,7 +87,7 @@ def evaluator(c: ml_collections.ConfigDict, params: Any, model: Model, mesh: Mes
     arrays = [sharding.place_rows(mesh, x_RT) for x_RT in evaluate.read_block(tokens, plan, block, 0)]
 
     def run() -> Any:
-        holder[0], nll = evaluate.score_block(model, mesh, params, holder[0], *arrays)
+        holder[0], nll = evaluate.score_block(model, mesh, None, params, holder[0], *arrays)
         return nll
 
     return run

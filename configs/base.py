@@ -37,6 +37,11 @@ def get_config() -> ConfigDict:
     c.model.span.check_every = 100  # steps between choices of the context bucket
     c.model.span.margin = 32  # tokens that the bucket exceeds the longest reach by when it is chosen
 
+    c.model.adaptive_io = ConfigDict()
+    c.model.adaptive_io.cutoffs = ()  # first id of each cluster of rarer symbols, as in 20000,40000; (): plain softmax
+    c.model.adaptive_io.division = 4  # each cluster's vectors are narrower by this factor
+    c.model.adaptive_io.tied = True  # the output uses the embeddings and projections of the input
+
     c.optimizer = ConfigDict()
     c.optimizer.name = "adagrad"  # adagrad (the paper's rule), adam or adamw
     c.optimizer.learning_rate = 0.07

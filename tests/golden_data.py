@@ -30,11 +30,13 @@ def load(name: str, folder: str = "golden") -> dict[str, np.ndarray]:
 def layer_config(g: dict[str, np.ndarray], **changes: Any) -> ModelConfig:
     """The geometry of a layer_*, model_* or traj_* file."""
     known = {k: int(g[k]) for k in ("heads", "span_max", "ramp", "pers_mem_size", "vocab", "n_layers") if k in g}
-    width = (g["p.proj_query.weight"] if "p.proj_query.weight" in g else g[_first(g, "in_emb.weight")]).shape[1]
+    width = g[_first(g, "proj_query.weight")].shape[1]
     adaptive = any("current_val" in k for k in g)
     fields = dict(depth=known.get("n_layers", 1), width=width, heads=known["heads"], vocab_size=known.get("vocab", 2))
     fields |= dict(persistent=known["pers_mem_size"], dropout=0.0, embedding_dropout=0.0, dtype="float32")
     fields |= dict(limit=known["span_max"], adaptive=adaptive, ramp=known["ramp"], init=0.0)
+    if "cutoffs" in g:
+        fields |= dict(cutoffs=tuple(g["cutoffs"].tolist()), division=int(g["div_val"]), tied=bool(g["tied"]))
     return ModelConfig(**{**fields, **changes})
 
 
@@ -48,10 +50,52 @@ def params(g: dict[str, np.ndarray], config: ModelConfig, prefix: str, dtype: An
     depth = 1 + max(int(m[1]) for k in take if (m := re.match(r"layers\.(\d+)\.", k)))
     layers = [layer(take, config, f"layers.{i}.", "attn.") for i in range(depth)]
     return {
-        "io": {"embedding": take["in_emb.weight"], "kernel": take["out_emb.weight"], "bias": take["out_emb.bias"]},
+        "io": adaptive_io(take) if config.cutoffs else plain_io(take),
         "position": position(take["key_pe"]),
         "layers": {name: np.stack([x[name] for x in layers]) for name in layers[0]},
     }
+
+
+def plain_io(take: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Embedding and softmax over the whole vocabulary."""
+    return {"embedding": take["in_emb.weight"], "kernel": take["out_emb.weight"], "bias": take["out_emb.bias"]}
+
+
+def adaptive_io(take: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Embedding and softmax by clusters; the tails' columns of the head come in reverse order there."""
+    names = {
+        "embedding": r"in_emb\.emb_layers\.(\d+)\.weight",
+        "projection": r"in_emb\.emb_projs\.(\d+)",
+        "kernel": r"out_emb\.out_layers\.(\d+)\.weight",
+        "output_projection": r"out_emb\.out_projs\.(\d+)",
+        "bias": r"out_emb\.out_layers\.(\d+)\.bias",
+    }
+    ours: dict[str, Any] = {name: _numbered(take, pattern) for name, pattern in names.items()}
+    ours |= {"tail_kernel": take["out_emb.cluster_proj.weight"][::-1]}
+    ours |= {"tail_bias": take["out_emb.cluster_proj.bias"][::-1]}
+    return {name: value for name, value in ours.items() if len(value)}
+
+
+def xl_io(take: dict[str, np.ndarray], cutoffs: tuple[int, ...]) -> dict[str, Any]:
+    """Transformer-XL's; what is not in `take` is left out. Division 1 has one table for all clusters there."""
+    names = {
+        "embedding": r"word_emb\.emb_layers\.(\d+)\.weight",
+        "projection": r"word_emb\.emb_projs\.(\d+)",
+        "output_projection": r"crit\.out_projs\.(\d+)",
+        "bias": r"crit\.out_layers\.(\d+)\.bias",
+    }
+    ours: dict[str, Any] = {name: _numbered(take, pattern) for name, pattern in names.items()}
+    for name in ("embedding", "bias"):
+        if len(ours[name]) < 1 + len(cutoffs):
+            ours[name] = dict(enumerate(np.split(ours[name][0], cutoffs)))
+    if cutoffs:
+        ours |= {"tail_kernel": take["crit.cluster_weight"][::-1], "tail_bias": take["crit.cluster_bias"][::-1]}
+    return {name: value for name, value in ours.items() if len(value)}
+
+
+def _numbered(take: dict[str, np.ndarray], pattern: str) -> dict[int, np.ndarray]:
+    """The arrays whose whole name matches, by the number in it."""
+    return {int(m[1]): take[name] for name in take if (m := re.fullmatch(pattern, name))}
 
 
 def position(key_pe: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import pytest
 from tiny_model import geometry
 
 from allattn.model import forward_flops
-from benchmarks import attention, gpu, table
+from benchmarks import attention, gpu, table, vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,3 +76,22 @@ def test_table_divides_both_speeds_by_their_machines_rates() -> None:
     rows = [row | {"tokens_per_s": 1.0}, row | {"tokens_per_s": 5000.0}, row | {"tokens_per_s": 1.0, "dropout": 0.3}]
     assert table.ratio(table.find(rows, line), line) == pytest.approx(1.0)
     assert "5000" in table.report(rows) and table.find(rows[2:], line) is None
+
+
+def test_memory_of_the_vocabulary() -> None:
+    """At WikiText-103's, adaptive input and softmax need less than a third of what plain ones need, parameters apart
+    and all together. Compiled, not run."""
+    steps = (vocabulary.compiled(vocabulary.geometry(kind, "float32"), rows=8) for kind in ("plain", "adaptive"))
+    plain, adaptive = map(vocabulary.memory, steps)
+    assert plain["temporary"] > 8 * 256 * 267_735 * 4 / 2**20, "all logits at once"
+    for name in ("temporary", "memory_mib"):
+        assert plain[name] > 3 * adaptive[name]
+
+
+def test_the_vocabulary() -> None:
+    fields = argparse.Namespace(rows=1, dtype="float32", repeats=1)
+    found = {kind: vocabulary.measure(kind, fields) for kind in ("adaptive", "worst")}
+    assert found["adaptive"]["step_ms"] > 0 and found["worst"]["step_ms"] > 0
+    ids_BT = vocabulary.tokens(64, worst=False)
+    assert (ids_BT < 20_000).mean() == pytest.approx(0.937, abs=0.01)
+    assert (vocabulary.tokens(64, worst=True) < 20_000).mean() == pytest.approx(0.075, abs=0.01)

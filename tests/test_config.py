@@ -43,8 +43,19 @@ def test_overrides_take_the_type_of_the_field() -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "cutoffs"), [("20_000,40000,200000", (20_000, 40_000, 200_000)), ("7", (7,)), ("", ())]
+)
+def test_overrides_of_a_tuple(text: str, cutoffs: tuple[int, ...]) -> None:
+    c = configuration.load(str(BASE), {"model.adaptive_io.cutoffs": text})
+    assert c.model.adaptive_io.cutoffs == cutoffs
+    again = configuration.from_json(configuration.to_json(c))
+    assert again.model.adaptive_io.cutoffs == cutoffs and not configuration.changed_fields(c, again)
+
+
+@pytest.mark.parametrize(
     ("name", "text", "message"),
     [
+        *(("model.adaptive_io.cutoffs", text, "whole numbers with commas") for text in ("3,,4", "3,", "a", "1.5")),
         ("model.widht", "3", r"--config.model.widht: no such field; did you mean --config.model.width\?"),
         ("optimiser.learning_rate", "1", r"did you mean --config.optimizer.learning_rate\?"),
         ("qqq", "1", "no such field; did you mean --config"),
@@ -146,6 +157,7 @@ def test_base_is_accepted() -> None:
         *(("model.span.margin", -100), ("optimizer.clip", -1.0), ("train.steps", -1)),
         *(("train.finetune_steps", -1), ("checkpoint.every", 0), ("checkpoint.keep", 0)),
         *(("evaluate.every", 0), ("evaluate.protocol", "ful"), ("evaluate.max_tokens", -5)),
+        *(("model.adaptive_io.cutoffs", cutoffs) for cutoffs in ((2,), (0,), (-1,), (1, 1), (1, 0), (0.5,))),
         *(("optimizer.schedule", "linear"), ("optimizer.learning_rate", float("nan")), ("evaluate.batch", 0)),
     ],
 )
@@ -153,3 +165,12 @@ def test_values_out_of_range(field: str, value: Any) -> None:
     """Each is refused before anything is written, by a message that names the field."""
     with pytest.raises(UserError, match=rf"^({field}|mesh|train\.batch)\b"):
         start(changed(**{"train__accumulation": 4, field.replace(".", "__"): value}))
+
+
+@pytest.mark.parametrize(
+    ("division", "message"), [(0, "expected at least 1, found 0"), (513, "power 1 is at most .* 512")]
+)
+def test_division_out_of_range(division: int, message: str) -> None:
+    with pytest.raises(UserError, match=f"^model.adaptive_io.division: .*{message}"):
+        start(changed(model__adaptive_io__cutoffs=(1,), model__adaptive_io__division=division))
+    start(changed(model__adaptive_io__cutoffs=(1,), model__adaptive_io__division=512))

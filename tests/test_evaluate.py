@@ -85,6 +85,35 @@ def test_full_does_not_depend_on_the_work(adaptive: bool, block: int, rows: int)
     assert found["nll"] == pytest.approx(whole.mean(), rel=2e-6)
 
 
+@pytest.mark.parametrize("protocol", evaluate.PROTOCOLS)
+def test_words_without_line_ends(protocol: str) -> None:
+    """`ppl` counts every target; `ppl_words` leaves line ends out of both its sums, and bytes have none."""
+    model, end = Model(geometry()), 7
+    params, block = random_params(model), 8
+    symbols = [chr(ord("!") + i) for i in range(29)]
+    symbols[end] = "\n"
+    options = {"protocol": protocol, "block": block, "rows": 3, "mesh": MESH}
+    words, letters = (
+        evaluate.evaluate_tokens(model, params, TOKENS, vocabulary=Vocabulary(unit, tuple(symbols)), **options)
+        for unit in ("word", "byte")
+    )
+    rows_RT, block = (TOKENS[None], len(TOKENS) - 1) if protocol == "full" else (TOKENS[:496].reshape(8, -1), block)
+    nll_RT = naive_nll(model, params, rows_RT, block)
+    word_RT = rows_RT[:, 1 : 1 + nll_RT.shape[1]] != end
+    assert 0.9 < word_RT.mean() < 1 and words["tokens"] == nll_RT.size
+    assert words["ppl"] == pytest.approx(math.exp(nll_RT.mean()), rel=1e-5)
+    assert words["ppl_words"] == pytest.approx(math.exp(nll_RT[word_RT].mean()), rel=1e-5)
+    assert abs(words["ppl_words"] / words["ppl"] - 1) > 1e-3, "line ends must make a difference that is seen"
+    assert letters == pytest.approx({name: value for name, value in words.items() if name != "ppl_words"}, rel=1e-6)
+
+
+def test_words_of_nothing_but_line_ends() -> None:
+    model = Model(geometry())
+    options = {"protocol": "full", "block": 8, "mesh": MESH, "vocabulary": Vocabulary("word", ("\n", "a"))}
+    found = evaluate.evaluate_tokens(model, random_params(model), np.zeros(20, np.int32), **options)
+    assert found["tokens"] == 19 and "ppl_words" not in found
+
+
 def test_real_text() -> None:
     """A piece of Wikipedia by both protocols."""
     if not REAL_TEXT.exists():

@@ -26,6 +26,7 @@ PARAMETERS = {
     "enwik8_large": 114_017_773,
     "text8_small": 38_320_300,
     "text8_large": 113_836_348,
+    "wikitext103": 132_493_746,
 }
 
 

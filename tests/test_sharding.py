@@ -5,12 +5,20 @@ Dimension key: none, only whole calls are compared.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+from jax.sharding import AbstractMesh, PartitionSpec
+from tiny_model import geometry
+
+from allattn import config, sharding
+from allattn.errors import UserError
+from allattn.model import Model, ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,3 +89,28 @@ def test_evaluation_on_a_mesh() -> None:
     (one, expected), (eight, found) = fresh(EVALUATE.format(parts=1), 1), fresh(EVALUATE.format(parts=2), 8)
     assert (one, eight) == (1, 8)
     assert found == [pytest.approx(scores, rel=1e-6) for scores in expected]
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+
+WIKITEXT = ModelConfig.from_config(config.load(str(ROOT / "configs" / "wikitext103.py")))
+CASES = {"adaptive": WIKITEXT, "untied": geometry(cutoffs=(20, 50), division=2, tied=False), "plain": geometry()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_parameter_has_one_rule(name: str) -> None:
+    params = jax.eval_shape(Model(CASES[name]).init, jax.random.key(0))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    matches = {path: [pattern for pattern, _ in sharding.RULES if re.search(pattern, path)] for path in paths}
+    assert {path: found for path, found in matches.items() if len(found) != 1} == {}
+
+
+def test_tables_too_narrow_to_split() -> None:
+    """WikiText-103's last cluster, 67,735 rows of 8, is whole on each of 16 devices; the others are split by width."""
+    params = jax.eval_shape(Model(WIKITEXT).init, jax.random.key(0))
+    places = sharding.shardings(AbstractMesh((1, 16, 1), sharding.AXES), params)
+    specs = [place.spec for place in places["io"]["embedding"].values()]
+    assert specs == [PartitionSpec(None, "fsdp")] * 3 + [PartitionSpec()]
+    with pytest.raises(UserError, match=r"layers/\w+: expected a dimension divisible by mesh axis fsdp = 3, found 512"):
+        sharding.shardings(AbstractMesh((1, 3, 1), sharding.AXES), {"layers": params["layers"]})

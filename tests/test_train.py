@@ -31,6 +31,7 @@ def golden_config(g: dict[str, np.ndarray], name: str) -> ml_collections.ConfigD
         c.model[field] = getattr(geometry, field)
     c.model.dtype, c.model.span.limit, c.model.span.ramp = "float32", geometry.limit, geometry.ramp
     c.model.span.loss = float(g["span_loss_coeff"])
+    c.model.adaptive_io.cutoffs, c.model.adaptive_io.division = geometry.cutoffs, geometry.division
     c.optimizer.name = "adam" if "adam" in name.split("_") else "adagrad"
     c.optimizer.learning_rate, c.optimizer.warmup = float(g["base_lr"]), int(g["warmup"])
     c.optimizer.clip = float(g["grad_clip"])
@@ -60,7 +61,7 @@ def follow(name: str, folder: str, attention: Callable, updates: int | None = No
     return np.max(losses), np.max(spans), state, g, config
 
 
-@pytest.mark.parametrize("name", ["adagrad", "adam", "adagrad_wrap"])
+@pytest.mark.parametrize("name", ["adagrad", "adam", "adam_adaptio", "adagrad_wrap"])
 def test_trajectory(name: str) -> None:
     loss, span, state, g, config = follow(name, "golden", all_attention)
     assert loss <= 1e-5 and span <= 1e-5
