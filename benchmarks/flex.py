@@ -52,7 +52,7 @@ def all_attention(
 ) -> Tensor:
     """`allattn.attention.all_attention` for S = T + L, as out_BHTK; `attention` is flex_attention, compiled or not."""
     (B, _, _, K), S, L = query_BHTK.shape, key_BHSK.shape[2], position_LK.shape[0]
-    by_distance_BHTL = (query_BHTK @ position_LK.T).float() * K**-0.5  # gradients are added to it atomically
+    by_distance_BHTL = ((query_BHTK * K**-0.5) @ position_LK.T).float()  # gradients are added to it atomically
     bias_BHTL = by_distance_BHTL + log_mask(span_H, ramp, torch.arange(1, L + 1, device=span_H.device))[:, None]
 
     def score(logit, b, h, t, c):
@@ -92,17 +92,18 @@ def matmul_gflops(dtype: str) -> float:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Medians between two measurements of the matrix product."""
     H, _, L, T, N = GEOMETRIES[arguments.geometry]
-    span_XH, arrays = spans(arguments.spans, L, H), inputs(arguments)
+    span_XH = spans(arguments.spans, L, H)
     span_H = torch.tensor(span_XH[0], device="cuda", requires_grad=True)
+    arrays = [*inputs(arguments), span_H]
     mask, attention = block_mask(span_H.detach(), RAMP, T, L, N), torch.compile(flex_attention, dynamic=False)
 
     def run() -> Tensor:
-        return all_attention(*arrays, span_H, ramp=RAMP, mask=mask, attention=attention)
+        return all_attention(*arrays, ramp=RAMP, mask=mask, attention=attention)
 
     before = matmul_gflops(arguments.dtype)
     with torch.no_grad():
         forward = seconds(run, arguments.repeats)
-    both = seconds(lambda: torch.autograd.grad(run().float().sum(), [*arrays, span_H]), arguments.repeats)
+    both = seconds(lambda: torch.autograd.grad(run().float().sum(), arrays), arguments.repeats)
     after = matmul_gflops(arguments.dtype)
     rate, flops = (before + after) / 2 * 1e9, required_flops(arguments, span_XH)
     return {
