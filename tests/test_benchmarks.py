@@ -14,7 +14,7 @@ import pytest
 from tiny_model import geometry
 
 from allattn.model import forward_flops
-from benchmarks import attention, gpu
+from benchmarks import attention, gpu, peers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -38,6 +38,16 @@ def test_required_flops_are_those_of_the_model() -> None:
     others = 8 * config.width**2 + 2 * config.width * config.vocab_size
     expected = 3 * T * (forward_flops(config, reach, T, cached=True) - others)
     assert attention.required_flops(arguments(geometry="small-8", rows=3), span_XH) == pytest.approx(expected)
+
+
+def test_required_flops_of_the_peers() -> None:
+    """x-transformers: each query has L earlier states, the block up to itself and N pairs, and no position keys."""
+    config, T = geometry(depth=3), 7
+    D, L, N = config.width, config.limit, config.persistent
+    pairs = sum(L + t + 1 + N for t in range(T)) / T
+    expected = 3 * (2 * D * 2 * pairs + 8 * D**2 + 4 * D**2 * L / T) + 2 * D * config.vocab_size
+    assert peers.required_flops(config, T, "x-transformers, fused") == pytest.approx(expected)
+    assert peers.required_flops(config, T, peers.TORCH) == forward_flops(config, L, T)
 
 
 def test_spans_from_a_file(tmp_path: Path) -> None:

@@ -4,6 +4,10 @@ Dimension key: X layer, B batch, T position in the block, S context key, L dista
 width, D model width.
 """
 
+import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import attention_cases
@@ -16,7 +20,7 @@ from tiny_model import geometry, random_params
 from allattn.model import Model
 
 torch = pytest.importorskip("torch", reason="the peers need PyTorch: pip install -e '.[torch]'")
-from benchmarks import flex, peers_torch  # noqa: E402
+from benchmarks import flex, peers, peers_torch  # noqa: E402
 
 # every key has a distance, and no span ends on a whole number, where the two logarithms differ
 CASE = attention_cases.Case(T=21, S=51, L=30, H=3, spans=(0.5, 9.25, 30.0))
@@ -90,3 +94,16 @@ def test_flex_attention() -> None:
     out_BHTK = flex.all_attention(*tensors, ramp=CASE.ramp, mask=mask, attention=flex.flex_attention)
     expected = attention_cases.call(inputs, ramp=CASE.ramp, implementation="reference")
     assert attention_cases.error({"out": out_BHTK.transpose(1, 2)}, {"out": expected}) < 1e-5
+
+
+def test_the_table(tmp_path: Path) -> None:
+    """All contenders run in turn, and the file holds what the table says."""
+    pytest.importorskip("x_transformers", reason="make bench-peers installs x-transformers into .venv-peers")
+    command = [sys.executable, "-m", "benchmarks.peers", "--geometry=tiny", "--rows=2", "--rounds=1"]
+    command += [f"--python={sys.executable}", f"--results={tmp_path}"]
+    done = subprocess.run(command, cwd=peers.ROOT, capture_output=True, text=True, timeout=300, check=True)
+    (path,) = tmp_path.iterdir()
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["name"] for row in found] == list(peers.PEERS) and all(0 < row["share"] < 1 for row in found)
+    assert all(f"{row['tokens_per_s']:>10}" in done.stdout for row in found) and str(path) in done.stdout
+    assert {"jax", "torch", "x-transformers", "machine", "date", "commit"} <= set(found[0])
