@@ -73,7 +73,8 @@ def test_the_gpu_table(tmp_path: Path) -> None:
     (path,) = tmp_path.iterdir()
     found = json.loads(path.read_text())
     assert len(found) == len(gpu.LINES) and all(0 < row["share"] < 1 for row in found[:-1])
-    assert "torch" in found[-1]["error"] and found[-1]["error"] in done.stdout  # or a GPU that PyTorch sees is missing
+    last = found[-1]  # needs PyTorch, and a GPU that it sees
+    assert last["share"] or ("torch" in last["error"].lower() and last["error"] in done.stdout)
     assert str(path) in done.stdout and "paper-like spans take" in done.stdout
     failed = {"name": "x", "asked": None, "share": None, **gpu.run("attention", ["--geometry=huge"], 60)}
     assert "invalid choice: 'huge'" in gpu.report([failed, *found])
