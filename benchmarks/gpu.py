@@ -32,6 +32,7 @@ LINES: tuple[tuple[str, str, list[str], str, float | None], ...] = (
     ("training step, zero spans", "train", ["--spans=zero", "--dropout=0.3", "--seconds=5"], "share", 0.40),
     ("training step, paper-like spans", "train", [f"--spans={SPANS}", "--dropout=0.3", "--seconds=5"], "share", 0.25),
     ("operation, full spans, plain XLA", "attention", ["--implementation=xla", "--repeats=1"], "share_both", None),
+    ("FlexAttention, full spans", "flex", ["--spans=full"], "share_both", None),  # needs torch
 )
 
 
