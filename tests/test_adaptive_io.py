@@ -213,6 +213,14 @@ def test_memory() -> None:
     assert memory.temp_size_in_bytes < 3 * 4 * adaptive_io.LOGITS
 
 
+def test_lowers_for_a_tpu() -> None:
+    """Rounds are loops over static shapes, which a TPU's compiler takes."""
+    io, h_BTD = made(), jax.ShapeDtypeStruct((4, 256, D), jnp.bfloat16)
+    step = jax.jit(jax.grad(lambda io, h_BTD, targets_BT: io.nll(h_BTD, targets_BT).mean()))
+    exported = jax.export.export(step, platforms=["tpu"])(io, h_BTD, jax.ShapeDtypeStruct((4, 256), jnp.int32))
+    assert exported.mlir_module().count("stablehlo.while") >= 2 * (1 + len(CUTOFFS))
+
+
 # --- initialisation, cost, devices -------------------------------------------------------------------------------
 
 

@@ -61,7 +61,7 @@ def follow(name: str, folder: str, attention: Callable, updates: int | None = No
     return np.max(losses), np.max(spans), state, g, config
 
 
-@pytest.mark.parametrize("name", ["adagrad", "adam", "adam_adaptio", "adagrad_wrap"])
+@pytest.mark.parametrize("name", ["adagrad", "adam", "adagrad_wrap"])
 def test_trajectory(name: str) -> None:
     loss, span, state, g, config = follow(name, "golden", all_attention)
     assert loss <= 1e-5 and span <= 1e-5
@@ -98,6 +98,21 @@ def test_trajectory_from_zero_spans() -> None:
     with jax.enable_x64(True):
         loss, span, *_ = follow("adagrad_init0", "golden64", golden.authors_attention)
     assert loss <= 1e-7 and span <= 1e-7
+
+
+def test_trajectory_with_adaptive_io() -> None:
+    """Every update, with the authors' 1e-8: in float32 to 1e-5 of the loss, which is above 10 here, in float64 to 1e-6.
+
+    Without their 1e-8 the losses differ by up to 6e-5 in float64 too (docs/exactness.md).
+    """
+    loss, span, _, g, _ = follow("adam_adaptio", "golden", golden.authors_attention)
+    assert loss <= 1e-5 * g["loss"].min() and span <= 1e-5
+    with jax.enable_x64(True):
+        loss, span, state, g, config = follow("adam_adaptio", "golden64", golden.authors_attention)
+    assert loss <= 1e-6 and span <= 1e-6
+    theirs = golden.params(g, config, "p1.", np.float64)
+    for ours, expected in zip(jax.tree.leaves(state.params), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(ours, expected, atol=1e-6, rtol=0)
 
 
 # --- small runs on a text of our own -----------------------------------------------------------------------------
