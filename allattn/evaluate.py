@@ -5,10 +5,11 @@ Dimension key: X layer, R row of parallel work, T position in the block, S cache
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,8 +20,16 @@ from allattn.model import KeyValue, Model, Params
 
 Array = jax.Array
 
-AUTHORS_ROWS = 8
-PROTOCOLS = ("authors", "full")
+AUTHORS_ROWS, XL_ROWS = 8, 10
+PROTOCOLS = ("authors", "full", "xl")
+
+
+class Lengths(NamedTuple):
+    """Of protocol `xl`, in tokens."""
+
+    target: int  # of a block
+    memory: int  # distances that every query sees
+    clamp: int  # distances beyond it look like it; 0: none does
 
 
 class Plan(NamedTuple):
@@ -42,9 +51,17 @@ class Plan(NamedTuple):
         return Plan(self.begin_R[rows], self.first_R[rows], self.last_R[rows], self.blocks)
 
 
+def check_protocol(protocol: str, layer: str, place: str = "") -> None:
+    """Refuse an unknown protocol, and `xl` where positions are learned; `place` begins the message."""
+    if protocol not in PROTOCOLS:
+        raise UserError(f"{place}protocol: expected one of {PROTOCOLS}, found {protocol!r}")
+    if protocol == "xl" and layer != "transformer_xl":
+        raise UserError(f"{place}protocol xl: expected model.layer transformer_xl, found {layer}")
+
+
 def check_length(protocol: str, tokens: int, block: int, place: str = "") -> None:
     """Refuse a text that is too short for a protocol; `place` begins the message."""
-    least = AUTHORS_ROWS * (block + 1) if protocol == "authors" else 2
+    least = {"authors": AUTHORS_ROWS * (block + 1), "full": 2, "xl": 2 * XL_ROWS}[protocol]
     if tokens < least:
         raise UserError(f"{place}protocol {protocol}: expected at least {least} tokens, found {tokens}")
 
@@ -68,8 +85,31 @@ def full_plan(tokens: int, block: int, rows: int, warm_up: int) -> Plan:
     return Plan(begin_R, first_R, last_R, -(-int((last_R - begin_R).max()) // block))
 
 
+def xl_plan(tokens: int, block: int) -> Plan:
+    """10 streams, targets 1..T-1 of each, a short last block included; what does not fill the streams is dropped."""
+    check_length("xl", tokens, block)
+    length = tokens // XL_ROWS
+    begin_R = np.arange(XL_ROWS) * length
+    return Plan(begin_R, begin_R + 1, begin_R + length - 1, -(-(length - 1) // block))
+
+
+def options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What a configuration says of how to evaluate, as arguments of `evaluate_tokens`."""
+    c = config.evaluate
+    lengths = Lengths(c.target_length, c.memory_length, c.clamp_length)
+    return {"block": config.train.block, "rows": c.batch, "lengths": lengths}
+
+
 def evaluate_tokens(
-    model: Model, params: Params, tokens: TokenSource, *, protocol: str, block: int, rows: int = 8, mesh: Mesh
+    model: Model,
+    params: Params,
+    tokens: TokenSource,
+    *,
+    protocol: str,
+    block: int,
+    rows: int = 8,
+    lengths: Lengths = Lengths(80, 2100, 820),
+    mesh: Mesh,
 ) -> dict[str, float]:
     """Score a split.
 
@@ -77,24 +117,28 @@ def evaluate_tokens(
       model: the network.
       params: its parameters.
       tokens: ids of the split, (T,).
-      protocol: "authors" or "full" (method page, "Evaluation protocols").
-      block: tokens read at once; part of the definition of `authors`, without effect on `full`.
+      protocol: "authors", "full" or "xl" (method page, "Evaluation protocols").
+      block: tokens read at once; part of the definition of `authors`, without effect on the others.
       rows: rows that share the work of `full`; without effect on the result beyond rounding.
+      lengths: of `xl`.
       mesh: devices that the rows are spread over; holds the parameters.
 
     Returns:
       nll (mean, nats), bpc, ppl and tokens (targets scored).
 
     Raises:
-      UserError: unknown protocol, or too few tokens.
+      UserError: unknown protocol, one that does not fit the model, or too few tokens.
     """
-    context = context_length(model, params)
-    if protocol == "authors":
-        plan = authors_plan(len(tokens), block)
+    check_protocol(protocol, model.config.layer)
+    if protocol == "xl":
+        block, model = lengths.target, model.windowed(lengths.memory, lengths.clamp)
+        plan = xl_plan(len(tokens), block)
     elif protocol == "full":
-        plan = full_plan(len(tokens), block, rows, model.config.depth * context)
+        model = model.windowed(model.config.limit)
+        plan = full_plan(len(tokens), block, rows, model.config.depth * context_length(model, params))
     else:
-        raise UserError(f"protocol: expected authors or full, found {protocol!r}")
+        plan = authors_plan(len(tokens), block)
+    context = context_length(model, params)
     plan = plan.padded(sharding.row_shards(mesh))
     total = score(model, params, tokens, plan, block, context, mesh)
     return summary(total, int((plan.last_R - plan.first_R + 1).sum()))
@@ -123,7 +167,7 @@ def score(model: Model, params: Params, tokens: TokenSource, plan: Plan, block: 
     pending: Array | float = 0.0
     for number in range(plan.blocks):
         arrays = (sharding.place_rows(mesh, x_RT) for x_RT in read_block(tokens, mine, block, number))
-        cache, nll = score_block(model, mesh, params, cache, *arrays)
+        cache, nll = score_block(model, mesh, params, cache, number * block, *arrays)
         total, pending = total + float(pending), nll  # read one block late, so that the device never waits
     return total + float(pending)
 
@@ -147,10 +191,11 @@ def read_block(tokens: TokenSource, plan: Plan, block: int, number: int) -> tupl
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def score_block(model: Model, mesh: Mesh, params: Params, cache: KeyValue, inputs_RT, targets_RT, scored_RT):
-    """One block of every row: the shifted cache and the sum of the scored targets' nats."""
+def score_block(model: Model, mesh: Mesh, params: Params, cache: KeyValue, before, inputs_RT, targets_RT, scored_RT):
+    """A block of every row after `before` tokens: the shifted cache and the sum of the scored targets' nats."""
     network, (R, T) = model.bind(params), inputs_RT.shape
-    forward = network.cached_forward(inputs_RT, cache, attention=sharding.attention_over(mesh, R))
+    attention = sharding.attention_over(mesh, R)
+    forward = network.cached_forward(inputs_RT, cache, attention=attention, before=before)
     nll_RT = network.io.nll(forward.hidden_BTD, targets_RT)
 
     def shift(old_XRSE: Array, new_XRTE: Array) -> Array:

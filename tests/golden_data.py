@@ -49,7 +49,7 @@ def params(g: dict[str, np.ndarray], config: ModelConfig, prefix: str, dtype: An
     layers = [layer(take, config, f"layers.{i}.", "attn.") for i in range(depth)]
     return {
         "io": {"embedding": take["in_emb.weight"], "kernel": take["out_emb.weight"], "bias": take["out_emb.bias"]},
-        "position": position(take["key_pe"]),
+        "position": {"table": position(take["key_pe"])},
         "layers": {name: np.stack([x[name] for x in layers]) for name in layers[0]},
     }
 

@@ -105,7 +105,7 @@ def test_real_text() -> None:
 def test_refusals() -> None:
     model = Model(geometry())
     params = random_params(model)
-    with pytest.raises(UserError, match="expected authors or full, found 'ful'"):
+    with pytest.raises(UserError, match="expected one of .*, found 'ful'"):
         evaluate.evaluate_tokens(model, params, TOKENS, protocol="ful", block=8, mesh=MESH)
     with pytest.raises(UserError, match="authors: expected at least 72 tokens, found 71"):
         evaluate.evaluate_tokens(model, params, TOKENS[:71], protocol="authors", block=8, mesh=MESH)

@@ -18,7 +18,8 @@ from tiny_model import geometry, random_params
 
 from allattn import config as configuration
 from allattn.attention import all_attention
-from allattn.model import Layer, Model, ModelConfig, Params, layer_norm
+from allattn.layers import AllAttention, layer_norm
+from allattn.model import Model, ModelConfig, Params
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PARAMETERS = {
@@ -75,7 +76,7 @@ def test_initialisation(fresh: tuple[ModelConfig, Params]) -> None:
     layers, K, N, D = params["layers"], config.head_width, config.persistent, config.width
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     is_normal(params["io"]["embedding"], 1)
-    is_normal(params["position"], 1)
+    is_normal(params["position"]["table"], 1)
     is_normal(layers["persistent_key"], 1 / math.sqrt(K))
     is_normal(layers["persistent_value"], 1 / math.sqrt(N))
     for array in (*(layers[name] for name in ("query", "key", "value", "output")), *params["io"].values()):
@@ -133,7 +134,7 @@ def test_causality_and_reach() -> None:
     assert (influence_TT[seen_TT] > 0).all()
 
 
-def one_layer(model: Model, params: Params) -> Layer:
+def one_layer(model: Model, params: Params) -> AllAttention:
     graph, state = nnx.split(model.bind(params).layers)
     return nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
 
@@ -152,7 +153,7 @@ def test_current_token_is_not_attended() -> None:
             outputs.append(all_attention(*arrays, **options))
             return outputs[-1]
 
-        layer.attend(h_BTD, *layer.project(states_BTD), params["position"], capture)
+        layer.attend(h_BTD, *layer.project(states_BTD), params["position"]["table"], capture)
         return outputs[0][0][0].reshape(T, -1).sum(-1)
 
     influence_TT = np.abs(jax.jit(jax.jacobian(attention_part))(h_BTD))[:, 0].sum(-1)
@@ -217,7 +218,8 @@ def dropped(model: Model, params: Params, tokens_BT: np.ndarray, seeds_X: jax.Ar
     @jax.jit
     def run(params, tokens_BT, seeds_X, row_offset):
         cache_XBSD = model.empty_cache(tokens_BT.shape[0], model.config.limit)
-        forward = model.bind(params).train_forward(tokens_BT, cache_XBSD, seeds_X, row_offset)
+        row_B = row_offset + jnp.arange(tokens_BT.shape[0])
+        forward = model.bind(params).train_forward(tokens_BT, cache_XBSD, seeds_X, row_B)
         return forward.new[0], forward.hidden_BTD
 
     return tuple(np.asarray(x) for x in run(params, tokens_BT, seeds_X, row_offset))

@@ -49,10 +49,12 @@ def follow(name: str, folder: str, attention: Callable, updates: int | None = No
     key = jax.random.key_data(jax.random.key(0))
     state = train.TrainState(jnp.int32(0), params, optimizer.init(params), cache_XBSD, key)
     step = jax.jit(train.make_train_step(model, optimizer, c, config.limit, attention))
-    last, losses, spans = -1, [], []
+    last, before, losses, spans = -1, -M, [], []
     for update, position in enumerate(g["data_pos"][:updates]):
         window_BT = g["data"][:, position : position + M + 1]
-        state, values = step(state, data.Batch(window_BT[:, :-1], window_BT[:, 1:], np.bool_(position <= last)))
+        state, values = step(
+            state, data.Batch(window_BT[:, :-1], window_BT[:, 1:], np.int32(0 if position <= last else position))
+        )
         last = position
         losses.append(abs(float(values.compute()["nll"]) - g["loss"][update]))
         spans.append(np.abs(np.asarray(state.params["layers"]["span"]) - g["spans"][update]).max())

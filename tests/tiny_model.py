@@ -25,7 +25,7 @@ def random_params(model: Model, seed: int = 0) -> Params:
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = path[-1].key
-        scale = {"embedding": 1.0, "position": 0.3, "norm_scale": 0.1, "norm_bias": 0.1}.get(name, config.width**-0.5)
+        scale = {"embedding": 1.0, "table": 0.3, "norm_scale": 0.1, "norm_bias": 0.1}.get(name, config.width**-0.5)
         return jnp.asarray(rng.normal(name == "norm_scale", scale, leaf.shape), leaf.dtype)
 
     params = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
