@@ -18,7 +18,7 @@ from allattn.model import Model
 
 LAYERS = ["pers", "pers_span", "pers_span_allzero", "pers_span_zerocache", "pers_span_trim", "pers_span_trim_short"]
 LAYERS += ["pers_span_longblock", "span", "span_trim", "plain"]
-MODELS = ["pers", "pers_span", "pers_span_bigblock", "pers_span_trim", "pers_span_trim_cache"]
+MODELS = ["pers", "pers_span", "pers_span_bigblock", "pers_span_trim", "pers_span_trim_cache", "ff", "ff_span"]
 
 OUTPUT, GRADIENT = 2e-5, 1e-4
 
