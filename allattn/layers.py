@@ -179,9 +179,7 @@ class AllAttention(Sublayer):
         """Persistent pairs, stored so that the logit is q.key and the value sqrt(N) val; the operation scales both."""
         key_HNK, value_HNK = self.persistent_key[...].astype(dtype), self.persistent_value[...].astype(dtype)
         if self.config.integration == "single_head":
-            key_HNK, value_HNK = (
-                x_HNK.transpose(1, 0, 2).reshape(1, x_HNK.shape[1], -1) for x_HNK in (key_HNK, value_HNK)
-            )
+            key_HNK, value_HNK = (x.transpose(1, 0, 2).reshape(1, x.shape[1], -1) for x in (key_HNK, value_HNK))
         _, N, K = key_HNK.shape
         return {"persistent_key_HNK": key_HNK * math.sqrt(K), "persistent_value_HNK": value_HNK * math.sqrt(N)}
 
@@ -191,9 +189,9 @@ class AllAttention(Sublayer):
         context_BTHK = operation(query_BTHK[:, :, :C], key_BSHK, value_BSHK, **context)
         heads, _, width = pairs["persistent_key_HNK"].shape
         asking_BTHK = query_BTHK[:, :, C % H :].reshape(B, T, heads, width)  # all heads, or those beyond the context's
-        nothing_BSHK, nowhere_HLK = (
-            jnp.zeros(shape, query_BTHK.dtype) for shape in ((B, 0, heads, width), (1, 0, width))
-        )
+        # No keys, cut from those at hand: from constants alone, XLA cannot compile a shard_map inside a scan.
+        nothing_BSHK = key_BSHK[:, :0].reshape(B, 0, heads, width)
+        nowhere_HLK = context["position_HLK"][:, :0].reshape(1, 0, width)
         apart_BTHK = operation(asking_BTHK, nothing_BSHK, nothing_BSHK, position_HLK=nowhere_HLK, **pairs)
         if self.config.integration == "head_split":
             return jnp.concatenate([context_BTHK, apart_BTHK], axis=2)
