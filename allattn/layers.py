@@ -214,7 +214,7 @@ class FeedForward(Sublayer):
         D, F = config.width, config.feed_forward
         self.inner, self.inner_bias = uniform(rngs, D, D, F), uniform(rngs, D, F)
         self.outer, self.outer_bias = uniform(rngs, F, F, D), uniform(rngs, F, D)
-        self.activation = jax.nn.softmax if config.integration == "ff_attention" else jax.nn.relu
+        self.activation = softmax if config.integration == "ff_attention" else jax.nn.relu
         self.output_dropout = output_dropout
 
     def __call__(self, h_BTD: Array, draws: Draws | None) -> Array:
@@ -295,6 +295,11 @@ _project_one_of.defvjp(_project_forward, _project_backward)
 def _at_most(span_H: Array, L: int) -> Array:
     """Spans within the context bucket, with the gradient of the unclipped ones."""
     return span_H + jax.lax.stop_gradient(jnp.minimum(span_H, L) - span_H)
+
+
+def softmax(x_BTF: Array) -> Array:
+    """Over the last axis, statistics at least in float32, result in the input's dtype."""
+    return jax.nn.softmax(x_BTF.astype(jnp.promote_types(x_BTF.dtype, jnp.float32))).astype(x_BTF.dtype)
 
 
 def layer_norm(h_BTD: Array, scale_D: Array, bias_D: Array) -> Array:

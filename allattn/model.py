@@ -251,8 +251,6 @@ class Model:
         That changes Transformer-XL alone, whose parameters do not depend on length and clamp; the others' queries see
         as many as they have position keys.
         """
-        if LAYERS[self.config.layer].ATTENDS_ZEROS:
-            return self
         return Model(dataclasses.replace(self.config, limit=length, same_length=True, clamp=clamp))
 
     def empty_cache(self, rows: int, length: int) -> Array:
@@ -284,7 +282,7 @@ def forward_flops(config: ModelConfig, mean_reach: float, block: int, cached: bo
     """
     D, context = config.width, config.context_heads / config.heads
     own_block = (block + 1) / 2 if config.layer == "transformer_xl" else 0
-    persistent = 2 * config.persistent * (1 - context or 1)
+    persistent = 2 * config.persistent * ((1 - context) or 1)
     attention = 2 * D * (3 * (mean_reach + own_block) * context + persistent)
     projections = 4 * D * D * (1 + context + (0 if cached else context * mean_reach / block))
     feed_forward = 4 * D * config.feed_forward
