@@ -26,8 +26,8 @@ class TiedIO(TokenIO):
     """The embedding, scaled by sqrt(D), is the output's weight as well."""
 
     def __init__(self, vocab_size: int, width: int, rngs: nnx.Rngs):
-        del rngs  # `TransformerXL.initialise` draws
-        self.embedding, self.bias = nnx.Param(jnp.zeros((vocab_size, width))), nnx.Param(jnp.zeros(vocab_size))
+        self.embedding = nnx.Param(DEVIATION * jax.random.normal(rngs.params(), (vocab_size, width)))
+        self.bias = nnx.Param(jnp.zeros(vocab_size))
 
     @property
     def kernel(self) -> nnx.Param:  # type: ignore[override]
@@ -91,8 +91,9 @@ class TransformerXL(Transformer):
 
     @staticmethod
     def initialise(params: dict[str, Any], key: Array) -> dict[str, Any]:
-        """Weights N(0, 0.02), u and v among them; scales of norms N(1, 0.02); biases 0; whatever the modules drew."""
-        leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+        """Weights N(0, 0.02), u and v among them; scales of norms N(1, 0.02); biases 0. `io` draws its own."""
+        leaves, tree = jax.tree_util.tree_flatten_with_path({**params, "io": {}})
+        key = jax.random.fold_in(key, 2**31)  # apart from the draws of the modules
 
         def draw(number: int, name: str, old: Array) -> Array:
             if name.endswith("bias"):
@@ -100,7 +101,8 @@ class TransformerXL(Transformer):
             noise = DEVIATION * jax.random.normal(jax.random.fold_in(key, number), old.shape)
             return noise + 1 if name == "norm_scale" else noise
 
-        return jax.tree.unflatten(tree, [draw(i, path[-1].key, old) for i, (path, old) in enumerate(leaves)])
+        drawn = [draw(i, path[-1].key, old) for i, (path, old) in enumerate(leaves)]
+        return {**jax.tree.unflatten(tree, drawn), "io": params["io"]}
 
     def __init__(self, config: "ModelConfig", rngs: nnx.Rngs):
         super().__init__(config, rngs, output_dropout=config.dropout)
