@@ -52,7 +52,6 @@ CASES = {
     "memory that fills": Case(
         two_queries=True, position_heads=2, first_distance=0, spans=None, N=0, L=17, key_start=3, dropout=0.3
     ),
-    "one wide head": Case(S=0, L=0, spans=None, H=1, K=64, dropout=0.3),
     "starts": Case(query_start=4, key_start=3),
     "starts by row": Case(query_start=(2, 11), key_start=(1, 9)),
     "dropout": Case(T=21, S=60, L=30, spans=(9.0, 30.0), dropout=0.3),

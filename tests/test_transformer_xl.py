@@ -3,6 +3,7 @@
 Dimension key: X layer, B batch, T position in the block, S cached position, L distance, H head, D model width.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -21,6 +22,8 @@ from allattn.model import Model, ModelConfig
 from configs import base
 
 OUTPUT, GRADIENT = 2e-5, 1e-4
+QUICK = {"xla_backend_optimization_level": 0}  # these programs take longer to optimise than to run
+quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 LAYERS = ["attn", "declayer", "declayer_prelnorm", "declayer_nomem"]
 MODELS = ["plain", "plain_samelen_clamp"]
 
@@ -47,7 +50,7 @@ def follow_layer(name: str, folder: str, dtype: Any, implementation: str) -> lis
     def attention(*arrays, **options):
         return attention_package.all_attention(*arrays, **{**options, "implementation": implementation})
 
-    @jax.jit
+    @quick_jit
     def run(*inputs):
         def loss(params, w_BTD, mems_BSD, *position):
             layer = bound(config, params)
@@ -96,7 +99,7 @@ def follow_model(name: str, folder: str, dtype: str) -> tuple[float, float]:
     tokens_BT, errors = g["tokens"].T, []
     B, S = len(tokens_BT), config.limit
 
-    @jax.jit
+    @quick_jit
     def run(params, cache_XBSD, inputs_BT, targets_BT, before):
         def loss(params):
             network = model.bind(params)
@@ -144,7 +147,8 @@ def test_model_float64(name: str) -> None:
 def test_initialisation() -> None:
     """Weights and the two vectors N(0, 0.02), scales of norms N(1, 0.02), biases 0, nothing drawn twice."""
     model = Model(geometry(**{**KINDS["transformer_xl"], "width": 64, "depth": 4, "feed_forward": 128}))
-    flat, _ = jax.tree_util.tree_flatten_with_path(jax.jit(model.init)(jax.random.key(1)))
+    params = quick_jit(model.init)(jax.random.key(1))
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
     drawn = {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x, np.float64) for path, x in flat}
     noise = {name: x - name.endswith("norm_scale") for name, x in drawn.items() if not name.endswith("bias")}
     assert all((drawn[name] == 0).all() for name in drawn.keys() - noise.keys()) and len(noise) == 12

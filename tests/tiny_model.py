@@ -3,6 +3,7 @@
 Dimension key: X layer, B batch, T position in the block, S cached position, H head, D model width, V vocabulary.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -60,7 +61,9 @@ def naive_forward(model: Model, params: Params, rows_RT: np.ndarray, block: int)
       logits_RTV and nll_RT (float64) of the targets 1 to T - 1, up to a whole number of blocks.
     """
 
-    @jax.jit
+    quick = {"xla_backend_optimization_level": 0}  # it takes longer to optimise than to run
+
+    @functools.partial(jax.jit, compiler_options=quick)
     def one_block(params, cache_XBSD, inputs_BT, targets_BT, before):
         network = model.bind(params)
         forward = network.train_forward(inputs_BT, cache_XBSD, before=before)
