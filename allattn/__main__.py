@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command("evaluate", _evaluate, "score a checkpoint; prints one JSON line last")
     _add_checkpoint_flags(evaluate)
     evaluate.add_argument("--split", default="test", choices=("train", "valid", "test"))
-    evaluate.add_argument("--protocol", default="authors", choices=("authors", "full"))
+    evaluate.add_argument("--protocol", default="authors", choices=("authors", "full", "xl"))
     evaluate.add_argument("--text", help="score this file instead of a split")
     evaluate.add_argument("--data_dir", help="prepared data, if not where training had it")
 

@@ -168,15 +168,6 @@ class AdaptiveIO(nnx.Module):
         return x_Pd, kernel_nd, bias_n
 
 
-def make_io(
-    vocab_size: int, width: int, rngs: nnx.Rngs, cutoffs: Sequence[int], division: int, tied: bool
-) -> TokenIO | AdaptiveIO:
-    """Plain embedding and softmax, or adaptive ones where there are cutoffs; arguments: `AdaptiveIO`."""
-    if not cutoffs:
-        return TokenIO(vocab_size, width, rngs)
-    return AdaptiveIO(vocab_size, width, rngs, cutoffs=cutoffs, division=division, tied=tied)
-
-
 def _product(subscripts: str, *arrays: Array) -> Array:
     """An einsum in the dtype of the first array, its sums at least in float32."""
     dtype = arrays[0].dtype

@@ -33,13 +33,15 @@ LEAST = {
     **dict.fromkeys(("model.depth", "model.width", "model.heads", "model.vocab_size", "model.span.limit"), 1),
     **dict.fromkeys(("model.span.ramp", "model.span.check_every", "checkpoint.every", "checkpoint.keep"), 1),
     **dict.fromkeys(("train.batch", "train.block", "train.accumulation", "train.log_every"), 1),
-    **dict.fromkeys(("evaluate.every", "evaluate.batch", "model.adaptive_io.division"), 1),
+    **dict.fromkeys(("evaluate.every", "evaluate.batch", "evaluate.target_length", "evaluate.memory_length"), 1),
+    **dict.fromkeys(("model.adaptive_io.division",), 1),
+    **dict.fromkeys(("model.feed_forward", "model.attention_dropout", "evaluate.clamp_length"), 0),
     **dict.fromkeys(("model.persistent", "model.dropout", "model.embedding_dropout", "model.span.init"), 0),
     **dict.fromkeys(("model.span.margin", "train.steps", "train.finetune_steps"), 0),
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.warmup", "optimizer.clip", "optimizer.weight_decay"), 0),
     **dict.fromkeys(("train.peak_flops", "evaluate.max_tokens"), 0),
 }
-BELOW = {"model.dropout": 1, "model.embedding_dropout": 1}
+BELOW = dict.fromkeys(("model.dropout", "model.embedding_dropout", "model.attention_dropout"), 1)
 
 
 def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.ConfigDict:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
@@ -20,8 +21,16 @@ from allattn.model import KeyValue, Model, Params
 
 Array = jax.Array
 
-AUTHORS_ROWS = 8
-PROTOCOLS = ("authors", "full")
+AUTHORS_ROWS, XL_ROWS = 8, 10
+PROTOCOLS = ("authors", "full", "xl")
+
+
+class Lengths(NamedTuple):
+    """Of protocol `xl`, in tokens."""
+
+    target: int  # of a block
+    memory: int  # distances that every query sees
+    clamp: int  # distances beyond it look like it; 0: none does
 
 
 class Plan(NamedTuple):
@@ -43,9 +52,17 @@ class Plan(NamedTuple):
         return Plan(self.begin_R[rows], self.first_R[rows], self.last_R[rows], self.blocks)
 
 
+def check_protocol(protocol: str, layer: str, place: str = "") -> None:
+    """Refuse an unknown protocol, and `xl` where positions are learned; `place` begins the message."""
+    if protocol not in PROTOCOLS:
+        raise UserError(f"{place}protocol: expected one of {PROTOCOLS}, found {protocol!r}")
+    if protocol == "xl" and layer != "transformer_xl":
+        raise UserError(f"{place}protocol xl: expected model.layer transformer_xl, found {layer}")
+
+
 def check_length(protocol: str, tokens: int, block: int, place: str = "") -> None:
     """Refuse a text that is too short for a protocol; `place` begins the message."""
-    least = AUTHORS_ROWS * (block + 1) if protocol == "authors" else 2
+    least = {"authors": AUTHORS_ROWS * (block + 1), "full": 2, "xl": 2 * XL_ROWS}[protocol]
     if tokens < least:
         raise UserError(f"{place}protocol {protocol}: expected at least {least} tokens, found {tokens}")
 
@@ -69,6 +86,21 @@ def full_plan(tokens: int, block: int, rows: int, warm_up: int) -> Plan:
     return Plan(begin_R, first_R, last_R, -(-int((last_R - begin_R).max()) // block))
 
 
+def xl_plan(tokens: int, block: int) -> Plan:
+    """10 streams, targets 1..T-1 of each, a short last block included; what does not fill the streams is dropped."""
+    check_length("xl", tokens, block)
+    length = tokens // XL_ROWS
+    begin_R = np.arange(XL_ROWS) * length
+    return Plan(begin_R, begin_R + 1, begin_R + length - 1, -(-(length - 1) // block))
+
+
+def options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What a configuration says of how to evaluate, as arguments of `evaluate_tokens`."""
+    c = config.evaluate
+    lengths = Lengths(c.target_length, c.memory_length, c.clamp_length)
+    return {"block": config.train.block, "rows": c.batch, "lengths": lengths}
+
+
 def evaluate_tokens(
     model: Model,
     params: Params,
@@ -77,6 +109,7 @@ def evaluate_tokens(
     protocol: str,
     block: int,
     rows: int = 8,
+    lengths: Lengths = Lengths(80, 2100, 820),
     mesh: Mesh,
     vocabulary: Vocabulary | None = None,
 ) -> dict[str, float]:
@@ -86,9 +119,10 @@ def evaluate_tokens(
       model: the network.
       params: its parameters.
       tokens: ids of the split, (T,).
-      protocol: "authors" or "full" (method page, "Evaluation protocols").
-      block: tokens read at once; part of the definition of `authors`, without effect on `full`.
+      protocol: "authors", "full" or "xl" (method page, "Evaluation protocols").
+      block: tokens read at once; part of the definition of `authors`, without effect on the others.
       rows: rows that share the work of `full`; without effect on the result beyond rounding.
+      lengths: of `xl`.
       mesh: devices that the rows are spread over; holds the parameters.
       vocabulary: where its symbols are words, `ppl_words` is reported as well.
 
@@ -97,15 +131,18 @@ def evaluate_tokens(
       the end of a line.
 
     Raises:
-      UserError: unknown protocol, or too few tokens.
+      UserError: unknown protocol, one that does not fit the model, or too few tokens.
     """
-    context = context_length(model, params)
-    if protocol == "authors":
-        plan = authors_plan(len(tokens), block)
+    check_protocol(protocol, model.config.layer)
+    if protocol == "xl":
+        block, model = lengths.target, model.windowed(lengths.memory, lengths.clamp)
+        plan = xl_plan(len(tokens), block)
     elif protocol == "full":
-        plan = full_plan(len(tokens), block, rows, model.config.depth * context)
+        model = model.windowed(model.config.limit)
+        plan = full_plan(len(tokens), block, rows, model.config.depth * context_length(model, params))
     else:
-        raise UserError(f"protocol: expected authors or full, found {protocol!r}")
+        plan = authors_plan(len(tokens), block)
+    context = context_length(model, params)
     plan = plan.padded(sharding.row_shards(mesh))
     end_of_line = vocabulary.end_of_line if vocabulary and vocabulary.unit == "word" else None
     total = score(model, params, tokens, plan, block, context, mesh, end_of_line)
@@ -157,7 +194,7 @@ def score(
     pending = total
     for number in range(plan.blocks):
         arrays = (sharding.place_rows(mesh, x_RT) for x_RT in read_block(tokens, mine, block, number))
-        cache, sums = score_block(model, mesh, end_of_line, params, cache, *arrays)
+        cache, sums = score_block(model, mesh, end_of_line, params, cache, number * block, *arrays)
         total, pending = _add(total, pending), sums  # read one block late, so that the device never waits
     return _add(total, pending)
 
@@ -186,11 +223,12 @@ def read_block(tokens: TokenSource, plan: Plan, block: int, number: int) -> tupl
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def score_block(
-    model: Model, mesh: Mesh, end_of_line, params: Params, cache: KeyValue, inputs_RT, targets_RT, scored_RT
+    model: Model, mesh: Mesh, end_of_line, params: Params, cache: KeyValue, before, inputs_RT, targets_RT, scored_RT
 ):
-    """One block of every row: the shifted cache and the sums over the scored targets."""
+    """A block of every row after `before` tokens: the shifted cache and the sums over the scored targets."""
     network, (R, T) = model.bind(params), inputs_RT.shape
-    forward = network.cached_forward(inputs_RT, cache, attention=sharding.attention_over(mesh, R))
+    attention = sharding.attention_over(mesh, R)
+    forward = network.cached_forward(inputs_RT, cache, attention=attention, before=before)
     nll_RT = sharding.nll_over(mesh)(network.io, forward.hidden_BTD, targets_RT)
 
     def shift(old_XRSE: Array, new_XRTE: Array) -> Array:

@@ -60,8 +60,9 @@ def generate(
 
 
 def _stream(model, params, prompt: np.ndarray, length: int, sampling: Sampling, key: Array) -> Iterator[int]:
+    model = model.windowed(model.config.limit)
     context = context_length(model, params)
-    cache, position = model.empty_key_value(1, context + SLACK), context
+    cache, position, read = model.empty_key_value(1, context + SLACK), context, 0
     blocks = [prompt[i : i + PROMPT_BLOCK] for i in range(0, len(prompt) // PROMPT_BLOCK * PROMPT_BLOCK, PROMPT_BLOCK)]
     blocks += [prompt[i : i + 1] for i in range(len(blocks) * PROMPT_BLOCK, len(prompt))]
     for drawn in range(length):
@@ -69,18 +70,18 @@ def _stream(model, params, prompt: np.ndarray, length: int, sampling: Sampling, 
             if position + len(block) > context + SLACK:
                 cache, position = _make_room(cache, context, position), context
             tokens_BT = jnp.asarray(block)[None]
-            cache, logits_V = advance(model, params, cache, tokens_BT, position)
-            position += len(block)
+            cache, logits_V = advance(model, params, cache, tokens_BT, position, read)
+            position, read = position + len(block), read + len(block)
         token = draw(logits_V, jax.random.fold_in(key, drawn), sampling)
         yield int(token)
         blocks = [np.asarray(token, np.int32)[None]]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def advance(model: Model, params: Params, cache: KeyValue, tokens_BT: Array, position: Array) -> tuple[KeyValue, Array]:
-    """Read a block at `position` of the cache: the extended cache and logits_V of the symbol that follows."""
+def advance(model: Model, params: Params, cache: KeyValue, tokens_BT, position, before) -> tuple[KeyValue, Array]:
+    """Read a block at `position` of the cache, after `before` tokens: the extended cache and the next logits_V."""
     network = model.bind(params)
-    forward = network.cached_forward(tokens_BT, cache, position)
+    forward = network.cached_forward(tokens_BT, cache, position, before=before)
 
     def write(old_XBSE: Array, new_XBTE: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(old_XBSE, new_XBTE, position, 2)

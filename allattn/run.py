@@ -32,7 +32,7 @@ class Run:
 
         Args:
           split: train, valid or test.
-          protocol: authors or full.
+          protocol: authors, full or xl.
           text: path of a file to score instead.
           data_dir: where the data set is, if not where training had it.
 
@@ -42,10 +42,9 @@ class Run:
         Raises:
           UserError: a missing file, a symbol outside the vocabulary, or too short a text.
         """
-        tokens, c = self._tokens(split, text, data_dir), self.config
-        options = {"protocol": protocol, "block": c.train.block, "rows": c.evaluate.batch}
-        options |= {"vocabulary": self.vocabulary}
-        mesh = sharding.mesh_over_rows()
+        tokens = self._tokens(split, text, data_dir)
+        mesh, options = sharding.mesh_over_rows(), {"protocol": protocol, **evaluate.options(self.config)}
+        options["vocabulary"] = self.vocabulary
         params = jax.device_put(self.params, sharding.shardings(mesh, self.params))
         scores = evaluate.evaluate_tokens(self.model, params, tokens, mesh=mesh, **options)
         return {"split": text or split, "protocol": protocol, "step": self.step, **scores}

@@ -1,7 +1,7 @@
 """Where every array lives: one mesh, one table from path pattern to PartitionSpec.
 
 Dimension key: X layer, B batch, T query position, S context key, L distance, N persistent pair, H head, K head width,
-E all heads side by side, D model width, V vocabulary or cluster of it, d width of a cluster's vectors.
+E all heads side by side, D model width, F inner unit, V vocabulary or cluster of it, d width of a cluster's vectors.
 """
 
 import contextlib
@@ -27,16 +27,21 @@ ROWS = ("data", "fsdp")  # the axes over which rows of the batch, and of the cac
 
 # The first pattern found in an array's path decides. Optimizer state lies under the path of its parameter.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"layers/(query|key|value)$", P(None, "fsdp", "tensor", None)),  # XDHK
+    (r"layers/(query|key|value|relative)$", P(None, "fsdp", "tensor", None)),  # XDHK
     (r"layers/output$", P(None, "tensor", None, "fsdp")),  # XHKD
     (r"layers/persistent_(key|value)$", P(None, "tensor", "fsdp", None)),  # XHNK
     (r"layers/span$", P(None, "tensor")),  # XH
-    (r"layers/norm_(scale|bias)$", P()),  # XD
+    (r"layers/(feed_forward/)?norm_(scale|bias)$", P()),  # XD
+    (r"feed_forward/inner$", P(None, "fsdp", "tensor")),  # XDF
+    (r"feed_forward/inner_bias$", P(None, "tensor")),  # XF
+    (r"feed_forward/outer$", P(None, "tensor", "fsdp")),  # XFD
+    (r"feed_forward/outer_bias$", P()),  # XD
     (r"io/(embedding|kernel)(/\d+)?$", P(None, "fsdp")),  # VD, Vd
     (r"io/(output_)?projection/\d+$", P("fsdp", None)),  # Dd
     (r"io/tail_kernel$", P(None, "fsdp")),  # one row of D for each tail
     (r"io/(bias(/\d+)?|tail_bias)$", P()),  # V
-    (r"position$", P("fsdp", None)),  # LK
+    (r"position/table$", P("fsdp", None)),  # LK
+    (r"position/(content|distance)$", P("tensor", None)),  # HK
     (r"^cache$", P(None, ROWS)),  # XBSD
     (r"^(key|value)_XBSE$", P(None, ROWS, None, "tensor")),
     (r"(^step|^key|count|made)$", P()),
@@ -102,12 +107,12 @@ def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
     sizes = [devices // rest if size == -1 else size for size in sizes]
     if math.prod(sizes) != devices:
         raise UserError(f"mesh: expected data x fsdp x tensor = {devices} devices, found {' x '.join(map(str, sizes))}")
-    rows, heads = sizes[0] * sizes[1], config.model.heads
+    rows, heads = sizes[0] * sizes[1], config.model.heads // (1 + (config.model.integration == "head_split"))
     if config.train.batch % (rows * config.train.accumulation):
         parts = f"data x fsdp x accumulation = {rows * config.train.accumulation}"
         raise UserError(f"train.batch: expected a multiple of {parts}, found {config.train.batch}")
     if heads % sizes[2]:
-        raise UserError(f"mesh.tensor: expected a divisor of model.heads {heads}, found {sizes[2]}")
+        raise UserError(f"mesh.tensor: expected a divisor of the heads of a call, {heads}, found {sizes[2]}")
     return _mesh(sizes)
 
 
@@ -171,6 +176,8 @@ def place_rows(mesh: Mesh, local: np.ndarray) -> Array:
 def attention_over(mesh: Mesh, rows: int) -> Callable[..., Any]:
     """The operation on a mesh: rows over data x fsdp, heads over tensor, no collective inside.
 
+    Heads that do not divide by tensor, such as the one of `single_head`, are done by every device of that axis.
+
     Args:
       mesh: from `make_mesh`.
       rows: rows of the whole batch; with accumulation a call sees a part of each device's rows, and `row_offset`
@@ -182,28 +189,31 @@ def attention_over(mesh: Mesh, rows: int) -> Callable[..., Any]:
     if mesh.size == 1:
         return all_attention
     rows_per_shard = rows // row_shards(mesh)
-    by_row_head, by_head = P(ROWS, None, "tensor", None), P("tensor", None, None)
-    specs = {
-        "position_HLK": P(None, None, None),
-        "persistent_key_HNK": by_head,
-        "persistent_value_HNK": by_head,
-        "span_H": P("tensor"),
-        "dropout_seed": P(),
-        "row_offset": P(),
-    }
 
     def attention(query_BTHK, key_BSHK, value_BSHK, **options):
+        tensor = "tensor" if query_BTHK.shape[2] % mesh.shape["tensor"] == 0 else None
+        by_row_head, by_head = P(ROWS, None, tensor, None), P(tensor, None, None)
+        specs = {
+            "position_HLK": by_head if options["position_HLK"].shape[0] > 1 else P(),
+            "position_query_BTHK": by_row_head,
+            "persistent_key_HNK": by_head,
+            "persistent_value_HNK": by_head,
+            "span_H": P(tensor),
+            "key_start": P(),
+            "dropout_seed": P(),
+            "row_offset": P(),
+        }
         arrays = {name: options.pop(name) for name in specs if options.get(name) is not None}
         arrays = {name: jax.numpy.asarray(array) for name, array in arrays.items()}
 
         def local(query_BTHK, key_BSHK, value_BSHK, arrays):
             first_row = jax.lax.axis_index(ROWS) * rows_per_shard + arrays.pop("row_offset", 0)
-            first_head = jax.lax.axis_index("tensor") * query_BTHK.shape[2]
+            first_head = jax.lax.axis_index("tensor") * query_BTHK.shape[2] if tensor else 0
             offsets = {"row_offset": first_row, "head_offset": first_head}
             return all_attention(query_BTHK, key_BSHK, value_BSHK, **arrays, **offsets, **options)
 
         in_specs = (by_row_head, by_row_head, by_row_head, {name: specs[name] for name in arrays})
-        out_specs = (by_row_head, P(ROWS, None, "tensor")) if options.get("return_persistent_mass") else by_row_head
+        out_specs = (by_row_head, P(ROWS, None, tensor)) if options.get("return_persistent_mass") else by_row_head
         return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
             query_BTHK, key_BSHK, value_BSHK, arrays
         )

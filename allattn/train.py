@@ -98,7 +98,6 @@ def make_train_step(
     """
     span, parts = config.model.span, config.train.accumulation
     shards, nll_of = sharding.row_shards(mesh) if mesh else 1, sharding.nll_over(mesh)
-    drops = config.model.dropout > 0 or config.model.embedding_dropout > 0
 
     def split(x_BX: Array, axis: int) -> Array:
         """Rows to (parts, rows of a part), each shard's rows staying where they are."""
@@ -113,9 +112,9 @@ def make_train_step(
         x_BX = jnp.moveaxis(x_AX.reshape(shape), 0, axis + 1)
         return x_BX.reshape(*x_AX.shape[1 : axis + 1], parts * shards * rows, *x_AX.shape[axis + 2 :])
 
-    def loss(params: Params, cache_XBSD, inputs_BT, targets_BT, seeds_X, row_offset):
+    def loss(params: Params, cache_XBSD, inputs_BT, targets_BT, row_B, seeds_X, before):
         network = model.bind(params)
-        forward = network.train_forward(inputs_BT, cache_XBSD, seeds_X, row_offset, attention)
+        forward = network.train_forward(inputs_BT, cache_XBSD, seeds_X, row_B, attention, before)
         nll = nll_of(network.io, forward.hidden_BTD, targets_BT).mean()
         penalty = 0.0
         if span.adaptive:  # coefficient x limit x mean over heads of z, summed over layers
@@ -123,27 +122,25 @@ def make_train_step(
         return nll + penalty, (nll, forward.mass_X.mean(), jax.lax.stop_gradient(forward.new))
 
     def train_step(state: TrainState, batch: data.Batch) -> tuple[TrainState, metrics.TrainMetrics]:
-        cache_XBSD = jnp.where(batch.start, 0, state.cache).astype(state.cache.dtype)
+        cache_XBSD = jnp.where(batch.before == 0, 0, state.cache).astype(state.cache.dtype)
         seeds_X = None
-        if drops:
+        if model.config.drops:
             step_key = jax.random.fold_in(state.key, state.step)
             seeds_X = jax.random.bits(step_key, (config.model.depth + 2,), jnp.uint32)
 
         def part(gradients: Params, taken: tuple) -> tuple[Params, tuple]:
-            cache_part, inputs_BT, targets_BT, number = taken
-            row_offset = number * (inputs_BT.shape[0] // shards)
+            cache_part, *rows = taken
             visible_XBSD = cache_part[:, :, max(0, cache_part.shape[2] - bucket) :]
-            arguments = (state.params, visible_XBSD, inputs_BT, targets_BT, seeds_X, row_offset)
+            arguments = (state.params, visible_XBSD, *rows, seeds_X, batch.before)
             (_, aux), new = jax.value_and_grad(loss, has_aux=True)(*arguments)
             return jax.tree.map(jnp.add, gradients, new), aux
 
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        by_row = (batch.inputs_BT, batch.targets_BT, jnp.arange(batch.inputs_BT.shape[0]))
         if parts == 1:
-            gradients, (nll, mass, new_XBTD) = part(
-                jax.tree.map(jnp.zeros_like, state.params), (cache_XBSD, batch.inputs_BT, batch.targets_BT, 0)
-            )
+            gradients, (nll, mass, new_XBTD) = part(zeros, (cache_XBSD, *by_row))
         else:
-            taken = (split(cache_XBSD, 1), split(batch.inputs_BT, 0), split(batch.targets_BT, 0), jnp.arange(parts))
-            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            taken = (split(cache_XBSD, 1), *(split(x, 0) for x in by_row))
             gradients, (nll, mass, new_AXBTD) = jax.lax.scan(part, zeros, taken)
             gradients, nll, mass = jax.tree.map(lambda g: g / parts, gradients), nll.mean(), mass.mean()
             new_XBTD = join(new_AXBTD, 1)
@@ -227,7 +224,7 @@ class Trainer:
         """The block of a step, on the mesh."""
         block = self.stream.block(step)
         place = functools.partial(sharding.place_rows, self.mesh)
-        return data.Batch(place(block.inputs_BT), place(block.targets_BT), np.bool_(block.start))
+        return data.Batch(place(block.inputs_BT), place(block.targets_BT), block.before)
 
     def step(self, state: TrainState, bucket: int, batch: data.Batch) -> tuple[TrainState, metrics.TrainMetrics]:
         """One update, by the code compiled for this bucket."""
@@ -252,8 +249,7 @@ class Trainer:
 
     def evaluate(self, params: Params, split: str) -> dict[str, float]:
         """Score a split as `config.evaluate` says."""
-        c = self.config
-        options = {"protocol": c.evaluate.protocol, "block": c.train.block, "rows": c.evaluate.batch}
+        options = {"protocol": self.config.evaluate.protocol, **evaluate.options(self.config)}
         options |= {"mesh": self.mesh, "vocabulary": self.dataset.vocabulary}
         return evaluate.evaluate_tokens(self.model, params, self._split(split), **options)
 
@@ -281,9 +277,7 @@ def check(config: ml_collections.ConfigDict, dataset: data.Dataset) -> None:
     if config.model.vocab_size != dataset.vocabulary.size:
         found = f"{dataset.vocabulary.size} symbols in {dataset.name}"
         raise UserError(f"model.vocab_size: expected what the data has, {found}; found {config.model.vocab_size}")
-    if config.evaluate.protocol not in evaluate.PROTOCOLS:
-        found = repr(config.evaluate.protocol)
-        raise UserError(f"evaluate.protocol: expected one of {evaluate.PROTOCOLS}, found {found}")
+    evaluate.check_protocol(config.evaluate.protocol, config.model.layer, "evaluate.")
     if span.adaptive and span.check_every * train.block < span.limit:
         least = -(-span.limit // train.block)
         raise UserError(

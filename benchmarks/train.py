@@ -68,7 +68,7 @@ def trainer(c: ml_collections.ConfigDict, params: Any, model: Model, longest: fl
     rng, holder = np.random.default_rng(0), [jax.device_put(state, places)]
     tokens_BT = rng.integers(VOCABULARY, size=(c.train.batch, c.train.block + 1), dtype=np.int32)
     inputs_BT, targets_BT = (sharding.place_rows(mesh, x_BT) for x_BT in (tokens_BT[:, :-1], tokens_BT[:, 1:]))
-    batch = data.Batch(inputs_BT, targets_BT, np.bool_(False))
+    batch = data.Batch(inputs_BT, targets_BT, np.int32(c.model.span.limit))
 
     def run() -> Any:
         holder[0], values = step(holder[0], batch)
@@ -87,7 +87,7 @@ def evaluator(c: ml_collections.ConfigDict, params: Any, model: Model, mesh: Mes
     arrays = [sharding.place_rows(mesh, x_RT) for x_RT in evaluate.read_block(tokens, plan, block, 0)]
 
     def run() -> Any:
-        holder[0], nll = evaluate.score_block(model, mesh, None, params, holder[0], *arrays)
+        holder[0], nll = evaluate.score_block(model, mesh, None, params, holder[0], context, *arrays)
         return nll
 
     return run

@@ -16,20 +16,26 @@ def get_config() -> ConfigDict:
     c.dataset.unit = "byte"  # byte or word; for `files` only
 
     c.model = ConfigDict()
-    c.model.layer = "all_attention"
-    c.model.integration = "joint"  # one softmax over context and persistent pairs
+    c.model.layer = "all_attention"  # or, with model.persistent 0, transformer or transformer_xl
+    # joint: one softmax over context and persistent pairs. Others: split, head_split, single_head; ff_attention
+    c.model.integration = "joint"  # (a transformer whose ReLU is a softmax)
     c.model.depth = 18  # layers
     c.model.width = 512
     c.model.heads = 8
     c.model.persistent = 1024  # persistent key-value pairs per head (N)
+    c.model.feed_forward = 0  # inner units of transformer and transformer_xl
+    c.model.pre_norm = False  # transformer_xl: normalise the sublayers' inputs, not their outputs
     c.model.vocab_size = 205  # checked against the data; 0: as many as it has
-    c.model.dropout = 0.0  # on attention weights
+    c.model.dropout = 0.0  # on attention weights and after ReLU; transformer_xl: on all but the weights
+    c.model.attention_dropout = 0.0  # on attention weights; transformer_xl only
     c.model.embedding_dropout = 0.0  # on the embedding's output and the final hidden state
     c.model.dtype = "bfloat16"  # of activations and products; parameters and softmax statistics stay float32
     c.model.implementation = ""  # of the attention operation; "": the best for the device
 
     c.model.span = ConfigDict()
-    c.model.span.limit = 8192  # farthest distance in tokens, rows of the position table (L)
+    c.model.span.limit = (
+        8192  # farthest distance in tokens, rows of the position table (L); transformer_xl: length of the memory
+    )
     c.model.span.adaptive = True  # False: every head always sees `limit` tokens
     c.model.span.ramp = 32  # length of the soft end in tokens (R)
     c.model.span.init = 0.0  # initial span as a fraction of the limit
@@ -71,7 +77,10 @@ def get_config() -> ConfigDict:
 
     c.evaluate = ConfigDict()
     c.evaluate.every = 5_000  # steps between evaluations on dev
-    c.evaluate.protocol = "authors"  # authors or full
+    c.evaluate.protocol = "authors"  # authors, full, or for transformer_xl xl
     c.evaluate.batch = 8  # rows that share the work of protocol `full`; `authors` always has 8
+    c.evaluate.target_length = 80  # protocol `xl`: tokens of a block
+    c.evaluate.memory_length = 2100  # protocol `xl`: distances that every query sees
+    c.evaluate.clamp_length = 820  # protocol `xl`: farther ones look like this one; 0: as they are
     c.evaluate.max_tokens = 0  # of dev, for the evaluations while training; 0: all
     return c.lock()  # a misspelt field in a file over this one is an error

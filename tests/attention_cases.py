@@ -49,6 +49,9 @@ CASES = {
     "no persistent pairs": Case(N=0),
     "current token": Case(first_distance=0),
     "two queries": Case(two_queries=True, position_heads=2, first_distance=0, spans=None, N=0),
+    "memory that fills": Case(
+        two_queries=True, position_heads=2, first_distance=0, spans=None, N=0, L=17, key_start=3, dropout=0.3
+    ),
     "starts": Case(query_start=4, key_start=3),
     "starts by row": Case(query_start=(2, 11), key_start=(1, 9)),
     "dropout": Case(T=21, S=60, L=30, spans=(9.0, 30.0), dropout=0.3),

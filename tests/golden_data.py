@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,7 +35,9 @@ def layer_config(g: dict[str, np.ndarray], **changes: Any) -> ModelConfig:
     adaptive = any("current_val" in k for k in g)
     fields = dict(depth=known.get("n_layers", 1), width=width, heads=known["heads"], vocab_size=known.get("vocab", 2))
     fields |= dict(persistent=known["pers_mem_size"], dropout=0.0, embedding_dropout=0.0, dtype="float32")
-    fields |= dict(limit=known["span_max"], adaptive=adaptive, ramp=known["ramp"], init=0.0)
+    fields |= dict(limit=known["span_max"], adaptive=adaptive, ramp=max(known["ramp"], 1), init=0.0)
+    if any("ff.fc1" in k for k in g):
+        fields |= dict(layer="transformer", feed_forward=len(g[_first(g, "ff.fc1.bias")]))
     if "cutoffs" in g:
         fields |= dict(cutoffs=tuple(g["cutoffs"].tolist()), division=int(g["div_val"]), tied=bool(g["tied"]))
     return ModelConfig(**{**fields, **changes})
@@ -51,8 +54,8 @@ def params(g: dict[str, np.ndarray], config: ModelConfig, prefix: str, dtype: An
     layers = [layer(take, config, f"layers.{i}.", "attn.") for i in range(depth)]
     return {
         "io": adaptive_io(take) if config.cutoffs else plain_io(take),
-        "position": position(take["key_pe"]),
-        "layers": {name: np.stack([x[name] for x in layers]) for name in layers[0]},
+        "position": {"table": position(take["key_pe"])},
+        "layers": stack(layers),
     }
 
 
@@ -118,6 +121,62 @@ def layer(take: dict[str, np.ndarray], config: ModelConfig, start: str, attn: st
         ours["span"] = take[f"{attn}attn.adaptive_span._mask.current_val"][:, 0, 0]
     if f"{start}norm1.weight" in take:
         ours["norm_scale"], ours["norm_bias"] = take[f"{start}norm1.weight"], take[f"{start}norm1.bias"]
+    if f"{start}ff.fc1.weight" in take:
+        ours["feed_forward"] = feed_forward(take, *(f"{start}{name}" for name in ("ff.fc1", "ff.fc2", "norm2")))
+    return ours
+
+
+def feed_forward(take: dict[str, np.ndarray], inner: str, outer: str, norm: str) -> dict[str, np.ndarray]:
+    """The feed-forward sublayer's tensors from the names of its two maps and its norm."""
+    return {
+        **{"inner": take[f"{inner}.weight"].T, "inner_bias": take[f"{inner}.bias"]},
+        **{"outer": take[f"{outer}.weight"].T, "outer_bias": take[f"{outer}.bias"]},
+        **{"norm_scale": take[f"{norm}.weight"], "norm_bias": take[f"{norm}.bias"]},
+    }
+
+
+def stack(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Trees of layers as one tree of arrays with a leading layer axis."""
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *layers)
+
+
+def xl_config(g: dict[str, np.ndarray], **changes: Any) -> ModelConfig:
+    """The geometry of a txl_* file."""
+    inner = [len(g[k]) for k in g if k.endswith("CoreNet.0.bias") and k.startswith("p.")] or [1]
+    width = g["w"].shape[2] if "w" in g else g["p.word_emb.emb_layers.0.weight"].shape[1]
+    fields = dict(layer="transformer_xl", depth=int(g.get("n_layers", 1)), width=width, heads=int(g["heads"]))
+    fields |= dict(persistent=0, feed_forward=inner[0], vocab_size=int(g.get("vocab", 2)), dtype="float32")
+    fields |= dict(dropout=0.0, embedding_dropout=0.0, adaptive=False, ramp=1, init=0.0)
+    fields |= dict(limit=int(g.get("mem_len", 1)), pre_norm=bool(g.get("pre_lnorm", False)))
+    if "cutoffs" in g and g["cutoffs"].any():
+        fields |= dict(cutoffs=tuple(g["cutoffs"].tolist()), division=int(g["div_val"]))
+    if g.get("same_length", False):
+        fields |= dict(same_length=True, clamp=int(g["clamp_len"]))
+    return ModelConfig(**{**fields, **changes})
+
+
+def xl_params(g: dict[str, np.ndarray], config: ModelConfig, prefix: str, dtype: Any = np.float32) -> dict[str, Any]:
+    """Our parameter tree from the authors' names in a txl_lm_* file."""
+    take = {k.removeprefix(prefix): v.astype(dtype) for k, v in g.items() if k.startswith(prefix)}
+    return {
+        "io": xl_io(take, config.cutoffs),
+        "position": {"content": take["r_w_bias"], "distance": take["r_r_bias"]},
+        "layers": stack([xl_layer(take, config, f"layers.{i}.dec_attn.") for i in range(config.depth)]),
+    }
+
+
+def xl_layer(take: dict[str, np.ndarray], config: ModelConfig, attn: str) -> dict[str, Any]:
+    """One layer's tensors; those of the feed-forward sublayer if the file has them."""
+    D, H, K = config.width, config.heads, config.head_width
+    parts = take[f"{attn}qkv_net.weight"].reshape(3, H * K, D)
+    ours = {name: part.T.reshape(D, H, K) for name, part in zip(("query", "key", "value"), parts, strict=True)}
+    if f"{attn}r_net.weight" in take:
+        ours["relative"] = take[f"{attn}r_net.weight"].T.reshape(D, H, K)
+    ours["output"] = take[f"{attn}o_net.weight"].T.reshape(H, K, D)
+    ours["norm_scale"], ours["norm_bias"] = take[f"{attn}layer_norm.weight"], take[f"{attn}layer_norm.bias"]
+    ff = attn.replace("dec_attn", "pos_ff") if attn else "none"
+    if f"{ff}CoreNet.0.weight" in take:
+        ours["feed_forward"] = feed_forward(take, f"{ff}CoreNet.0", f"{ff}CoreNet.3", f"{ff}layer_norm")
     return ours
 
 

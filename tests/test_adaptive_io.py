@@ -22,8 +22,7 @@ from tiny_model import geometry
 
 from allattn import adaptive_io
 from allattn.adaptive_io import AdaptiveIO
-from allattn.attention import all_attention
-from allattn.model import Layer, forward_flops, layer_norm
+from allattn.model import forward_flops
 
 CUTOFFS, V, D = (20, 50, 90), 200, 32
 
@@ -85,37 +84,6 @@ def test_transformer_xl(name: str, dtype: str) -> None:
         assert golden.error(io.embed(tokens_BT[:, -M - 1 : -1], h_BTD.dtype), embedded_BTD) <= output
         found = {"nll": g["nll"][3].T, "logp": g["logp_last"].transpose(1, 0, 2)}
         check_output(io, h_BTD, tokens_BT[:, last], found, gradients, output, gradient)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_feed_forward_model_division_4(dtype: str) -> None:
-    """Of the authors' feed-forward model: the last layer is computed here, from its cached inputs."""
-    g = golden.load("model_ff_adaptio_tied_div4", "golden64" if dtype == "float64" else "golden")
-    with jax.enable_x64(dtype == "float64"):
-        take = {k[2:]: v.astype(dtype) for k, v in g.items() if k.startswith("p.")}
-        config, M, last = golden.layer_config(g, dtype=dtype), int(g["block"]), int(g["n_layers"]) - 1
-        options = {name: getattr(config, name) for name in ("vocab_size", "width", "cutoffs", "division", "tied")}
-        io = made(golden.adaptive_io(take), **options)
-        before_BSD, after_BSD = (g[f"cache_{when}_last.{last}"].astype(dtype) for when in ("before", "after"))
-        h_BTD = feed_forward_layer(config, take, f"layers.{last}.", before_BSD, after_BSD[:, -M:])
-        output, gradient = (1e-9, 1e-9) if dtype == "float64" else (OUTPUT, GRADIENT)
-        embedded_BTD = io.embed(g["tokens"][:, -M - 1 : -1], h_BTD.dtype)
-        assert golden.error(embedded_BTD, g["cache_after_last.0"][:, -M:]) <= output
-        theirs = golden.adaptive_io({k[2:]: v.astype(dtype) for k, v in g.items() if k.startswith("g.")})
-        found = {"nll": g["nll"][3], "logp": g["logp_last"]}
-        check_output(io, h_BTD, g["tokens"][:, -M:], found, theirs, output, gradient)
-
-
-def feed_forward_layer(config: Any, take: dict, start: str, cache_BSD: np.ndarray, h_BTD: np.ndarray) -> jax.Array:
-    """h = LN2(a + FF(a)), a = LN1(h + attention(h)), from the authors' names."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Layer(config, nnx.Rngs(0))))
-    nnx.replace_by_pure_dict(state, golden.layer(take, config, start, "attn."))
-    layer, position_LK = nnx.merge(graph, state), jnp.asarray(golden.position(take["key_pe"]))
-    context = layer.project(jnp.concatenate([cache_BSD, h_BTD], axis=1))
-    a_BTD, _ = layer.attend(jnp.asarray(h_BTD), *context, position_LK, all_attention)
-    inner_BTF = jax.nn.relu(a_BTD @ take[f"{start}ff.fc1.weight"].T + take[f"{start}ff.fc1.bias"])
-    out_BTD = a_BTD + inner_BTF @ take[f"{start}ff.fc2.weight"].T + take[f"{start}ff.fc2.bias"]
-    return layer_norm(out_BTD, *(jnp.asarray(take[f"{start}norm2.{name}"]) for name in ("weight", "bias")))
 
 
 # --- rounds ------------------------------------------------------------------------------------------------------

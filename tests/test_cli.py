@@ -233,6 +233,7 @@ MISTAKES = [
     (TRAIN, {"dataset__name": "enwik9"}, "unknown data set 'enwik9': did you mean 'enwik8'?"),
     (TRAIN, {"dataset__data_dir": "{folder}/none"}, "missing: train.txt, valid.txt, test.txt"),
     (TRAIN, {"dataset__unit": "line"}, "unit must be byte or word, found 'line'"),
+    (TRAIN, {"model__layer": "transformer_xl"}, "model.feed_forward: expected at least 1 with transformer_xl"),
     (TRAIN, {"mesh__data": 3}, "mesh: expected data x fsdp x tensor = 1 devices"),
     ("train --workdir={run}", {"model__width": 32}, "model.width: 16 in the workdir, 32 now"),
     ("train --workdir={run}", {"seed": 1}, "seed: 0 in the workdir, 1 now"),
@@ -244,6 +245,7 @@ MISTAKES = [
     (f"{SCORE} --step=worst", {}, "no checkpoint of step worst"),
     (f"{SCORE} --split=dev", {}, "invalid choice: 'dev'"),
     (f"{SCORE} --protocol=ful", {}, "invalid choice: 'ful'"),
+    (f"{SCORE} --protocol=xl", {}, "protocol xl: expected model.layer transformer_xl, found all_attention"),
     (f"{SCORE} --seed=1", {}, "unknown argument '--seed=1'"),
     (f"{SCORE} --config.model.width=3", {}, "unknown argument '--config.model.width=3'"),
     (f"{SCORE} --data_dir={{folder}}/none", {}, "missing: train.txt, valid.txt, test.txt"),
@@ -282,6 +284,19 @@ def test_mistake(place: Place, words: str, settings: dict | None, message: str) 
     assert message.format(**names) in found.err
     assert not words.startswith(("evaluate", "generate")) or found.out == ""
     assert contents(place.run) == before and not (place.folder / "new").exists()
+
+
+def test_transformer_xl(place: Place, tmp_path: Path) -> None:
+    """Trained across the stream's wrap, scored by its own protocol with lengths of its own, sampled from."""
+    xl = {"model__layer": "transformer_xl", "model__persistent": 0, "model__feed_forward": 16, "model__dropout": 0.1}
+    xl |= {"model__span__adaptive": False, "evaluate__protocol": "xl", "evaluate__target_length": 7}
+    xl |= {"evaluate__memory_length": 20, "evaluate__clamp_length": 9, "train__steps": 34, "train__finetune_steps": 0}
+    xl |= {"checkpoint__every": 34, "evaluate__every": 34}
+    trained = call("train", f"--workdir={tmp_path}", *flags(place.texts, **xl)).last()
+    found = call("evaluate", f"--workdir={tmp_path}", "--protocol=xl").last()
+    assert found == trained and found["tokens"] == 590 and 0.5 < found["bpc"] < 4
+    written = call("generate", f"--workdir={tmp_path}", "--prompt=ab", "--length=9").out
+    assert written.startswith("ab") and len(written) == 12
 
 
 def test_home_folder_in_a_workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,6 +158,8 @@ def test_base_is_accepted() -> None:
         *(("train.finetune_steps", -1), ("checkpoint.every", 0), ("checkpoint.keep", 0)),
         *(("evaluate.every", 0), ("evaluate.protocol", "ful"), ("evaluate.max_tokens", -5)),
         *(("model.adaptive_io.cutoffs", cutoffs) for cutoffs in ((2,), (0,), (-1,), (1, 1), (1, 0), (0.5,))),
+        *(("model.feed_forward", -1), ("model.attention_dropout", 1.0), ("evaluate.target_length", 0)),
+        *(("evaluate.memory_length", 0), ("evaluate.clamp_length", -1), ("evaluate.protocol", "xl")),
         *(("optimizer.schedule", "linear"), ("optimizer.learning_rate", float("nan")), ("evaluate.batch", 0)),
     ],
 )
@@ -174,3 +176,55 @@ def test_division_out_of_range(division: int, message: str) -> None:
     with pytest.raises(UserError, match=f"^model.adaptive_io.division: .*{message}"):
         start(changed(model__adaptive_io__cutoffs=(1,), model__adaptive_io__division=division))
     start(changed(model__adaptive_io__cutoffs=(1,), model__adaptive_io__division=512))
+
+
+TRANSFORMER = {"model__layer": "transformer", "model__persistent": 0, "model__feed_forward": 8}
+XL = {**TRANSFORMER, "model__layer": "transformer_xl", "model__span__adaptive": False}
+
+
+def test_combinations_that_exist() -> None:
+    """The dropout of Transformer-XL is one rate for embedding, positions and final state as well."""
+    for integration in ("joint", "split", "head_split", "single_head"):
+        start(changed(model__integration=integration))
+    start(changed(**TRANSFORMER, model__integration="ff_attention", model__span__adaptive=False))
+    geometry = start(changed(**XL, model__dropout=0.1, model__attention_dropout=0.2, model__pre_norm=True))
+    assert (geometry.dropout, geometry.embedding_dropout, geometry.attention_dropout) == (0.1, 0.1, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model__integration": "ff_attention"},
+            r"model.integration: expected one of \('joint', 'split'.*",
+        ),
+        (
+            {**TRANSFORMER, "model__integration": "split"},
+            "model.integration: .* with transformer and split, found",
+        ),
+        ({**XL, "model__integration": "single_head"}, "model.integration: .* with transformer_xl and single_head"),
+        ({"model__feed_forward": 8}, "model.feed_forward: expected 0 with all_attention and joint, found 8"),
+        ({**TRANSFORMER, "model__feed_forward": 0}, "model.feed_forward: expected at least 1 with transformer"),
+        ({**XL, "model__persistent": 3}, "model.persistent: expected 0 with transformer_xl and joint, found 3"),
+        ({"model__persistent": 0, "model__integration": "split"}, "model.persistent: expected at least 1 with all_att"),
+        ({"model__heads": 1, "model__integration": "head_split"}, "model.heads: expected an even number .* found 1"),
+        ({**XL, "model__width": 9, "model__heads": 3}, "model.width: expected an even number .* found 9"),
+        ({**XL, "model__span__adaptive": True}, "model.span.adaptive: expected False with transformer_xl"),
+        (
+            {**XL, "model__embedding_dropout": 0.1},
+            "model.embedding_dropout: expected 0, as model.dropout acts",
+        ),
+        ({"model__attention_dropout": 0.1}, "model.attention_dropout: expected 0 with all_attention"),
+        (
+            {**TRANSFORMER, "model__pre_norm": True},
+            "model.pre_norm: expected False with transformer and joint",
+        ),
+        (
+            {"evaluate__protocol": "xl"},
+            "evaluate.protocol xl: expected model.layer transformer_xl, found all_",
+        ),
+    ],
+)
+def test_combinations_that_do_not(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}"):
+        start(changed(**changes))

@@ -48,7 +48,7 @@ def final_nll(symbols: int, depth: int, persistent: int, limit: int, draw: Draw)
     rng, losses = np.random.default_rng(0), []
     for _ in range(STEPS):
         window_BT = draw(rng)
-        state, values = step(state, data.Batch(window_BT[:, :-1], window_BT[:, 1:], np.bool_(True)))
+        state, values = step(state, data.Batch(window_BT[:, :-1], window_BT[:, 1:], np.int32(0)))
         losses.append(values)
     return float(np.mean([values.compute()["nll"] for values in losses[-50:]]))
 

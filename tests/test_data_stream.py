@@ -24,7 +24,8 @@ def test_recorded_positions():
     tokens = np.arange(240)
     given = GivenOffsets(tokens, 4, 8)
     assert [given.position(step)[1] for step in range(21)] == WRAP_POSITIONS
-    assert [step for step in range(21) if given.block(step).start] == [0, 7, 13, 19]
+    before = [8 * (step - max(first for first in (0, 7, 13, 19) if first <= step)) for step in range(21)]
+    assert [given.block(step).before for step in range(21)] == before
     for step, position in enumerate(WRAP_POSITIONS):
         inputs_BT, targets_BT, _ = given.block(step)
         np.testing.assert_array_equal(inputs_BT, tokens.reshape(4, 60)[:, position : position + 8])
@@ -48,12 +49,12 @@ def test_pass_rules(row, block):
         number, offset = tested.position(step)
         if expected + block + 1 > row:
             expected_pass += 1
-            assert number == expected_pass and 0 <= offset < block and tested.block(step).start
+            assert number == expected_pass and 0 <= offset < block and tested.block(step).before == 0
             expected = offset
         assert (number, offset) == (expected_pass, expected)
         assert tested.block(step).targets_BT[:, -1].tolist() == [offset + block, row + offset + block]
         expected += block
-    assert tested.position(0) == (0, 0) and tested.block(0).start
+    assert tested.position(0) == (0, 0) and tested.block(0).before == 0
 
 
 def test_a_block_depends_on_its_step_alone(monkeypatch):
@@ -62,10 +63,10 @@ def test_a_block_depends_on_its_step_alone(monkeypatch):
     in_order, jumping = Stream(tokens, 3, 16, seed=5), Stream(tokens, 3, 16, seed=5)
     expected = [in_order.block(step) for step in range(400)]
     for step in np.random.default_rng(1).permutation(400).tolist():
-        inputs_BT, targets_BT, start = jumping.block(step)
+        inputs_BT, targets_BT, before = jumping.block(step)
         np.testing.assert_array_equal(inputs_BT, expected[step].inputs_BT)
         np.testing.assert_array_equal(targets_BT, expected[step].targets_BT)
-        assert start == expected[step].start
+        assert before == expected[step].before
 
 
 def test_blocks_are_contiguous_int32_and_not_shared():
@@ -112,7 +113,7 @@ def test_late_steps_are_found_quickly_and_seeds_differ():
 
 def test_offsets_cover_a_block():
     tested = Stream(np.arange(100), 1, 8)
-    starts = {tested.position(step)[1] for step in range(5000) if tested.block(step).start}
+    starts = {tested.position(step)[1] for step in range(5000) if not tested.block(step).before}
     assert starts == set(range(8))
 
 

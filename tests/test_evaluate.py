@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_model import geometry, naive_forward, random_params
+from tiny_model import KINDS, geometry, naive_forward, random_params
 
 from allattn import evaluate
 from allattn.data import Vocabulary
@@ -114,6 +114,41 @@ def test_words_of_nothing_but_line_ends() -> None:
     assert found["tokens"] == 19 and "ppl_words" not in found
 
 
+@pytest.mark.parametrize("name", ["head_split", "single_head", "transformer", "transformer_xl", "pre_norm"])
+def test_kinds(name: str) -> None:
+    """`authors` is the training pass, and `full` one pass over the whole text, for the other kinds of layers."""
+    model = Model(geometry(**KINDS[name]))
+    params, tokens = random_params(model), TOKENS[:200]
+    rows_RT = tokens.reshape(8, -1)
+    authors = evaluate.evaluate_tokens(model, params, tokens, protocol="authors", block=8, mesh=MESH)
+    assert authors["nll"] == pytest.approx(naive_nll(model, params, rows_RT, 8).mean(), rel=2e-6)
+    whole = naive_nll(model.windowed(model.config.limit), params, tokens[None], len(tokens) - 1)
+    full = evaluate.evaluate_tokens(model, params, tokens, protocol="full", block=16, rows=2, mesh=MESH)
+    assert full["nll"] == pytest.approx(whole.mean(), rel=2e-6)
+
+
+@pytest.mark.parametrize(("tokens", "block"), [(100, 8), (107, 3), (500, 49), (20, 8)])
+def test_xl_coverage(tokens: int, block: int) -> None:
+    """10 streams, every target but the first of each, the short last block included; the rest is dropped."""
+    length, plan = tokens // 10, evaluate.xl_plan(tokens, block)
+    assert scored(plan, tokens, block) == [r * length + t for r in range(10) for t in range(1, length)]
+
+
+@pytest.mark.parametrize("name", ["transformer_xl", "pre_norm"])
+def test_xl(name: str) -> None:
+    """Other lengths than in training, clamped distances, an empty memory at the start, weighted by tokens."""
+    model = Model(geometry(**KINDS[name]))
+    params, lengths = random_params(model), evaluate.Lengths(target=7, memory=20, clamp=9)
+    options = {"protocol": "xl", "block": 16, "lengths": lengths, "mesh": MESH}
+    found = evaluate.evaluate_tokens(model, params, TOKENS, **options)
+    rows_RT = TOKENS.reshape(10, -1)
+    whole = naive_nll(model.windowed(20, 9), params, rows_RT, rows_RT.shape[1] - 1)
+    assert found["tokens"] == whole.size == 490
+    assert found["nll"] == pytest.approx(whole.mean(), rel=2e-6)
+    other = evaluate.evaluate_tokens(model, params, TOKENS, **{**options, "lengths": lengths._replace(clamp=0)})
+    assert abs(other["nll"] - found["nll"]) > 1e-4, "the clamp must matter"
+
+
 def test_real_text() -> None:
     """A piece of Wikipedia by both protocols."""
     if not REAL_TEXT.exists():
@@ -134,11 +169,15 @@ def test_real_text() -> None:
 def test_refusals() -> None:
     model = Model(geometry())
     params = random_params(model)
-    with pytest.raises(UserError, match="expected authors or full, found 'ful'"):
+    with pytest.raises(UserError, match="expected one of .*, found 'ful'"):
         evaluate.evaluate_tokens(model, params, TOKENS, protocol="ful", block=8, mesh=MESH)
     with pytest.raises(UserError, match="authors: expected at least 72 tokens, found 71"):
         evaluate.evaluate_tokens(model, params, TOKENS[:71], protocol="authors", block=8, mesh=MESH)
     assert evaluate.authors_plan(72, 8).blocks == 1
+    with pytest.raises(UserError, match="protocol xl: expected model.layer transformer_xl, found all_attention"):
+        evaluate.evaluate_tokens(model, params, TOKENS, protocol="xl", block=8, mesh=MESH)
+    with pytest.raises(UserError, match="xl: expected at least 20 tokens, found 19"):
+        evaluate.xl_plan(19, 8)
     for tokens in (0, 1):
         with pytest.raises(UserError, match=f"full: expected at least 2 tokens, found {tokens}"):
             evaluate.evaluate_tokens(model, params, TOKENS[:tokens], protocol="full", block=8, mesh=MESH)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_model import geometry, naive_forward, random_params
+from tiny_model import KINDS, geometry, naive_forward, random_params
 
 from allattn import generate
 from allattn.data import Vocabulary
@@ -67,6 +67,20 @@ def test_logits_equal_the_training_pass(
     steps_V = np.stack(logits[-length:])
     np.testing.assert_allclose(steps_V, expected_TV[prompt - 1 :], atol=1e-4, rtol=0)
     assert np.ptp(expected_TV) > 1, "the logits must differ by far more than the tolerance"
+
+
+@pytest.mark.parametrize("name", ["head_split", "transformer", "transformer_xl"])
+def test_kinds(logits: list, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The same for the other kinds of layers; Transformer-XL's begins with an empty memory, and its window slides."""
+    monkeypatch.setattr(generate, "SLACK", 8)
+    monkeypatch.setattr(generate, "PROMPT_BLOCK", 8)
+    model, params = tiny(**KINDS[name])
+    drawn = list(generate.generate(model, params, PROMPT[:19], 12, seed=5))
+    text_T = np.concatenate([PROMPT[:19], drawn])
+    expected_TV = naive_forward(model.windowed(model.config.limit), params, text_T[None], len(text_T) - 1)[0][0]
+    scale = np.ptp(expected_TV)
+    np.testing.assert_allclose(np.stack(logits[-12:]) / scale, expected_TV[18:] / scale, atol=1e-5, rtol=0)
+    assert scale > 1
 
 
 def test_constant_time_per_token() -> None:

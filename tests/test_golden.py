@@ -14,19 +14,20 @@ import pytest
 from flax import nnx
 
 from allattn import attention as attention_package
-from allattn.model import Layer, Model
+from allattn.layers import AllAttention
+from allattn.model import Model
 
 LAYERS = ["pers", "pers_span", "pers_span_allzero", "pers_span_zerocache", "pers_span_trim", "pers_span_trim_short"]
 LAYERS += ["pers_span_longblock", "span", "span_trim", "plain"]
-MODELS = ["pers", "pers_span", "pers_span_bigblock", "pers_span_trim", "pers_span_trim_cache"]
-MODELS += ["pers_span_adaptio_tied", "pers_span_adaptio_untied"]
+MODELS = ["pers", "pers_span", "pers_span_bigblock", "pers_span_trim", "pers_span_trim_cache", "ff", "ff_span"]
+MODELS += ["pers_span_adaptio_tied", "pers_span_adaptio_untied", "ff_adaptio_tied_div4"]
 
 OUTPUT, GRADIENT = 2e-5, 1e-4
 
 
 def attention_only(config, params: dict, position_LK, cache_BSD, h_BTD, attention):
     """One layer's attention without residual and norm, which is what the layer files hold."""
-    abstract = nnx.eval_shape(lambda: Layer(config, nnx.Rngs(0)))
+    abstract = nnx.eval_shape(lambda: AllAttention(config, nnx.Rngs(0)))
     graph, state = nnx.split(abstract)
     neutral = {"norm_scale": jnp.ones(config.width), "norm_bias": jnp.zeros(config.width)}
     nnx.replace_by_pure_dict(state, {**neutral, **params})

@@ -13,7 +13,7 @@ from attention_cases import GEOMETRIES, arrays, call, options
 from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from allattn.attention import pallas_gpu
-from allattn.model import _project
+from allattn.layers import project
 
 pytest.importorskip("jax_plugins.xla_cuda12", reason="no CUDA compiler is installed: make test-gpu-compile installs it")
 KIND = "NVIDIA H100 80GB HBM3"
@@ -50,7 +50,7 @@ def test_compiles(name: str, dtype: str) -> None:
 
     def loss(inputs: dict[str, Any]) -> jax.Array:
         states_BSD, inputs = inputs["states_BSD"], {k: x for k, x in inputs.items() if k != "states_BSD"}
-        inputs |= {name: _project(inputs[name], states_BSD) for name in ("key", "value")}
+        inputs |= {name: project(inputs[name], states_BSD) for name in ("key", "value")}
         return call(inputs, implementation="pallas_gpu", **options(case)).astype(jnp.float32).sum()
 
     described = AbstractDevice(device_kind=KIND, num_cores=132, platform="gpu")

@@ -18,7 +18,8 @@ from tiny_model import geometry, random_params
 
 from allattn import config as configuration
 from allattn.attention import all_attention
-from allattn.model import Layer, Model, ModelConfig, Params, layer_norm
+from allattn.layers import AllAttention, layer_norm
+from allattn.model import Model, ModelConfig, Params
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PARAMETERS = {
@@ -27,26 +28,33 @@ PARAMETERS = {
     "text8_small": 38_320_300,
     "text8_large": 113_836_348,
     "wikitext103": 132_493_746,
+    "enwik8_span": 38_538_541,
+    "enwik8_span_large": 208_910_221,
+    "text8_span": 38_357_116,
+    "text8_span_large": 208_638_172,
+    "enwik8_xl": 41_055_949,
+    "enwik8_xl_large": 277_232_845,
+    "text8_xl_large": 277_051_420,
+    "wikitext103_xl": 151_107_538,
+    "wikitext103_xl_large": 285_170_506,
 }
 
 
 # --- parameter counts and initialisation -------------------------------------------------------------------------
 
 
-def fixed_vocabulary() -> list[str]:
-    files = sorted(p for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "base"))
-    return [p.stem for p in files if configuration.load(str(p)).model.vocab_size]
-
-
-@pytest.mark.parametrize("name", sorted({*PARAMETERS, *fixed_vocabulary()}))
-def test_parameter_count(name: str) -> None:
-    """The method page's exact figures, which each file repeats in its docstring."""
-    path = CONFIGS / f"{name}.py"
-    model = Model(ModelConfig.from_config(configuration.load(str(path))))
-    count = sum(math.prod(x.shape) for x in jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0))))
-    stated = re.search(r"([\d,]+) parameters", path.read_text())
-    assert stated, f"{path.name}: expected its parameter count in the docstring"
-    assert count == int(stated[1].replace(",", "")) == PARAMETERS.get(name, count)
+def test_parameter_counts() -> None:
+    """Every file states its own in its docstring, and they are the method page's exact figures where that has one."""
+    stated, counted = {}, {}
+    for path in sorted(p for p in CONFIGS.rglob("*.py") if p.stem not in ("__init__", "base", "demo")):
+        model = Model(ModelConfig.from_config(configuration.load(str(path))))
+        leaves = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
+        counted[path.stem] = sum(math.prod(x.shape) for x in leaves)
+        found = re.search(r"([\d,]+)\s+parameters", path.read_text())
+        stated[path.stem] = int(found[1].replace(",", "")) if found else None
+    assert stated == counted == {**counted, **PARAMETERS}
+    tiny = [count for name, count in counted.items() if re.fullmatch(r"(?!n\d).*_tiny", name)]
+    assert len(tiny) == 7 and max(tiny) < 1.001 * min(tiny), "the reduced ablations compare equals"
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +84,7 @@ def test_initialisation(fresh: tuple[ModelConfig, Params]) -> None:
     layers, K, N, D = params["layers"], config.head_width, config.persistent, config.width
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     is_normal(params["io"]["embedding"], 1)
-    is_normal(params["position"], 1)
+    is_normal(params["position"]["table"], 1)
     is_normal(layers["persistent_key"], 1 / math.sqrt(K))
     is_normal(layers["persistent_value"], 1 / math.sqrt(N))
     for array in (*(layers[name] for name in ("query", "key", "value", "output")), *params["io"].values()):
@@ -134,7 +142,7 @@ def test_causality_and_reach() -> None:
     assert (influence_TT[seen_TT] > 0).all()
 
 
-def one_layer(model: Model, params: Params) -> Layer:
+def one_layer(model: Model, params: Params) -> AllAttention:
     graph, state = nnx.split(model.bind(params).layers)
     return nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
 
@@ -153,7 +161,7 @@ def test_current_token_is_not_attended() -> None:
             outputs.append(all_attention(*arrays, **options))
             return outputs[-1]
 
-        layer.attend(h_BTD, *layer.project(states_BTD), params["position"], capture)
+        layer.attend(h_BTD, *layer.project(states_BTD), params["position"]["table"], capture)
         return outputs[0][0][0].reshape(T, -1).sum(-1)
 
     influence_TT = np.abs(jax.jit(jax.jacobian(attention_part))(h_BTD))[:, 0].sum(-1)
@@ -218,7 +226,8 @@ def dropped(model: Model, params: Params, tokens_BT: np.ndarray, seeds_X: jax.Ar
     @jax.jit
     def run(params, tokens_BT, seeds_X, row_offset):
         cache_XBSD = model.empty_cache(tokens_BT.shape[0], model.config.limit)
-        forward = model.bind(params).train_forward(tokens_BT, cache_XBSD, seeds_X, row_offset)
+        row_B = row_offset + jnp.arange(tokens_BT.shape[0])
+        forward = model.bind(params).train_forward(tokens_BT, cache_XBSD, seeds_X, row_B)
         return forward.new[0], forward.hidden_BTD
 
     return tuple(np.asarray(x) for x in run(params, tokens_BT, seeds_X, row_offset))

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
-from tiny_model import geometry
 
-from allattn import config, sharding
+from allattn import config as configuration
+from allattn import optim, sharding, train
 from allattn.errors import UserError
 from allattn.model import Model, ModelConfig
 
@@ -93,17 +94,7 @@ def test_evaluation_on_a_mesh() -> None:
 
 # --- the table ---------------------------------------------------------------------------------------------------
 
-WIKITEXT = ModelConfig.from_config(config.load(str(ROOT / "configs" / "wikitext103.py")))
-CASES = {"adaptive": WIKITEXT, "untied": geometry(cutoffs=(20, 50), division=2, tied=False), "plain": geometry()}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_every_parameter_has_one_rule(name: str) -> None:
-    params = jax.eval_shape(Model(CASES[name]).init, jax.random.key(0))
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    matches = {path: [pattern for pattern, _ in sharding.RULES if re.search(pattern, path)] for path in paths}
-    assert {path: found for path, found in matches.items() if len(found) != 1} == {}
+WIKITEXT = ModelConfig.from_config(configuration.load(str(ROOT / "configs" / "wikitext103.py")))
 
 
 def test_tables_too_narrow_to_split() -> None:
@@ -114,3 +105,68 @@ def test_tables_too_narrow_to_split() -> None:
     assert specs == [PartitionSpec(None, "fsdp")] * 3 + [PartitionSpec()]
     with pytest.raises(UserError, match=r"layers/\w+: expected a dimension divisible by mesh axis fsdp = 3, found 512"):
         sharding.shardings(AbstractMesh((1, 3, 1), sharding.AXES), {"layers": params["layers"]})
+
+
+def paths(config: Any) -> set[str]:
+    """Names of all arrays of a run."""
+    config.model.vocab_size = config.model.vocab_size or 96
+    model, optimizer = Model(ModelConfig.from_config(config)), optim.optimizer(config)
+
+    def state(key: jax.Array) -> tuple:
+        params = model.init(key)
+        cache_XBSD = model.empty_cache(1, 1)
+        state = train.TrainState(np.int32(0), params, optimizer.init(params), cache_XBSD, jax.random.key_data(key))
+        return state, model.empty_key_value(1, 1)
+
+    flat = [jax.tree_util.tree_flatten_with_path(t)[0] for t in jax.eval_shape(state, jax.random.key(0))]
+    return {jax.tree_util.keystr(path, simple=True, separator="/") for part in flat for path, _ in part}
+
+
+def test_every_array_has_one_rule_and_every_rule_an_array() -> None:
+    files = [p for p in (ROOT / "configs").rglob("*.py") if p.stem not in ("__init__", "base")]
+    names = set().union(*(paths(configuration.load(str(file)).unlock()) for file in files))
+    matches = {name: [pattern for pattern, _ in sharding.RULES if re.search(pattern, name)] for name in names}
+    assert {name: found for name, found in matches.items() if len(found) != 1} == {}
+    assert {pattern for pattern, _ in sharding.RULES} == {found[0] for found in matches.values()}
+
+
+TRAIN = """
+import json, jax, jax.numpy as jnp, numpy as np, optax
+from tiny_model import KINDS, geometry, random_params
+from allattn import data, sharding, train
+from allattn.model import Model
+from configs import base
+found = {{}}
+for name in {kinds}:
+    changes = {{"embedding_dropout": 0.2, "attention_dropout": 0.2, "dropout": 0.2, **KINDS[name], "heads": 4}}
+    model = Model(geometry(**{{"persistent": 6, **changes, "limit": 20}}))
+    c = base.get_config(); c.mesh.fsdp = c.mesh.tensor = {parts}; c.train.batch, c.train.accumulation = 8, 2
+    c.model.span.limit, c.model.span.adaptive = 20, model.config.adaptive
+    mesh, params, optimizer = sharding.make_mesh(c), random_params(model), optax.sgd(1.0)
+    key = jax.random.key_data(jax.random.key(0))
+    state = train.TrainState(jnp.int32(5), params, optimizer.init(params), model.empty_cache(8, 20) + 1, key)
+    places = sharding.shardings(mesh, state)
+    step = train.make_train_step(model, optimizer, c, 20, sharding.attention_over(mesh, 8), mesh)
+    tokens = np.random.default_rng(0).integers(29, size=(8, 9)).astype(np.int32)
+    rows = (sharding.place_rows(mesh, x) for x in (tokens[:, :-1], tokens[:, 1:]))
+    quick = {{"xla_backend_optimization_level": 0}}  # this program takes longer to optimise than to run
+    step, batch = jax.jit(step, out_shardings=(places, None), compiler_options=quick), data.Batch(*rows, np.int32(13))
+    new, values = step(jax.device_put(state, places), batch)
+    new, old = jax.device_get((new.params, params))
+    changed = jax.tree.map(lambda a, b: np.asarray(a - b, np.float64), new, old)
+    weights = np.random.default_rng(1).normal(size=100_000)
+    found[name] = [float(x.ravel() @ weights[: x.size]) for x in jax.tree.leaves(changed)]
+    found[name].append(float(values.compute()["nll"]))
+print(json.dumps([jax.device_count(), found]))
+"""
+
+
+def test_training_on_a_mesh() -> None:
+    """A step of every kind of layer in two accumulated parts, with dropout everywhere, on 2 x 2 x 2 devices: the
+    gradients of one device."""
+    kinds = ["single_head", "transformer", "transformer_xl"]
+    runs = [fresh(TRAIN.format(kinds=kinds, parts=parts), parts**3) for parts in (1, 2)]
+    (one, expected), (eight, found) = runs
+    assert (one, eight) == (1, 8)
+    for name in kinds:
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name

@@ -13,7 +13,7 @@ import pytest
 from attention_cases import GEOMETRIES, arrays, call, options
 from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from allattn.model import _project
+from allattn.layers import project
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: make test-tpu-compile installs it")
 TOPOLOGIES = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
@@ -42,7 +42,7 @@ def test_compiles(name: str, topology: str) -> None:
 
     def loss(inputs: dict[str, Any]) -> jax.Array:
         states_BSD, inputs = inputs["states_BSD"], {k: x for k, x in inputs.items() if k != "states_BSD"}
-        inputs |= {name: _project(inputs[name], states_BSD) for name in ("key", "value")}
+        inputs |= {name: project(inputs[name], states_BSD) for name in ("key", "value")}
         return call(inputs, implementation="pallas_tpu", **options(case)).astype(jnp.float32).sum()
 
     described = AbstractDevice(device_kind=chip.device_kind, num_cores=1, platform="tpu")

@@ -27,8 +27,9 @@ from configs import base
 def golden_config(g: dict[str, np.ndarray], name: str) -> ml_collections.ConfigDict:
     geometry = golden.layer_config(g)
     c = base.get_config()
-    for field in ("depth", "width", "heads", "persistent", "vocab_size"):
+    for field in ("layer", "depth", "width", "heads", "persistent", "feed_forward", "vocab_size"):
         c.model[field] = getattr(geometry, field)
+    c.model.span.adaptive = geometry.adaptive
     c.model.dtype, c.model.span.limit, c.model.span.ramp = "float32", geometry.limit, geometry.ramp
     c.model.span.loss = float(g["span_loss_coeff"])
     c.model.adaptive_io.cutoffs, c.model.adaptive_io.division = geometry.cutoffs, geometry.division
@@ -50,18 +51,20 @@ def follow(name: str, folder: str, attention: Callable, updates: int | None = No
     key = jax.random.key_data(jax.random.key(0))
     state = train.TrainState(jnp.int32(0), params, optimizer.init(params), cache_XBSD, key)
     step = jax.jit(train.make_train_step(model, optimizer, c, config.limit, attention))
-    last, losses, spans = -1, [], []
+    last, before, losses, spans = -1, -M, [], []
     for update, position in enumerate(g["data_pos"][:updates]):
         window_BT = g["data"][:, position : position + M + 1]
-        state, values = step(state, data.Batch(window_BT[:, :-1], window_BT[:, 1:], np.bool_(position <= last)))
+        before = before + M if position > last else 0
+        state, values = step(state, data.Batch(window_BT[:, :-1], window_BT[:, 1:], np.int32(before)))
         last = position
         losses.append(abs(float(values.compute()["nll"]) - g["loss"][update]))
-        spans.append(np.abs(np.asarray(state.params["layers"]["span"]) - g["spans"][update]).max())
+        if config.adaptive:
+            spans.append(np.abs(np.asarray(state.params["layers"]["span"]) - g["spans"][update]).max())
         np.testing.assert_allclose(optim.schedule(c)(update), g["lr"][update], rtol=1e-6)
-    return np.max(losses), np.max(spans), state, g, config
+    return np.max(losses), np.max(spans, initial=0), state, g, config
 
 
-@pytest.mark.parametrize("name", ["adagrad", "adam", "adagrad_wrap"])
+@pytest.mark.parametrize("name", ["adagrad", "adam", "adagrad_wrap", "adagrad_ff_nospan"])
 def test_trajectory(name: str) -> None:
     loss, span, state, g, config = follow(name, "golden", all_attention)
     assert loss <= 1e-5 and span <= 1e-5

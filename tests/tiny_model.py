@@ -3,6 +3,7 @@
 Dimension key: X layer, B batch, T position in the block, S cached position, H head, D model width, V vocabulary.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from allattn.model import Model, ModelConfig, Params
+
+# Every kind of layer, as changes of `geometry`.
+_FEEDS: dict[str, Any] = {"persistent": 0, "feed_forward": 24}
+KINDS: dict[str, dict[str, Any]] = {
+    "joint": {},
+    **{name: {"integration": name} for name in ("split", "head_split", "single_head")},
+    "no_pairs": {"persistent": 0},
+    "transformer": {"layer": "transformer", **_FEEDS},
+    "ff_attention": {"layer": "transformer", "integration": "ff_attention", **_FEEDS},
+    "transformer_xl": {"layer": "transformer_xl", **_FEEDS, "adaptive": False, "limit": 12},
+    "pre_norm": {"layer": "transformer_xl", **_FEEDS, "adaptive": False, "limit": 12, "pre_norm": True},
+}
 
 
 def geometry(**changes: Any) -> ModelConfig:
@@ -25,12 +38,12 @@ def random_params(model: Model, seed: int = 0) -> Params:
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = path[-1].key
-        scale = {"embedding": 1.0, "position": 0.3, "norm_scale": 0.1, "norm_bias": 0.1}.get(name, config.width**-0.5)
+        scale = {"embedding": 1.0, "table": 0.3, "norm_scale": 0.1, "norm_bias": 0.1}.get(name, config.width**-0.5)
         return jnp.asarray(rng.normal(name == "norm_scale", scale, leaf.shape), leaf.dtype)
 
     params = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
     if config.adaptive:
-        spans_XH = np.resize([0.3, 0.15, 0.025, 0.25], (config.depth, config.heads))
+        spans_XH = np.resize([0.3, 0.15, 0.025, 0.25], (config.depth, config.context_heads))
         params["layers"]["span"] = jnp.asarray(spans_XH, jnp.float32)
     return params
 
@@ -48,10 +61,12 @@ def naive_forward(model: Model, params: Params, rows_RT: np.ndarray, block: int)
       logits_RTV and nll_RT (float64) of the targets 1 to T - 1, up to a whole number of blocks.
     """
 
-    @jax.jit
-    def one_block(params, cache_XBSD, inputs_BT, targets_BT):
+    quick = {"xla_backend_optimization_level": 0}  # it takes longer to optimise than to run
+
+    @functools.partial(jax.jit, compiler_options=quick)
+    def one_block(params, cache_XBSD, inputs_BT, targets_BT, before):
         network = model.bind(params)
-        forward = network.train_forward(inputs_BT, cache_XBSD)
+        forward = network.train_forward(inputs_BT, cache_XBSD, before=before)
         cache_XBSD = jnp.concatenate([cache_XBSD, forward.new], axis=2)[:, :, inputs_BT.shape[1] :]
         return cache_XBSD, network.io.logits(forward.hidden_BTD), network.io.nll(forward.hidden_BTD, targets_BT)
 
@@ -59,7 +74,7 @@ def naive_forward(model: Model, params: Params, rows_RT: np.ndarray, block: int)
     logits, nll = [], []
     for begin in range(0, (rows_RT.shape[1] - 1) // block * block, block):
         window_RT = rows_RT[:, begin : begin + block + 1]
-        cache_XBSD, logits_RTV, nll_RT = one_block(params, cache_XBSD, window_RT[:, :-1], window_RT[:, 1:])
+        cache_XBSD, logits_RTV, nll_RT = one_block(params, cache_XBSD, window_RT[:, :-1], window_RT[:, 1:], begin)
         logits.append(np.asarray(logits_RTV))
         nll.append(np.asarray(nll_RT, np.float64))
     return np.concatenate(logits, axis=1), np.concatenate(nll, axis=1)

@@ -68,3 +68,21 @@ def keep(key: Array, index: Array, rate: float) -> Array:
     threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
     # a comparison looks at the upper bits, and this line runs for every weight
     return _multiplied(key + jnp.asarray(index).astype(jnp.uint32) * jnp.uint32(_STEP)) >= threshold
+
+
+def features(x_BTD: Array, seed: Array, row_B: Array, rate: float, site: int = 0) -> Array:
+    """Drop features of embeddings or hidden states and scale the rest, by the same rules as attention weights.
+
+    Args:
+      x_BTD: states.
+      seed: as in `query_key`.
+      row_B: global index of every row.
+      rate: probability of dropping, in [0, 1).
+      site: tells apart places that share a seed; takes the place of the head.
+
+    Returns:
+      x_BTD in its dtype.
+    """
+    (_, T, D), row_B11 = x_BTD.shape, row_B[:, None, None]
+    key_BT1 = query_key(seed, row_B11, site, jnp.arange(T)[:, None], FEATURE)
+    return jnp.where(keep(key_BT1, jnp.arange(D), rate), x_BTD / (1 - rate), 0).astype(x_BTD.dtype)

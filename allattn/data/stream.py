@@ -27,12 +27,12 @@ class Batch(NamedTuple):
     Attributes:
       inputs_BT: int32 ids.
       targets_BT: int32 ids, the inputs shifted by one.
-      start: a new pass begins here, so the cache must be zeroed first.
+      before: tokens of this pass before the block, int32; at 0 the cache must be zeroed first.
     """
 
     inputs_BT: Any
     targets_BT: Any
-    start: Any
+    before: Any
 
 
 class Stream:
@@ -72,20 +72,21 @@ class Stream:
 
     def block(self, step: int) -> Batch:
         """The block of a step (int, 0 or more): arrays of shape (rows of this process, block)."""
-        offset, start = self._locate(step)[1:]
+        offset, before = self._locate(step)[1:]
         begin, length = offset - self._window_begin, self.block_length
         if begin < 0 or begin + length + 1 > self._window_BW.shape[1]:
             self._load(offset)
             begin = offset - self._window_begin
         inputs_BT = np.ascontiguousarray(self._window_BW[:, begin : begin + length])
         targets_BT = np.ascontiguousarray(self._window_BW[:, begin + 1 : begin + length + 1])
-        return Batch(inputs_BT, targets_BT, start)
+        return Batch(inputs_BT, targets_BT, np.int32(before))
 
     def position(self, step: int) -> tuple[int, int]:
         """(pass, offset in the row) of a step."""
         return self._locate(step)[:2]
 
-    def _locate(self, step: int) -> tuple[int, int, bool]:
+    def _locate(self, step: int) -> tuple[int, int, int]:
+        """Pass, offset in the row, and tokens of the pass before the block."""
         if step < 0:
             raise ValueError(f"step must not be negative, found {step}")
         while self._draw_ends[-1] <= step:
@@ -93,8 +94,8 @@ class Stream:
         draw = bisect_right(self._draw_ends, step) - 1
         offsets, firsts = self._draws[draw]
         index = int(np.searchsorted(firsts, step, side="right")) - 1
-        blocks = step - int(firsts[index])
-        return draw * _PASSES_PER_DRAW + index, int(offsets[index]) + blocks * self.block_length, blocks == 0
+        before = (step - int(firsts[index])) * self.block_length
+        return draw * _PASSES_PER_DRAW + index, int(offsets[index]) + before, before
 
     def _extend(self) -> None:
         """Lays out the next passes; many at a time, so that a late step is found quickly in a short text."""

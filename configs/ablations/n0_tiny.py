@@ -1,0 +1,14 @@
+"""Reduced all-attention with N 0: 410,164 parameters; the other sizes of joint_tiny.py stay as they are.
+
+Command:   allattn train --config=configs/ablations/n0_tiny.py --workdir=runs/n0_tiny
+           --config.dataset.data_dir=FOLDER
+Hardware:  2 CPU cores; the rest as in joint_tiny.py.
+"""
+
+from configs.ablations import joint_tiny
+
+
+def get_config():
+    c = joint_tiny.get_config()
+    c.model.persistent = 0
+    return c
