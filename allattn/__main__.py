@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments, rest = _parser().parse_known_args(argv)
-        overrides = _overrides(rest, allowed=arguments.command in ("train", "sweep"))
+        overrides = _overrides(rest, allowed=arguments.command in ("train", "sweep", "convert"))
         _quiet()
         return arguments.run(arguments, overrides) or 0
     except (UserError, RunError) as error:
@@ -85,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top_k", type=int, default=0, help="0: all")
     generate.add_argument("--top_p", type=float, default=1.0)
     generate.add_argument("--seed", type=int, default=0)
+
+    convert = command("convert", _convert, "import a checkpoint of the papers' own code, or export to one")
+    convert.add_argument("--source", required=True, help="adaptive-span or transformer-xl")
+    convert.add_argument("--checkpoint", help="state dict to import, .pt or .npz; with --config")
+    convert.add_argument("--config", help="experiment file whose geometry the checkpoint has")
+    convert.add_argument("--dataset", help="data set that gives the vocabulary, if not the configuration's")
+    convert.add_argument("--export", help="file .npz to write the workdir's parameters to, in place of --checkpoint")
+    _add_checkpoint_flags(convert)
 
     sweep = command("sweep", _sweep, "train every experiment of a folder, several seeds each; writes one table")
     sweep.add_argument("--configs", required=True, help="folder of experiment files")
@@ -152,6 +160,20 @@ def _generate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
         out.flush()
     out.write(b"\n")
     out.flush()
+
+
+def _convert(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from allattn import config, convert
+
+    if arguments.export and not (arguments.checkpoint or arguments.config or overrides):
+        found = convert.export(arguments.source, arguments.workdir, arguments.export, arguments.step)
+    elif arguments.checkpoint and arguments.config and not arguments.export:
+        overrides |= {"dataset.name": arguments.dataset} if arguments.dataset else {}
+        c = config.load(arguments.config, overrides)
+        found = convert.convert(arguments.source, arguments.checkpoint, c, arguments.workdir)
+    else:
+        raise UserError("expected --checkpoint and --config to import, or --export alone")
+    print(json.dumps(found), flush=True)
 
 
 def _sweep(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

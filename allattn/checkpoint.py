@@ -3,13 +3,17 @@
 import importlib.metadata
 import logging
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import ml_collections
 import orbax.checkpoint as ocp
 from etils import epath
 
+from allattn.config import to_json
+from allattn.data import Vocabulary
 from allattn.errors import UserError
 
 ARRAYS = ("params", "optimizer", "cache")
@@ -20,6 +24,12 @@ Restored = tuple[Any, Any, Any, dict[str, Any]]  # params, optimizer, cache, met
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide what the stored numbers mean."""
     return {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
+
+
+def describe(step: int, config: ml_collections.ConfigDict, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What every checkpoint says besides its arrays."""
+    texts = {"config": to_json(config), "vocabulary": vocabulary.to_json(), "versions": versions()}
+    return {"step": step, **texts}
 
 
 class DamagedError(UserError):
@@ -68,8 +78,9 @@ class Checkpointer:
       UserError: a reader finds no checkpoint, or the workdir cannot be one.
     """
 
-    def __init__(self, workdir: str, keep: int = 3, create: bool = True):
-        self.workdir, self.folder = workdir, _folder(workdir, create)
+    def __init__(self, workdir: str | os.PathLike[str], keep: int = 3, create: bool = True):
+        self.workdir = os.fspath(workdir)
+        self.folder = _folder(self.workdir, create)
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
@@ -112,9 +123,21 @@ class Checkpointer:
           meta: what JSON can hold.
           dev_nll: score on dev in nats, if this step has one; it decides which checkpoint is the best.
         """
-        arrays = dict(zip(ARRAYS, (params, optimizer, {"states": cache}), strict=True))
-        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
         score = dev_nll if dev_nll is not None and math.isfinite(dev_nll) else None
+        self._save(step, dict(zip(ARRAYS, (params, optimizer, {"states": cache}), strict=True)), meta, score)
+
+    def save_params(self, step: int, params: Any, meta: dict[str, Any]) -> None:
+        """Write a checkpoint of parameters alone, from which a run can start.
+
+        Args:
+          step: which checkpoint.
+          params: tree of arrays.
+          meta: what JSON can hold, with "params_only": True.
+        """
+        self._save(step, {"params": params}, meta, None)
+
+    def _save(self, step: int, trees: dict[str, Any], meta: dict[str, Any], score: float | None) -> None:
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         composite = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=composite, metrics={"dev_nll": score})
 
@@ -148,7 +171,8 @@ class Checkpointer:
           abstract: from meta to the abstract params, optimizer and cache.
 
         Returns:
-          params, optimizer, cache and meta; None if there is no checkpoint at all.
+          params, optimizer, cache and meta; None if there is no checkpoint at all. Where parameters alone were saved,
+          optimizer and cache are None.
 
         Raises:
           UserError: there are checkpoints and all are damaged; also what `abstract` raises.
@@ -157,7 +181,10 @@ class Checkpointer:
         for step in reversed(self.steps()):
             try:
                 meta = self.restore_meta(step)
-                restored = self.restore(*abstract(meta), step)
+                expected, alone = abstract(meta), meta.get("params_only")
+                restored = (
+                    (self.restore_params(expected[0], step), None, None) if alone else self.restore(*expected, step)
+                )
             except DamagedError as error:
                 logging.warning("passed over: %s", error)
                 damaged.append(step)

@@ -164,6 +164,20 @@ def check_clusters(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"model.adaptive_io.division: expected {expected}, found {model.adaptive_io.division}")
 
 
+def with_vocabulary(config: ml_collections.ConfigDict, size: int, name: str) -> ml_collections.ConfigDict:
+    """The configuration with the size of a data set's vocabulary, which a size of 0 leaves open.
+
+    Raises:
+      UserError: it names another size.
+    """
+    if config.model.vocab_size not in (0, size):
+        found = f"{size} symbols in {name}"
+        raise UserError(f"model.vocab_size: expected what the data has, {found}; found {config.model.vocab_size}")
+    config = config.copy_and_resolve_references().lock()
+    config.model.vocab_size = size
+    return config
+
+
 def to_json(config: ml_collections.ConfigDict) -> str:
     """A configuration as JSON text, for a checkpoint."""
     return json.dumps(config.to_dict(), sort_keys=True)

@@ -1,6 +1,7 @@
 """A trained run, loaded from its workdir alone."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class Run:
             before = text
 
 
-def load(workdir: str, step: int | str | None = None) -> Run:
+def load(workdir: str | os.PathLike[str], step: int | str | None = None) -> Run:
     """The run in a workdir.
 
     Args:

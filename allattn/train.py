@@ -20,7 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from allattn import checkpoint, data, evaluate, metrics, optim, sharding
-from allattn.config import changed_fields, check_ranges, from_json, to_json
+from allattn.config import changed_fields, check_ranges, from_json, with_vocabulary
 from allattn.errors import RunError, UserError
 from allattn.model import Model, ModelConfig, Params
 from allattn.recorder import Recorder
@@ -182,7 +182,7 @@ class Trainer:
     """The pieces of one run, made from its configuration; `train_and_evaluate` drives them."""
 
     def __init__(self, config: ml_collections.ConfigDict, dataset: data.Dataset):
-        check(config, dataset)
+        check(config)
         self.config, self.dataset = config, dataset
         self.mesh = sharding.make_mesh(config)
         self.model = Model(ModelConfig.from_config(config))
@@ -214,11 +214,15 @@ class Trainer:
         places = sharding.shardings(self.mesh, state)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
 
-    def fresh_state(self) -> tuple[TrainState, int]:
-        """The state of step 0, made in place on the mesh, and its bucket."""
-        bucket = choose_bucket(self.config, self.config.model.span.init)
+    def fresh_state(self, params: Params | None = None) -> tuple[TrainState, int]:
+        """The state of step 0, made in place on the mesh, and its bucket; with other parameters if they are given."""
+        longest = self.config.model.span.init
+        if params and self.config.model.span.adaptive:
+            longest = float(jnp.max(params["layers"]["span"]))
+        bucket = choose_bucket(self.config, longest)
         places = jax.tree.map(lambda x: x.sharding, self.abstract_state(bucket))
-        return jax.jit(self.init_state(bucket), out_shardings=places)(), bucket
+        state = jax.jit(self.init_state(bucket), out_shardings=places)()
+        return dataclasses.replace(state, params=params or state.params), bucket
 
     def batch(self, step: int) -> data.Batch:
         """The block of a step, on the mesh."""
@@ -260,23 +264,15 @@ class Trainer:
 
     def meta(self, state: TrainState, bucket: int) -> dict[str, Any]:
         """What a checkpoint says besides its arrays."""
-        return {
-            "step": int(state.step),
-            "key": np.asarray(state.key).tolist(),
-            "bucket": bucket,
-            "config": to_json(self.config),
-            "vocabulary": self.dataset.vocabulary.to_json(),
-            "versions": checkpoint.versions(),
-        }
+        step = int(state.step)
+        described = checkpoint.describe(step, self.config, self.dataset.vocabulary)
+        return {**described, "key": np.asarray(state.key).tolist(), "bucket": bucket}
 
 
-def check(config: ml_collections.ConfigDict, dataset: data.Dataset) -> None:
+def check(config: ml_collections.ConfigDict) -> None:
     """Refuse what cannot run, before anything is written."""
     span, train = config.model.span, config.train
     check_ranges(config)
-    if config.model.vocab_size != dataset.vocabulary.size:
-        found = f"{dataset.vocabulary.size} symbols in {dataset.name}"
-        raise UserError(f"model.vocab_size: expected what the data has, {found}; found {config.model.vocab_size}")
     evaluate.check_protocol(config.evaluate.protocol, config.model.layer, "evaluate.")
     if span.adaptive and span.check_every * train.block < span.limit:
         least = -(-span.limit // train.block)
@@ -306,10 +302,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     # 3. restore the state and the bucket from it, or make a fresh state
     # 4. the stream needs only the step: nothing else is restored
     dataset = data.prepare(config.dataset.name, config.dataset.data_dir or None, unit=config.dataset.unit)
-    if not config.model.vocab_size:
-        config = config.copy_and_resolve_references().lock()
-        config.model.vocab_size = dataset.vocabulary.size
-    trainer = Trainer(config, dataset)
+    trainer = Trainer(with_vocabulary(config, dataset.vocabulary.size, dataset.name), dataset)
     with checkpoint.Checkpointer(workdir, config.checkpoint.keep) as checkpoints:
         state, bucket = _restore(trainer, checkpoints) or trainer.fresh_state()
         state = _run(trainer, checkpoints, state, bucket, workdir)
@@ -338,13 +331,15 @@ def _restore(trainer: Trainer, checkpoints: checkpoint.Checkpointer) -> tuple[Tr
                 f"{checkpoints.workdir} was made with another configuration: {'; '.join(changed)}. Choose another "
                 f"--workdir, or go back to that configuration"
             )
-        state = trainer.abstract_state(meta["bucket"])
+        state = trainer.abstract_state(meta.get("bucket", SMALLEST_BUCKET))
         return state.params, state.optimizer, state.cache
 
     restored = checkpoints.restore_newest(abstract)
     if restored is None:
         return None
     params, optimizer, cache, meta = restored
+    if optimizer is None:
+        return trainer.fresh_state(params)
     places = trainer.abstract_state(meta["bucket"])
     step = jax.device_put(jnp.int32(meta["step"]), places.step.sharding)
     key = jax.device_put(jnp.array(meta["key"], jnp.uint32), places.key.sharding)

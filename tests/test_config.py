@@ -8,19 +8,11 @@ import pytest
 
 from allattn import config as configuration
 from allattn import optim, sharding, train
-from allattn.data import Dataset, Vocabulary
 from allattn.errors import UserError
 from allattn.model import ModelConfig
 from configs import base
 
 BASE = Path(base.__file__)
-
-
-class TwoSymbols(Dataset):
-    """A data set of which only the vocabulary is asked for."""
-
-    def __init__(self) -> None:
-        self.name, self.vocabulary = "two", Vocabulary("byte", ("a", "\n"))
 
 
 def changed(**changes: Any) -> ml_collections.ConfigDict:
@@ -129,7 +121,8 @@ def test_changed_fields() -> None:
 
 def start(config: ml_collections.ConfigDict) -> ModelConfig:
     """The checks of a start, in its order; returns the geometry that they let through."""
-    train.check(config, TwoSymbols())
+    config = configuration.with_vocabulary(config, 2, "two symbols")
+    train.check(config)
     sharding.make_mesh(config)
     geometry = ModelConfig.from_config(config)
     optim.optimizer(config)

@@ -3,11 +3,12 @@
 import csv
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import TINY
+from test_cli import ROOT, TINY
 
 from allattn import sweep
 from allattn.__main__ import main
@@ -30,7 +31,7 @@ def get_config():
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list[str]]]:
     """A sweep of one good experiment with two seeds, and a broken one."""
     place = tmp_path_factory.mktemp("sweep")
     (place / "configs").mkdir()
@@ -45,7 +46,10 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     words = ["sweep", f"--configs={place / 'configs'}", f"--workdir={place / 'runs'}", "--seeds=2", "--budget=640"]
     fields = {**TINY, "dataset.data_dir": place / "texts"}
     del fields["model.persistent"]
-    return place, words + [f"--config.{name}={value}" for name, value in fields.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALLATTN_DATA_DIR", str(place / "prepared"))
+        patch.chdir(ROOT)
+        yield place, words + [f"--config.{name}={value}" for name, value in fields.items()]
 
 
 def test_a_broken_experiment_leaves_the_others(swept: tuple[Path, list[str]], capfd: pytest.CaptureFixture) -> None:
