@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sweep = command("sweep", _sweep, "train every experiment of a folder, several seeds each; writes one table")
     sweep.add_argument("--configs", required=True, help="folder of experiment files")
+    sweep.add_argument("--only", default="*", help="pattern of the files to run, such as '*_tiny'")
     sweep.add_argument("--workdir", required=True, type=os.path.expanduser, help="folder or bucket URL of the sweep")
     sweep.add_argument("--seeds", type=int, default=3, help="runs of each experiment")
     sweep.add_argument("--budget", type=int, default=0, help="tokens that every run trains on; 0: as its file says")
@@ -179,7 +180,7 @@ def _convert(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 def _sweep(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from allattn import sweep
 
-    options = (arguments.seeds, arguments.budget, overrides, arguments.launcher)
+    options = (arguments.seeds, arguments.budget, overrides, arguments.launcher, arguments.only)
     print(sweep.sweep(arguments.configs, arguments.workdir, *options), flush=True)
 
 

@@ -52,6 +52,7 @@ def sweep(
     budget: int = 0,
     overrides: Mapping[str, str] | None = None,
     launcher: str = "",
+    only: str = "*",
 ) -> str:
     """Run what has not been run yet, and write the table after each run.
 
@@ -63,6 +64,7 @@ def sweep(
       overrides: values as text, by dotted name, for every run.
       launcher: words before the training command, such as a script of launch/ that submits it and returns; such runs
         are collected by calling again. "": one after the other, here.
+      only: pattern of the names of the files to run, such as "*_tiny".
 
     Returns:
       The table, in Markdown.
@@ -70,9 +72,9 @@ def sweep(
     Raises:
       UserError: no experiment in the folder, or some runs failed: the others were made all the same.
     """
-    files = sorted(path for path in Path(configs).glob("*.py") if not path.name.startswith("_"))
+    files = sorted(path for path in Path(configs).glob(f"{only}.py") if not path.name.startswith("_"))
     if not files or seeds < 1:
-        expected = "a folder with experiment files (*.py) and --seeds of at least 1"
+        expected = f"a folder with experiment files ({only}.py) and --seeds of at least 1"
         raise UserError(f"--configs: expected {expected}, found {len(files)} files in {configs}, {seeds} seeds")
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)

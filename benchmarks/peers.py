@@ -26,11 +26,12 @@ from allattn.model import Model, ModelConfig, forward_flops
 from benchmarks import machine, train
 
 ROOT = Path(__file__).parents[1]
-XLA, TORCH = "ours", "torch"
+XLA, MIXED, TORCH = "ours", "ours, mixed spans", "torch"
 EXACT = "learned relative positions, exact; current token not attended; learned spans"
 NEAR = "relative positions by rotation; current token attended, T/2 more keys on average; no learned spans; post-norm"
 PEERS = {
     XLA: f"{EXACT}, and less work where they are short; dropout the same however rows are spread; no T x S array",
+    MIXED: "the same where all heads but one of a layer have learned a span of 32 tokens; the peers cannot use that",
     TORCH: f"{EXACT}, but the same work; T x S arrays, since PyTorch does not fuse a bias that has a gradient",
     "x-transformers, fused": f"{NEAR}; a T x S mask of booleans only",
     "x-transformers, unfused": f"{NEAR}; T x S arrays",
@@ -38,12 +39,12 @@ PEERS = {
 TURN = 1.5  # seconds of a turn, unless one step takes longer
 
 
-def ours(arguments: argparse.Namespace) -> Callable[[int], float]:
-    """The seconds that some of our steps take, as a function of their number."""
+def ours(arguments: argparse.Namespace, spans: str) -> Callable[[int], float]:
+    """The seconds that some of our steps take, as a function of their number; `spans` as in benchmarks/train.py."""
     c = train.configuration(arguments)
     model = Model(ModelConfig.from_config(c))
     params = jax.jit(model.init)(jax.random.key(0))
-    params["layers"]["span"] = jax.numpy.asarray(train.spans(c, "full"))
+    params["layers"]["span"] = jax.numpy.asarray(train.spans(c, spans))
     step = train.trainer(c, params, model, 1.0, sharding.mesh_over_rows())
     return lambda count: machine.seconds(lambda: [step() for _ in range(count)])
 
@@ -81,7 +82,11 @@ def take_turns(runs: dict[str, Callable[[int], float]], rounds: int) -> tuple[di
 
 def required_flops(config: ModelConfig, block: int, name: str) -> float:
     """Products that a token's forward pass requires; x-transformers has more keys and no product with positions."""
-    L, reach = config.limit, config.limit + (block + 1) / 2
+    L, H = config.limit, config.heads
+    if name == MIXED:
+        short = min(32 + config.ramp, L)
+        return forward_flops(config, (short * (H - 1) + L) / H, block)
+    reach = L + (block + 1) / 2
     extra = 0.0 if name in (XLA, TORCH) else config.depth * 2 * config.width * (2 * reach - 3 * L)
     return forward_flops(config, L, block) + extra
 
@@ -93,7 +98,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     with start(arguments, config, block) as child:
         assert child.stdin and child.stdout
         versions = json.loads(child.stdout.readline())
-        runs = {name: ours(arguments) if name == XLA else functools.partial(ask, child, name) for name in PEERS}
+        runs = {XLA: ours(arguments, "full"), MIXED: ours(arguments, "mixed")}
+        runs |= {name: functools.partial(ask, child, name) for name in PEERS if name not in runs}
         seconds, rate = take_turns(runs, arguments.rounds)
         child.stdin.close()
     own, tokens = required_flops(config, block, XLA), arguments.rows * block
@@ -101,7 +107,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     def row(name: str) -> dict[str, Any]:
         flops = required_flops(config, block, name)
         return {
-            **{"geometry": arguments.geometry, "spans": "full", "rows": arguments.rows, "dtype": arguments.dtype},
+            **{"geometry": arguments.geometry, "rows": arguments.rows, "dtype": arguments.dtype},
             "name": name,
             "tokens_per_s": round(tokens / seconds[name], 1),
             "matmul_gflops": round(rate, 1),
