@@ -90,12 +90,13 @@ def sweep(
 
 
 def _result(job: Job, budget: int, overrides: dict[str, str], launcher: Sequence[str]) -> Result:
-    """The result of a job, which is run unless it has ended before."""
+    """The result of a job, which is run unless it has ended before, with as many steps."""
     scores, failed = job.workdir / "scores.json", ""
     try:
-        c = configuration.load(str(job.config), overrides)
-        overrides |= {"seed": str(job.seed), **_budget(c, budget)}
-        if not scores.exists():
+        overrides |= {"seed": str(job.seed), **_budget(configuration.load(str(job.config), overrides), budget)}
+        train = configuration.load(str(job.config), overrides).train
+        steps = train.steps + train.finetune_steps
+        if not scores.exists() or json.loads(scores.read_text())["step"] < steps:
             failed = _run(job, overrides, launcher)
     except UserError as error:
         failed = str(error)

@@ -87,6 +87,14 @@ def test_what_has_ended_is_not_run_again(
     assert "| good |" in capfd.readouterr().out
 
 
+def test_a_larger_budget_goes_on(swept: tuple[Path, list[str]]) -> None:
+    place, words = swept
+    (place / "configs" / "broken.py").unlink(missing_ok=True)
+    assert main([*words, "--seeds=1", "--budget=768"]) == 0
+    (row,) = csv.DictReader((place / "runs" / "sweep.csv").open())
+    assert row["steps"] == "12" and row["seeds"] == "1"
+
+
 def test_a_launcher_submits_once(swept: tuple[Path, list[str]]) -> None:
     """Runs that a launcher took are not failures, are not submitted again, and count once they have scores."""
     place, words = swept
