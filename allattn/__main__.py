@@ -52,13 +52,16 @@ def _overrides(rest: Sequence[str], allowed: bool) -> dict[str, str]:
     return found
 
 
+_PATH = os.path.expanduser  # of folders, files and bucket URLs
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="allattn", description="The all-attention network: train, evaluate, generate.")
+    parser = _Parser(prog="allattn", description="The all-attention network.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser, metavar="COMMAND")
 
     def command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
@@ -67,14 +70,16 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     train = command("train", _train, "train or resume; ends with an evaluation of the test split")
-    train.add_argument("--config", required=True, help="experiment file; --config.a.b=value changes one field")
-    train.add_argument("--workdir", required=True, type=os.path.expanduser, help="folder or bucket URL of the run")
+    train.add_argument(
+        "--config", required=True, type=_PATH, help="experiment file; --config.a.b=value changes one field"
+    )
+    train.add_argument("--workdir", required=True, type=_PATH, help="folder or bucket URL of the run")
 
     evaluate = command("evaluate", _evaluate, "score a checkpoint; prints one JSON line last")
     _add_checkpoint_flags(evaluate)
     evaluate.add_argument("--split", default="test", choices=("train", "valid", "test"))
-    evaluate.add_argument("--protocol", default="authors", choices=("authors", "full", "xl"))
-    evaluate.add_argument("--text", help="score this file instead of a split")
+    evaluate.add_argument("--protocol", choices=("authors", "full", "xl"), help="the configuration's if left out")
+    evaluate.add_argument("--text", type=_PATH, help="score this file instead of a split")
     evaluate.add_argument("--data_dir", help="prepared data, if not where training had it")
 
     generate = command("generate", _generate, "continue a prompt")
@@ -88,16 +93,20 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = command("convert", _convert, "import a checkpoint of the papers' own code, or export to one")
     convert.add_argument("--source", required=True, help="adaptive-span or transformer-xl")
-    convert.add_argument("--checkpoint", help="state dict to import, .pt or .npz; with --config")
-    convert.add_argument("--config", help="experiment file whose geometry the checkpoint has")
+    convert.add_argument("--checkpoint", type=_PATH, help="state dict to import, .pt or .npz; with --config")
+    convert.add_argument("--config", type=_PATH, help="experiment file whose geometry the checkpoint has")
     convert.add_argument("--dataset", help="data set that gives the vocabulary, if not the configuration's")
-    convert.add_argument("--export", help="file .npz to write the workdir's parameters to, in place of --checkpoint")
+    convert.add_argument(
+        "--export",
+        type=os.path.expanduser,
+        help="file .npz to write the workdir's parameters to, in place of --checkpoint",
+    )
     _add_checkpoint_flags(convert)
 
     sweep = command("sweep", _sweep, "train every experiment of a folder, several seeds each; writes one table")
-    sweep.add_argument("--configs", required=True, help="folder of experiment files")
+    sweep.add_argument("--configs", required=True, type=_PATH, help="folder of experiment files")
     sweep.add_argument("--only", default="*", help="pattern of the files to run, such as '*_tiny'")
-    sweep.add_argument("--workdir", required=True, type=os.path.expanduser, help="folder or bucket URL of the sweep")
+    sweep.add_argument("--workdir", required=True, type=_PATH, help="folder or bucket URL of the sweep")
     sweep.add_argument("--seeds", type=int, default=3, help="runs of each experiment")
     sweep.add_argument("--budget", type=int, default=0, help="tokens that every run trains on; 0: as its file says")
     sweep.add_argument("--launcher", default="", help="words before each training command, such as a submitting script")
@@ -111,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workdir", required=True, type=os.path.expanduser, help="folder or bucket URL of the run")
+    parser.add_argument("--workdir", required=True, type=_PATH, help="folder or bucket URL of the run")
     parser.add_argument("--step", default=None, help="a step or `best`; the newest if left out")
 
 
@@ -168,12 +177,12 @@ def _convert(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
     if arguments.export and not (arguments.checkpoint or arguments.config or overrides):
         found = convert.export(arguments.source, arguments.workdir, arguments.export, arguments.step)
-    elif arguments.checkpoint and arguments.config and not arguments.export:
+    elif arguments.checkpoint and arguments.config and not (arguments.export or arguments.step):
         overrides |= {"dataset.name": arguments.dataset} if arguments.dataset else {}
         c = config.load(arguments.config, overrides)
         found = convert.convert(arguments.source, arguments.checkpoint, c, arguments.workdir)
     else:
-        raise UserError("expected --checkpoint and --config to import, or --export alone")
+        raise UserError("expected --checkpoint and --config to import, or --export (and --step) to export")
     print(json.dumps(found), flush=True)
 
 

@@ -15,7 +15,8 @@ import ml_collections
 
 from allattn.errors import UserError
 
-# May differ between the run that made a workdir and one that goes on in it: none changes what an update computes.
+# May differ between the run that made a workdir and one that goes on in it. None changes what an update computes, but
+# that the rate follows the number of steps; a run may nevertheless be lengthened.
 FREE = (
     *("dataset.data_dir", "mesh.", "checkpoint.", "evaluate.", "model.implementation"),
     *(
@@ -192,9 +193,11 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(json.loads(text, object_hook=with_tuples)).lock()
 
 
-def changed_fields(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
-    """Fields that differ between two configurations, other than those that change no update."""
+def changed_fields(
+    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict, free: tuple[str, ...] = FREE
+) -> list[str]:
+    """Fields that differ between two configurations, other than those whose names begin as `free` says."""
     before, after = dict(fields(old)), dict(fields(new))
     names = sorted(set(before) | set(after))
-    changed = (n for n in names if before.get(n) != after.get(n) and not n.startswith(FREE))
+    changed = (n for n in names if before.get(n) != after.get(n) and not n.startswith(free))
     return [f"{n}: {before.get(n)!r} in the workdir, {after.get(n)!r} now" for n in changed]

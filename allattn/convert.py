@@ -1,8 +1,10 @@
 """Checkpoints of the papers' own code as ours, and back; `their_names` has the names and shapes.
 
-Both directions only move numbers: a round trip is bit-exact.
+Both directions only move numbers: a round trip is bit-exact. Ids are not renumbered: a checkpoint's vocabulary must
+have the order of ours, which for adaptive-span is theirs.
 """
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +100,10 @@ def convert(source: str, file: str, config: ml_collections.ConfigDict, workdir: 
     for name in table.constants(model.config):
         state.pop(name, None)
     for copy, original in table.copies(model.config).items():
-        if copy in state and original in state and not np.array_equal(state.pop(copy), state[original]):
+        if copy not in state or original not in state:
+            continue
+        twin = state.pop(copy)
+        if not np.array_equal(twin, state[original]):
             raise UserError(f"{file}: expected {copy} to equal {original}, with which it is shared, found another")
     params = to_ours(state, jax.eval_shape(model.init, jax.random.key(0)), table.entries(model.config))
     with checkpoint.Checkpointer(workdir) as checkpoints:
@@ -111,7 +116,7 @@ def convert(source: str, file: str, config: ml_collections.ConfigDict, workdir: 
 
 
 def export(source: str, workdir: str, file: str, step: int | str | None = None) -> dict[str, Any]:
-    """Write a run's parameters as a state dict that their code loads.
+    """Write a run's parameters under the names of their state dict, with all that their code stores beside them.
 
     Args:
       source: a name in SOURCES.
@@ -125,8 +130,8 @@ def export(source: str, workdir: str, file: str, step: int | str | None = None) 
     Raises:
       UserError: no such checkpoint, one of another kind, or the file is there already.
     """
-    if Path(file).exists() or not file.endswith(".npz"):
-        raise UserError(f"--export: expected a new file that ends in .npz, found {file}")
+    if Path(file).exists() or not file.endswith(".npz") or not Path(file).parent.is_dir():
+        raise UserError(f"--export: expected a new file that ends in .npz, in a folder that exists, found {file}")
     run = load(workdir, step)
     table, config = _source(source, run.config), run.model.config
     params = jax.tree.map(np.asarray, run.params)
@@ -160,8 +165,8 @@ def _read_npz(file: str) -> State:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (ValueError, OSError) as error:
-        raise UserError(f"--checkpoint: {file} cannot be read: {str(error).splitlines()[0]}") from error
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"--checkpoint: {file} cannot be read as arrays by name: {error}") from error
 
 
 def _read_torch(file: str) -> State:
@@ -173,7 +178,9 @@ def _read_torch(file: str) -> State:
     try:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's errors are of many kinds
-        raise UserError(f"--checkpoint: {file} holds no state dict: {str(error).splitlines()[0][:200]}") from error
+        raise UserError(
+            f"--checkpoint: {file} holds no state dict (save `model.state_dict()`): {str(error)[:200]}"
+        ) from error
     found = found.get("model", found) if isinstance(found, Mapping) else found
     if not isinstance(found, Mapping) or not all(isinstance(x, torch.Tensor) for x in found.values()):
         raise UserError(f"--checkpoint: {file}: expected a state dict of tensors, or one under `model`, found another")

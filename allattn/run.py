@@ -27,13 +27,13 @@ class Run:
     step: int
 
     def evaluate(
-        self, split: str = "test", protocol: str = "authors", text: str | None = None, data_dir: str | None = None
+        self, split: str = "test", protocol: str | None = None, text: str | None = None, data_dir: str | None = None
     ) -> dict[str, Any]:
         """Score a split of the run's data set, or a text file.
 
         Args:
           split: train, valid or test.
-          protocol: authors, full or xl.
+          protocol: authors, full or xl; None: as the configuration says.
           text: path of a file to score instead.
           data_dir: where the data set is, if not where training had it.
 
@@ -44,6 +44,7 @@ class Run:
           UserError: a missing file, a symbol outside the vocabulary, or too short a text.
         """
         tokens = self._tokens(split, text, data_dir)
+        protocol = protocol or self.config.evaluate.protocol
         mesh, options = sharding.mesh_over_rows(), {"protocol": protocol, **evaluate.options(self.config)}
         options["vocabulary"] = self.vocabulary
         params = jax.device_put(self.params, sharding.shardings(mesh, self.params))

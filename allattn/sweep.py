@@ -25,7 +25,8 @@ from allattn import metrics
 from allattn.errors import UserError
 
 COLUMNS = ("config", "parameters", "steps", "tokens", "dev", "test", "unit", "seeds", "seconds", "published", "failed")
-FINETUNE = 10  # of a budget's steps, one in so many belongs to the stage at a tenth of the rate
+SUBMITTED = "submitted; remove the file `submitted` from its workdir to submit it again"
+STEPS = ("train.steps", "train.finetune_steps")  # may differ when a run goes on, but not between compared ones
 
 
 class Job(NamedTuple):
@@ -40,9 +41,23 @@ class Result(NamedTuple):
     """What one run came to: its last scores, or why there are none."""
 
     job: Job
-    scores: dict[str, Any] | None
+    scores: dict[str, Any]  # of scores.json; empty: none
     rows: list[dict[str, Any]]  # of its log
     failed: str
+
+    @property
+    def unit(self) -> str:
+        """Bits per symbol of bytes and characters, perplexity of words."""
+        return "ppl" if "ppl_words" in self.scores else "bpc"
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.scores["trained_tokens"] // self.scores["step"]
+
+    @property
+    def logged(self) -> list[dict[str, Any]]:
+        """The rows that tell of training steps."""
+        return [row for row in self.rows if "tokens_per_s" in row]
 
 
 def sweep(
@@ -73,62 +88,95 @@ def sweep(
       UserError: no experiment in the folder, or some runs failed: the others were made all the same.
     """
     files = sorted(path for path in Path(configs).glob(f"{only}.py") if not path.name.startswith("_"))
-    if not files or seeds < 1:
-        expected = f"a folder with experiment files ({only}.py) and --seeds of at least 1"
-        raise UserError(f"--configs: expected {expected}, found {len(files)} files in {configs}, {seeds} seeds")
+    if not files or seeds < 1 or budget < 0:
+        expected = f"a folder with experiment files ({only}.py), --seeds of at least 1 and --budget of at least 0"
+        raise UserError(f"--configs: expected {expected}, found {len(files)} in {configs}, {seeds} and {budget}")
+    taken = [name for name in ("seed", *(STEPS if budget else ())) if name in (overrides or {})]
+    if taken:
+        raise UserError(f"--config.{taken[0]}: a sweep sets it from --seeds and --budget, found it given as well")
     folder = epath.Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
     jobs = [Job(file, seed, folder / f"{file.stem}-seed{seed}") for file in files for seed in range(seeds)]
-    results = {job: Result(job, None, [], "not yet run") for job in jobs}
+    results = {job: Result(job, {}, [], "not yet run") for job in jobs}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        words = shlex.split(launcher)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--workdir={workdir}, --launcher={launcher}: {error}") from error
     for job in sorted(jobs, key=lambda job: job.seed):  # every experiment once, before any of them again
-        results[job] = _result(job, budget, dict(overrides or {}), shlex.split(launcher))
+        results[job] = _result(job, budget, dict(overrides or {}), words)
         text = write(folder, list(results.values()))
-    failed = [f"{r.job.workdir.name}: {r.failed}" for r in results.values() if r.failed and r.failed != "submitted"]
+    failed = [f"{r.job.workdir.name}: {r.failed}" for r in results.values() if r.failed and r.failed != SUBMITTED]
     if failed:
         raise UserError(f"{len(failed)} of {len(jobs)} runs failed, the others are in {folder / 'sweep.md'}: {failed}")
     return text
 
 
 def _result(job: Job, budget: int, overrides: dict[str, str], launcher: Sequence[str]) -> Result:
-    """The result of a job, which is run unless it has ended before, with as many steps."""
-    scores, failed = job.workdir / "scores.json", ""
+    """The result of a job, which is run unless it has ended before."""
     try:
         overrides |= {"seed": str(job.seed), **_budget(configuration.load(str(job.config), overrides), budget)}
-        train = configuration.load(str(job.config), overrides).train
-        steps = train.steps + train.finetune_steps
-        if not scores.exists() or json.loads(scores.read_text())["step"] < steps:
+        _check_same(job, configuration.load(str(job.config), overrides))
+        scores, failed = _scores(job), ""
+        if not scores:
             failed = _run(job, overrides, launcher)
+            scores = _scores(job)
     except UserError as error:
-        failed = str(error)
-    found = None if failed else json.loads(scores.read_text())
-    return Result(job, found, [] if failed else metrics.read_jsonl(str(job.workdir)), failed)
+        scores, failed = {}, str(error)
+    return Result(job, scores, metrics.read_jsonl(str(job.workdir)) if scores else [], failed)
 
 
 def _budget(c: ml_collections.ConfigDict, tokens: int) -> dict[str, str]:
-    """The steps that read so many tokens."""
+    """The steps that read so many tokens, with the file's own share at a tenth of the rate; warm-up is not scaled."""
+    configuration.check_ranges(c, "train.")
     if not tokens:
         return {}
-    steps = max(2, tokens // (c.train.batch * c.train.block))
-    finetune = max(1, steps // FINETUNE)
-    return {"train.steps": str(steps - finetune), "train.finetune_steps": str(finetune)}
+    steps, tenth = max(1, tokens // (c.train.batch * c.train.block)), c.train.finetune_steps
+    finetune = steps * tenth // max(1, c.train.steps + tenth)
+    return dict(zip(STEPS, (str(steps - finetune), str(finetune)), strict=True))
+
+
+def _check_same(job: Job, c: ml_collections.ConfigDict) -> None:
+    """Refuse to report a run under settings that it was not started with; the first start notes them."""
+    if c.train.steps + c.train.finetune_steps < 1:
+        raise UserError("train.steps: expected at least 1 step in a sweep, found 0")
+    noted = job.workdir / "started.json"
+    if not noted.exists():
+        job.workdir.mkdir(parents=True, exist_ok=True)
+        noted.write_text(configuration.to_json(c))
+    free = tuple(name for name in configuration.FREE if name not in STEPS)
+    changed = configuration.changed_fields(configuration.from_json(noted.read_text()), c, free)
+    if changed:
+        raise UserError(
+            f"{job.workdir} was started with other settings: {'; '.join(changed)}; choose another --workdir"
+        )
+
+
+def _scores(job: Job) -> dict[str, Any]:
+    """The scores that a run left at its end; empty if it has not ended."""
+    try:
+        return json.loads((job.workdir / "scores.json").read_text())
+    except (OSError, ValueError):  # none, or cut short by a kill
+        return {}
 
 
 def _run(job: Job, overrides: Mapping[str, str], launcher: Sequence[str]) -> str:
-    """Train in a process of its own; returns why it failed, or "submitted", or nothing."""
+    """Train in a process of its own; returns why it failed, or SUBMITTED, or nothing."""
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
     command = [sys.executable, "-m", "allattn", "train", f"--config={job.config}", f"--workdir={job.workdir}", *flags]
-    job.workdir.mkdir(parents=True, exist_ok=True)
     submitted = job.workdir / "submitted"
     if launcher and submitted.exists():
-        return "submitted"
+        return SUBMITTED
     print(f"{job.workdir.name}: {'submitting' if launcher else 'training'}", flush=True)
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run([*launcher, *command], capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise UserError(f"--launcher: {error}") from error
     (job.workdir / "log.txt").write_text(done.stdout + done.stderr)
     if done.returncode:
         return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].removeprefix("allattn: ")
     if launcher:
         submitted.write_text(shlex.join(command))
-    return "submitted" if launcher else ""
+    return SUBMITTED if launcher else ""
 
 
 # --- the table ---------------------------------------------------------------------------------------------------
@@ -160,15 +208,15 @@ def _rows(results: Sequence[Result]) -> Iterator[dict[str, str]]:
 
 
 def _figures(ended: Sequence[Result]) -> dict[str, str]:
-    scores, unit = [result.scores or {} for result in ended], _unit(ended[0])
+    first, unit = ended[0].scores, ended[0].unit
     dev = [next(row[f"dev_{unit}"] for row in reversed(result.rows) if f"dev_{unit}" in row) for result in ended]
     return {
-        "parameters": f"{scores[0]['parameters']:,}",
-        "steps": str(scores[0]["step"]),
-        "tokens": f"{scores[0]['trained_tokens']:,}",
+        "parameters": f"{first['parameters']:,}",
+        "steps": str(first["step"]),
+        "tokens": f"{first['trained_tokens']:,}",
         "dev": _spread(dev),
-        "test": _spread([score[unit] for score in scores]),
-        "unit": f"{unit}, {scores[0]['protocol']}",
+        "test": _spread([result.scores[unit] for result in ended]),
+        "unit": f"{unit}, {first['protocol']}",
         "seeds": str(len(ended)),
         "seconds": f"{statistics.mean(_seconds(result) for result in ended):.0f}",
     }
@@ -179,17 +227,11 @@ def _spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.4f}{deviation}"
 
 
-def _unit(result: Result) -> str:
-    """Bits per symbol of bytes and characters, perplexity of words."""
-    return "ppl" if "ppl_words" in (result.scores or {}) else "bpc"
-
-
 def _seconds(result: Result) -> float:
     """Time spent training, without evaluations, however often the run was resumed."""
-    logged = [row for row in result.rows if "tokens_per_s" in row]
-    each = (result.scores or {})["trained_tokens"] / (result.scores or {})["step"]
-    before = [0, *(row["step"] for row in logged)]
-    return sum((row["step"] - b) * each / row["tokens_per_s"] for row, b in zip(logged, before, strict=False))
+    before = [0, *(row["step"] for row in result.logged)]
+    pairs = zip(result.logged, before, strict=False)
+    return sum((row["step"] - b) * result.tokens_per_step / row["tokens_per_s"] for row, b in pairs)
 
 
 def _published(file: Path) -> str:
@@ -211,16 +253,12 @@ def _plot(path: epath.Path, ended: Sequence[Result]) -> None:
 
     figure = Figure(figsize=(12, 5), layout="constrained")
     curves, points = figure.subplots(1, 2)
-    names = list(dict.fromkeys(result.job.config.stem for result in ended))
-    unit = _unit(ended[0])
+    names, unit = list(dict.fromkeys(result.job.config.stem for result in ended)), ended[0].unit
     for number, name in enumerate(names):
-        ours = [result for result in ended if result.job.config.stem == name]
-        logged = [row for row in ours[0].rows if "tokens_per_s" in row]
-        each = (ours[0].scores or {})["trained_tokens"] / (ours[0].scores or {})["step"]
-        curves.plot(
-            [row["step"] * each for row in logged], [row[unit] for row in logged], label=name, color=f"C{number}"
-        )
-        points.plot([(result.scores or {})[unit] for result in ours], [number] * len(ours), "o", color=f"C{number}")
+        ours, color = [result for result in ended if result.job.config.stem == name], f"C{number}"
+        logged, each = ours[0].logged, ours[0].tokens_per_step
+        curves.plot([row["step"] * each for row in logged], [row[unit] for row in logged], label=name, color=color)
+        points.plot([result.scores[unit] for result in ours], [number] * len(ours), "o", color=color)
     curves.set(xlabel="tokens", ylabel=f"training {unit}")
     curves.legend(fontsize="small")
     points.set(xlabel=f"test {unit}, one point a seed", yticks=range(len(names)), yticklabels=names)

@@ -20,7 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from allattn import checkpoint, data, evaluate, metrics, optim, sharding
-from allattn.config import changed_fields, check_ranges, from_json, with_vocabulary
+from allattn.config import FREE, changed_fields, check_ranges, from_json, with_vocabulary
 from allattn.errors import RunError, UserError
 from allattn.model import Model, ModelConfig, Params
 from allattn.recorder import Recorder
@@ -287,7 +287,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
 
     Args:
       config: the whole configuration (configs/base.py).
-      workdir: folder or bucket URL of the run.
+      workdir: folder or bucket URL of the run; at the end it holds the scores as scores.json as well.
 
     Returns:
       The scores of the test split (`evaluate.evaluate_tokens`), with split, protocol and step.
@@ -317,15 +317,17 @@ def _keep_scores(trainer: Trainer, state: TrainState, workdir: str, scores: dict
     train = trainer.config.train
     size = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params))}
     size["trained_tokens"] = int(state.step) * train.batch * train.block
-    if not jax.process_index():
-        (epath.Path(workdir) / "scores.json").write_text(json.dumps({**scores, **size}) + "\n")
+    path, text = epath.Path(workdir) / "scores.json", json.dumps({**scores, **size}) + "\n"
+    if not jax.process_index() and not (path.exists() and path.read_text() == text):
+        path.write_text(text)
 
 
 def _restore(trainer: Trainer, checkpoints: checkpoint.Checkpointer) -> tuple[TrainState, int] | None:
     """The state of the newest readable checkpoint and its bucket; None in a new workdir."""
 
     def abstract(meta: dict[str, Any]) -> tuple[Any, Any, Any]:
-        changed = changed_fields(from_json(meta["config"]), trainer.config)
+        free = (*FREE, "optimizer.", "train.", "seed") if meta.get("params_only") else FREE
+        changed = changed_fields(from_json(meta["config"]), trainer.config, free)
         if changed:
             raise UserError(
                 f"{checkpoints.workdir} was made with another configuration: {'; '.join(changed)}. Choose another "

@@ -9,7 +9,7 @@ import golden_data
 import jax
 import numpy as np
 import pytest
-from test_cli import ROOT, call, flags
+from command_line import ROOT, call, flags, write_texts
 
 import allattn
 from allattn.convert import to_ours, to_theirs
@@ -32,16 +32,12 @@ RECORDED = {
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
     """A run of the tiny network, and its texts."""
     place = tmp_path_factory.mktemp("convert")
-    (place / "texts").mkdir()
-    letters = np.frombuffer(b"abcdefgh\n", np.uint8)
-    for split, length in (("train", 1200), ("valid", 300), ("test", 400)):
-        text = np.random.default_rng(length).choice(letters, length).tobytes()
-        (place / "texts" / f"{split}.txt").write_bytes(bytes(letters) + text)
+    texts = write_texts(place)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALLATTN_DATA_DIR", str(place / "prepared"))
         patch.chdir(ROOT)
-        assert call("train", *flags(place / "texts"), f"--workdir={place / 'run'}").code == 0
-        yield place / "run", place / "texts"
+        assert call("train", *flags(texts), f"--workdir={place / 'run'}").code == 0
+        yield place / "run", texts
 
 
 def convert(file: Path, texts: Path, workdir: Path, **changes: Any) -> Any:
@@ -66,6 +62,29 @@ def test_there_and_back_is_bit_exact(trained: tuple[Path, Path], tmp_path: Path)
         np.testing.assert_array_equal(state[name], again[name])
 
 
+KINDS = {
+    "transformer": {"model__persistent": 0, "model__feed_forward": 24},
+    "transformer_xl": {"model__persistent": 0, "model__feed_forward": 24, "model__span__adaptive": "false"},
+    "all_attention": {"model__adaptive_io__cutoffs": "3,6", "model__adaptive_io__division": 2},
+}
+
+
+@pytest.mark.parametrize("layer", KINDS)
+def test_other_models_there_and_back(trained: tuple[Path, Path], tmp_path: Path, layer: str) -> None:
+    """With what is stored twice in their state dicts: tied tables, masks and frequencies."""
+    source = "transformer-xl" if layer == "transformer_xl" else "adaptive-span"
+    words = flags(trained[1], model__layer=layer, train__steps=1, train__finetune_steps=0, **KINDS[layer])
+    assert call("train", *words, f"--workdir={tmp_path / 'run'}").code == 0
+    assert (
+        call("convert", f"--source={source}", f"--workdir={tmp_path / 'run'}", f"--export={tmp_path / 'x.npz'}").code
+        == 0
+    )
+    back = [f"--checkpoint={tmp_path / 'x.npz'}", *words, f"--workdir={tmp_path / 'back'}"]
+    assert call("convert", f"--source={source}", *back).code == 0
+    params = (allattn.load(tmp_path / name).params for name in ("run", "back"))
+    jax.tree.map(np.testing.assert_array_equal, *params)
+
+
 def test_the_names_are_theirs(trained: tuple[Path, Path], tmp_path: Path) -> None:
     """Every key has the prefix, spans appear twice with the distances of their masks, linear maps are (out, in)."""
     state = exported(trained[0], tmp_path / "out.npz")
@@ -87,7 +106,8 @@ def test_a_converted_workdir_is_an_ordinary_one(trained: tuple[Path, Path], tmp_
     before, after = (call("evaluate", f"--workdir={place}").last() for place in (run, tmp_path / "back"))
     assert after["step"] == 0 and after["nll"] == before["nll"]
     assert call("generate", f"--workdir={tmp_path / 'back'}", "--prompt=a", "--length=3").code == 0
-    assert call("train", *flags(texts), f"--workdir={tmp_path / 'back'}").last()["step"] == 12
+    tuned = flags(texts, optimizer__learning_rate=1e-3)  # no state of an optimizer stands against other settings
+    assert call("train", *tuned, f"--workdir={tmp_path / 'back'}").last()["step"] == 12
     first = json.loads((tmp_path / "back" / "metrics.jsonl").read_text().splitlines()[0])
     fresh = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert first["nll"] < fresh["nll"]
@@ -124,8 +144,16 @@ def test_keys_that_do_not_fit_are_listed(
 def test_other_mistakes(trained: tuple[Path, Path], tmp_path: Path) -> None:
     run, texts = trained
     exported(run, tmp_path / "out.npz")
-    assert "2 keys do not fit" not in convert(tmp_path / "out.npz", texts, tmp_path / "a").err
+    (tmp_path / "empty.npz").write_bytes(b"")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "out.npz").read_bytes()[:300])
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
     for found, expected in (
+        *((convert(tmp_path / f"{x}.npz", texts, tmp_path / "b"), "cannot be read") for x in ("empty", "cut", "one")),
+        (
+            call("convert", "--source=adaptive-span", f"--workdir={run}", f"--export={tmp_path / 'no' / 'x.npz'}"),
+            "--export: expected a new file",
+        ),
         (convert(tmp_path / "out.npz", texts, run), "--workdir: expected one without checkpoints"),
         (convert(tmp_path / "none.npz", texts, tmp_path / "b"), "--checkpoint: expected a file"),
         (convert(tmp_path / "out.npz", texts, tmp_path / "b", model__heads=4), "keys do not fit"),

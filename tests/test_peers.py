@@ -51,7 +51,7 @@ def test_the_operation_with_its_gradients() -> None:
 
 def by_name(tree: dict[str, Any]) -> dict[str, np.ndarray]:
     """Parameters of ours, or their gradients, by the names of the peer's."""
-    found = {**tree["io"], "position": tree["position"]}
+    found = {**tree["io"], "position": tree["position"]["table"]}
     for name, stacked in tree["layers"].items():
         found |= {f"layers.{layer}.{name}": x for layer, x in enumerate(stacked)}
     return {name: np.array(x) for name, x in found.items()}

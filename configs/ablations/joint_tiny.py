@@ -1,6 +1,6 @@
 """Reduced all-attention: 6 layers of width 128, N 512, 1,196,596 parameters.
 
-The base of the other reduced ablations, which have as many parameters to 0.1%. Another N: --config.model.persistent=N.
+The base of the other reduced ablations, which have as many parameters to 0.1%, but for those of another N (n*_tiny.py).
 
 Command:   allattn train --config=configs/ablations/joint_tiny.py --workdir=runs/joint_tiny
            --config.dataset.data_dir=FOLDER, with train.txt, valid.txt and test.txt of text8's 27 characters
@@ -25,12 +25,11 @@ def get_config():
     c.optimizer.name = "adam"
     c.optimizer.learning_rate = 2e-3
     c.optimizer.warmup = 100
-    c.optimizer.schedule = "cosine"
     c.optimizer.clip = 1.0
     c.train.batch = 16
     c.train.block = 64
-    c.train.steps = 2_000
-    c.train.finetune_steps = 0
+    c.train.steps = 1_800
+    c.train.finetune_steps = 200
     c.train.log_every = 10
     c.checkpoint.every = 500
     c.evaluate.every = 1_000
