@@ -199,10 +199,11 @@ class RunProgress:
     Args:
       total: steps of the run.
       every: least seconds between lines where there is no terminal.
+      unit: of the scores that are shown, bpc or ppl.
     """
 
-    def __init__(self, total: int, every: float = 10.0) -> None:
-        self._total, self._every, self._last = total, every, -math.inf
+    def __init__(self, total: int, every: float = 10.0, unit: str = "bpc") -> None:
+        self._total, self._every, self._last, self._unit = total, every, -math.inf, unit
         columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[line]}"))
         self._bar = Progress(*columns, TimeRemainingColumn(), transient=False, disable=bool(jax.process_index()))
         self._live = sys.stdout.isatty()
@@ -220,7 +221,8 @@ class RunProgress:
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show how far the run is and its latest numbers."""
-        names = (("bpc", "{:.3f} bpc"), ("tokens_per_s", "{:,.0f} tokens/s"), ("dev_bpc", "dev {:.3f} bpc"))
+        unit, form = self._unit, "{:.3f}" if self._unit == "bpc" else "{:.2f}"
+        names = ((unit, f"{form} {unit}"), ("tokens_per_s", "{:,.0f} tokens/s"), (f"dev_{unit}", f"dev {form} {unit}"))
         line = "  ".join(text.format(values[name]) for name, text in names if name in values)
         self._bar.update(self._task, completed=step, line=line)
         now = time.monotonic()

@@ -20,7 +20,7 @@ class Recorder:
     def __init__(self, trainer: "Trainer", workdir: str, total: int, first: int) -> None:
         self._trainer, self._config = trainer, trainer.config
         self._writer = metrics.create_writer(workdir)
-        self._progress = metrics.RunProgress(total)
+        self._progress = metrics.RunProgress(total, unit="ppl" if trainer.dataset.vocabulary.unit == "word" else "bpc")
         self._pending: tuple[int, metrics.TrainMetrics] | None = None
         self._sum: metrics.TrainMetrics | None = None
         self._step = self._logged = first

@@ -1,7 +1,7 @@
 """The counter-based dropout mask: a pure function of where a weight sits, never of how the work is cut.
 
 A weight is named by (seed, global row, global head, query index in the block, index), where index is the distance
-of a context key or the number of a persistent pair; the two kinds draw from domains of their own. Every
+of a context key or the number of a persistent pair; the two kinds, and features, draw from domains of their own. Every
 implementation, tile size, context bucket and mesh therefore drops the same weights. The mixing function is the
 two-multiply "lowbias32" integer hash (C. Wellons, "Prospecting for Hash Functions", 2018).
 """
