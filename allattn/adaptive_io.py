@@ -189,9 +189,9 @@ def _gathered(chosen_P: Array, size: int) -> tuple[Array, Array]:
     return token_Q, -(-chosen_P.sum() // size)
 
 
-def _take(x_P: Array, index_C: Array, fill: float = 0) -> Array:
+def _take(table: Array, index: Array, fill: float = 0) -> Array:
     """Rows of a table; `fill`, and no gradient, for indices beyond the last."""
-    return jnp.take(x_P, index_C, axis=0, mode="fill", fill_value=fill)
+    return jnp.take(table, index, axis=0, mode="fill", fill_value=fill)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

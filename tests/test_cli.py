@@ -19,6 +19,7 @@ from allattn import train
 from allattn.__main__ import main
 
 LETTERS = "abcdefghijklmn"
+COMMANDS = ("train", "evaluate", "generate", "convert", "sweep", "data")
 
 
 class Place(NamedTuple):
@@ -133,7 +134,7 @@ def test_generate(place: Place) -> None:
 # --- help and mistakes -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["generate"], ["data"]], ids=lambda c: " ".join(c))
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=lambda c: " ".join(c))
 def test_help(command: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
