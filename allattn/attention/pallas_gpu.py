@@ -104,8 +104,11 @@ class Call(NamedTuple):
     def query_grid(self) -> tuple[int, int]:
         return self.sizes.length // self.sizes.query_tile, self.sizes.B * self.sizes.H
 
-    def for_each_chunk(self, dtype: Any, work: Callable, results: tuple) -> tuple:
-        """Carry results through chunks of units whose logits by position fit into the scratch array together."""
+    def for_each_chunk(self, dtype: Any, work: Callable, results: tuple, known: Array) -> tuple:
+        """Carry results through chunks of units whose logits by position fit into the scratch array together.
+
+        The scratch array is made when `known` is: the two of a forward and a backward pass never exist at once.
+        """
         sizes, base_U = self.sizes, self.scalars.base_U
         units = sizes.B * sizes.H
         room = min(units * _tiled(sizes, sizes.L), SCRATCH // jnp.dtype(dtype).itemsize // sizes.length)
@@ -116,7 +119,8 @@ class Call(NamedTuple):
             call = self._replace(scalars=self.scalars._replace(chunk=jnp.stack([first, end - first])))
             return end, *work(call, logits, results)
 
-        logits = jnp.zeros(max(1, room * sizes.length), dtype)
+        nothing, _ = jax.lax.optimization_barrier((jnp.zeros((), dtype), known))
+        logits = jnp.broadcast_to(nothing, max(1, room * sizes.length))
         return jax.lax.while_loop(lambda carry: carry[0] < units, chunk, (jnp.int32(0), logits, results))[2]
 
 
@@ -158,7 +162,7 @@ def _attention_forward(static: Static, inputs: Inputs, dynamic: Dynamic):
 
     statistic = jnp.zeros(sizes.B * sizes.H * sizes.T, jnp.float32)
     results = (jnp.zeros_like(flat.query_BTHK), statistic, statistic)
-    out_XE, lse, mass = call.for_each_chunk(inputs.query_BTHK.dtype, chunk, results)
+    out_XE, lse, mass = call.for_each_chunk(inputs.query_BTHK.dtype, chunk, results, known=flat.query_BTHK)
     out_BTHK, mass_BHT = out_XE.reshape(inputs.query_BTHK.shape), mass.reshape(sizes.B, sizes.H, sizes.T)
     return (out_BTHK, mass_BHT.transpose(0, 2, 1)), (inputs, out_BTHK, lse, dynamic)
 
@@ -191,7 +195,7 @@ def _attention_backward(static: Static, residuals: tuple, cotangents: tuple):
     d_queries = (jnp.zeros_like(query),) * (1 if static.one_query else 2)
     d_table = (jnp.zeros((sizes.H * max(1, sizes.L), sizes.K), jnp.float32),)
     (d_key, d_value, d_span), d_queries, (d_table_XK,) = call.for_each_chunk(
-        query.dtype, chunk, (d_keys, d_queries, d_table)
+        query.dtype, chunk, (d_keys, d_queries, d_table), known=lse
     )
     d_position_HLK = d_table_XK[: sizes.H * sizes.L].reshape(sizes.H, sizes.L, sizes.K)
     gradients = (
