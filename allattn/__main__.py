@@ -96,11 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--checkpoint", type=_PATH, help="state dict to import, .pt or .npz; with --config")
     convert.add_argument("--config", type=_PATH, help="experiment file whose geometry the checkpoint has")
     convert.add_argument("--dataset", help="data set that gives the vocabulary, if not the configuration's")
-    convert.add_argument(
-        "--export",
-        type=os.path.expanduser,
-        help="file .npz to write the workdir's parameters to, in place of --checkpoint",
-    )
+    convert.add_argument("--export", type=_PATH, help="file .npz to write the parameters to, in place of --checkpoint")
     _add_checkpoint_flags(convert)
 
     sweep = command("sweep", _sweep, "train every experiment of a folder, several seeds each; writes one table")

@@ -18,6 +18,7 @@ from flax import nnx
 Array = jax.Array
 
 LOGITS = 1 << 25  # most logits that exist at once: 128 MiB of them in float32
+XL_DEVIATION = 0.02  # of Transformer-XL's initial weights
 TAIL_SHARE = 1 / 32  # of a block's tokens, that a tail takes per round: about as many as it has in running text
 
 
@@ -104,13 +105,13 @@ class AdaptiveIO(nnx.Module):
             return nnx.List([draw((width, d), d, 0.01) for d in widths[:count]] if division > 1 else [])
 
         table = [jax.random.normal(rngs.params(), shape) for shape in zip(sizes, widths, strict=True)]
-        self.embedding = nnx.List([nnx.Param(0.02 * x_nd if xl else x_nd) for x_nd in table])
+        self.embedding = nnx.List([nnx.Param(XL_DEVIATION * x_nd if xl else x_nd) for x_nd in table])
         self.projection = projections(len(sizes))
         self.bias = nnx.List([draw((n,), d, 0.0) for n, d in zip(sizes, widths, strict=True)])
         if cutoffs:
-            self.tail_kernel = draw((len(cutoffs), width), width, 0.02)
+            self.tail_kernel = draw((len(cutoffs), width), width, XL_DEVIATION)
             self.tail_bias = draw((len(cutoffs),), width, 0.0)
-        own = [] if tied else [draw((n, d), d, 0.02) for n, d in zip(sizes, widths, strict=True)]
+        own = [] if tied else [draw((n, d), d, XL_DEVIATION) for n, d in zip(sizes, widths, strict=True)]
         self.kernel, self.output_projection = nnx.List(own), projections(int(xl) if tied else len(sizes))
 
     def embed(self, tokens_BT: Array, dtype: jnp.dtype) -> Array:

@@ -10,15 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from allattn.adaptive_io import AdaptiveIO
+from allattn.adaptive_io import XL_DEVIATION, AdaptiveIO
 from allattn.layers import Draws, Transformer, drop, project
 
 if TYPE_CHECKING:
     from allattn.model import ModelConfig
 
 Array = jax.Array
-
-DEVIATION = 0.02  # of all initial weights
 
 
 class Relative(NamedTuple):
@@ -86,7 +84,7 @@ class TransformerXL(Transformer):
         def draw(number: int, name: str, old: Array) -> Array:
             if name.endswith("bias"):
                 return jnp.zeros_like(old)
-            noise = DEVIATION * jax.random.normal(jax.random.fold_in(key, number), old.shape)
+            noise = XL_DEVIATION * jax.random.normal(jax.random.fold_in(key, number), old.shape)
             return noise + 1 if name == "norm_scale" else noise
 
         drawn = [draw(i, path[-1].key, old) for i, (path, old) in enumerate(leaves)]

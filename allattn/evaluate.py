@@ -200,7 +200,8 @@ def score(
 
 
 def _add(total: Total, block: Total) -> Total:
-    return Total(*(before + float(more) for before, more in zip(total, block, strict=True)))
+    more = jax.device_get(block)  # the three at once
+    return Total(*(before + float(x) for before, x in zip(total, more, strict=True)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))

@@ -90,7 +90,7 @@ class AllAttention(Sublayer):
 
     `split` adds up two softmaxes, over the context and over the persistent pairs; in `single_head` the latter has one
     head as wide as the model; in `head_split` the first half of the heads sees the context alone, and the others, which
-    have no key and value projections and no spans, the persistent pairs alone (arXiv 1907.01470, section 5.3).
+    have no key and value projections and no spans, the persistent pairs alone (arXiv 1907.01470, the ablation).
     """
 
     INTEGRATIONS: tuple[str, ...] = ("joint", *APART)

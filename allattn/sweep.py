@@ -75,7 +75,7 @@ def sweep(
       configs: folder of experiment files; those that begin with "_" are parts of others.
       workdir: folder or bucket URL of the sweep.
       seeds: runs of each experiment, with seeds 0, 1, ...
-      budget: tokens that every run trains on, one tenth of them at a tenth of the rate; 0: as its file says.
+      budget: tokens that every run trains on, with its file's share at a tenth of the rate; 0: as the file says.
       overrides: values as text, by dotted name, for every run.
       launcher: words before the training command, such as a script of launch/ that submits it and returns; such runs
         are collected by calling again. "": one after the other, here.

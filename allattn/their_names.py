@@ -187,11 +187,10 @@ def _transformer_xl_copies(config: ModelConfig) -> dict[str, str]:
 
 def _adaptive_span_constants(config: ModelConfig) -> State:
     """The mask's distances, stored beside every span: 1 - L for the farthest to 0."""
-    names = [name for pair in _adaptive_span_copies(config).items() for name in pair if name.endswith("current_val")]
-    if config.adaptive and not config.persistent:
-        names = [f"layers.{i}.attn.attn.adaptive_span._mask.current_val" for i in range(config.depth)]
+    places = ("", "persistent_memory.") if config.persistent else ("",)
+    masks = [f"layers.{i}.attn.attn.{place}adaptive_span._mask" for i in range(config.depth) for place in places]
     template_L = np.arange(1 - config.limit, 1, dtype=np.float32)
-    return {name.replace("current_val", "mask_template"): template_L for name in names}
+    return {f"{mask}.mask_template": template_L for mask in masks if config.adaptive}
 
 
 def _transformer_xl_constants(config: ModelConfig) -> State:

@@ -9,12 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_model import geometry
 
 from allattn.model import forward_flops
-from benchmarks import attention, gpu, peers, table, vocabulary
+from benchmarks import attention, gpu, peers, profile, table, vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,3 +109,17 @@ def test_the_vocabulary() -> None:
     ids_BT = vocabulary.tokens(64, worst=False)
     assert (ids_BT < 20_000).mean() == pytest.approx(0.937, abs=0.01)
     assert (vocabulary.tokens(64, worst=True) < 20_000).mean() == pytest.approx(0.075, abs=0.01)
+
+
+def test_profile_sums_by_kind_and_counts_nothing_twice(tmp_path: Path) -> None:
+    """A product and what is no product, in a loop: the loop itself has no line."""
+
+    def step(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 5, lambda _, x: jnp.sin(x @ x), x)
+
+    x, run = jnp.ones((64, 64)), jax.jit(step)
+    run(x).block_until_ready()
+    with jax.profiler.trace(str(tmp_path)):
+        run(x).block_until_ready()
+    found = profile.events(str(tmp_path))
+    assert found["products"][1] == 5 and "while" not in found and len(found) > 1

@@ -1,0 +1,63 @@
+"""Where a training step's time goes on a CPU, by kind of operation.
+
+Command:  python -m benchmarks.profile --geometry=small-8 --spans=full
+Each line: thread time of one step, share, number of calls, kind. Products are the operations that XLA runs as matrix
+products, whatever it calls them; nested scopes (loops, calls) are left out, so that nothing counts twice.
+"""
+
+import argparse
+import collections
+import re
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from allattn import sharding
+from allattn.model import Model, ModelConfig
+from benchmarks import train
+
+PRODUCTS = re.compile(r"ynn_fusion|dot|.*matmul")
+SCOPES = re.compile(r"while|call|conditional|Thunk|\$|end:|Wait|Rendezvous|Pjit|cpp_|shard_arg|.*Execute|.*Launch")
+
+
+def events(folder: str) -> dict[str, tuple[float, int]]:
+    """Milliseconds and calls of every kind of operation in a trace."""
+    found: dict[str, tuple[float, int]] = collections.defaultdict(lambda: (0.0, 0))
+    path = next(Path(folder).rglob("*.xplane.pb"))
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        for event in (event for line in plane.lines for event in line.events):
+            kind = "products" if PRODUCTS.match(event.name) else event.name.split(".")[0]
+            if not SCOPES.match(kind):
+                spent, calls = found[kind]
+                found[kind] = spent + event.duration_ns / 1e6, calls + 1
+    return found
+
+
+def main() -> None:
+    """Trace one step after two, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=tuple(train.GEOMETRIES), default="small-8")
+    parser.add_argument("--spans", default="full", help="full, zero or mixed")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.set_defaults(dropout=0.0, dtype="float32", implementation="")
+    arguments = parser.parse_args()
+    sharding.use_cores(arguments.rows)
+    c = train.configuration(arguments)
+    model, z_XH = Model(ModelConfig.from_config(c)), train.spans(c, arguments.spans)
+    params = jax.jit(model.init)(jax.random.key(0))
+    params["layers"]["span"] = jnp.asarray(z_XH)
+    run = train.trainer(c, params, model, float(z_XH.max()), sharding.mesh_over_rows())
+    jax.block_until_ready([run() for _ in range(2)])
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(run())
+        found = events(folder)
+    total = sum(spent for spent, _ in found.values())
+    for kind, (spent, calls) in sorted(found.items(), key=lambda item: -item[1][0])[:20]:
+        print(f"{spent:9.1f} ms {spent / total:6.1%} {calls:7} {kind}")
+
+
+if __name__ == "__main__":
+    main()
