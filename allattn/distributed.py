@@ -110,20 +110,21 @@ def lead(name: str, action: Callable[[], T]) -> T:
       What the action gives on this process.
 
     Raises:
-      UserError: on every process, if process 0 meets one.
+      UserError, RunError: on every process, if process 0 meets one.
     """
     if count() == 1:
         return action()
     key = f"allattn/{next(_calls)}/{name}"
     if index():
-        failed = _client().blocking_key_value_get(key, FOREVER_MS)[1:]
-        if failed:
-            raise UserError(failed)
+        kind, _, text = _client().blocking_key_value_get(key, FOREVER_MS).partition(":")
+        if text:
+            raise {"UserError": UserError, "RunError": RunError}[kind](text)
         return action()
     try:
         done = action()
-    except UserError as error:
-        _client().key_value_set(key, f":{error}")
+    except (UserError, RunError) as error:
+        kind = "UserError" if isinstance(error, UserError) else "RunError"
+        _client().key_value_set(key, f"{kind}:{error}")
         raise
     _client().key_value_set(key, ":")
     return done
