@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Train with several processes on this machine, and start them again when they crash or are stopped.
+#
+#   launch/local.sh --processes=N [OPTIONS] COMMAND...       N processes, such as on CPUs
+#   launch/local.sh --gpus=0,1,2,3 [OPTIONS] COMMAND...      one process for each of these GPUs
+#
+#   launch/local.sh --gpus=0,1 python -m allattn train --config=configs/enwik8_small.py --workdir=runs/small
+#
+# --port=PORT        of the first process, which the others meet at; a free one if left out
+# --grace=SECONDS    (60) that the others may take to end after one has ended in failure; then they are killed
+# --tries=N          (5) crashes in a row, after which it gives up
+# --delay=SECONDS    (10) before the second attempt; doubles with every further one
+# --dry-run          print the commands, start nothing
+#
+# When one process fails, all are stopped, and all start again. SIGTERM and Ctrl-C are passed on to every process; when
+# these have saved their state and ended, so does this script, with their exit code. Needs bash 5.
+set -euo pipefail
+# shellcheck source=launch/retry.sh
+source "$(dirname "${BASH_SOURCE[0]}")/retry.sh"
+
+processes='' gpus='' port='' grace=60
+while [[ ${1-} == --* ]]; do
+  case $1 in
+    --processes=*) processes=$(number "$1") ;;
+    --gpus=*) gpus=${1#*=} ;;
+    --port=*) port=$(number "$1") ;;
+    --grace=*) grace=$(number "$1") ;;
+    *) shared_option "$1" ;;
+  esac
+  shift
+done
+((BASH_VERSINFO[0] >= 5)) || mistake "expected bash 5 or newer, found $BASH_VERSION"
+[[ ${processes:+one}${gpus:+one} == one ]] || mistake "expected either --processes=N or --gpus=0,1,..., found both or neither"
+(($#)) || mistake "expected a training command after the options, found none"
+IFS=, read -ra gpus <<<"$gpus"
+processes=${processes:-${#gpus[@]}}
+((processes)) || mistake "--processes: expected at least 1, found 0"
+
+free_port() {
+  local found=$((20000 + RANDOM % 10000))
+  while (: <"/dev/tcp/localhost/$found") 2>/dev/null; do found=$((found + 1)); done
+  echo "$found"
+}
+
+# The command of one process.
+start() {
+  local place=()
+  ((${#gpus[@]} == 0)) || place=(env CUDA_VISIBLE_DEVICES="${gpus[$1]}")
+  run "${place[@]}" "${command[@]}" --coordinator="localhost:$port" --processes="$processes" --process="$1"
+}
+
+declare -A running=() # number of the process: its process group
+
+signal() {
+  local group
+  for group in "${running[@]}"; do kill -s "$1" -- "-$group" 2>/dev/null || true; done
+}
+
+# Start a process in the background, in a group of its own; a shell stays beside it and writes its exit code to file 3.
+launch() {
+  (
+    trap : TERM INT HUP
+    code=0
+    start "$1" 3>&- </dev/null || code=$?
+    echo "$1 $code" >&3
+  ) &
+  running[$1]=$!
+}
+
+# All processes, once; returns the exit code of the first that failed.
+attempt() {
+  local number code failed=0 limit=() pipe
+  if [[ $dry_run ]]; then
+    for ((number = 0; number < processes; number++)); do start "$number"; done
+    return
+  fi
+  pipe=$(mktemp -u) && mkfifo "$pipe" && exec 3<>"$pipe" && rm "$pipe"
+  for ((number = 0; number < processes; number++)); do launch "$number"; done
+  while ((${#running[@]})); do
+    read -r "${limit[@]}" -u 3 number code || break # nothing ended in time
+    unset "running[$number]"
+    ((code && !failed)) || continue
+    say "process $number ended with exit code $code"
+    failed=$code limit=(-t "$grace")
+    ((code == 75)) || signal TERM # at 75 the others are about to end by themselves
+  done
+  signal KILL
+  running=()
+  wait
+  return "$failed"
+}
+
+command=("$@")
+port=${port:-$(free_port)}
+[[ $dry_run ]] || set -m # a process group for everything that is started, out of the terminal's reach
+trap 'leaving=1; signal TERM' TERM INT HUP
+trap 'signal KILL' EXIT
+retry attempt
