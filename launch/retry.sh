@@ -11,8 +11,9 @@ tries=5
 delay=10
 dry_run=
 leaving= # not empty: what ends now is not started again
+program=$(basename "$0")
 
-say() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; }
+say() { printf '%s: %s\n' "$program" "$*" >&2; }
 
 mistake() {
   say "$*"
@@ -52,7 +53,7 @@ retry() {
   local crashes=0 wait=$delay code
   if [[ $dry_run ]]; then
     "$@"
-    echo "# exit code 75: again after $delay s; a crash: again after $delay s, doubling, up to $tries attempts"
+    echo "# a crash: again after $delay s, doubling, up to $tries attempts in a row; exit code 2: not again"
     return
   fi
   while true; do
