@@ -111,7 +111,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--gpu", help="kind of GPU, such as nvidia-h100-80gb; with --chips")
     parser.add_argument("--chips", type=int, help="TPU chips or GPUs of each pod")
     parser.add_argument("--service_account", help="Kubernetes service account that may read and write the workdir")
-    parser.add_argument("--grace", type=int, default=120, help="seconds to save in after SIGTERM; a spot node gives less")
+    parser.add_argument(
+        "--grace", type=int, default=120, help="seconds to save in after SIGTERM; a spot node gives less"
+    )
     parser.add_argument("--tries", type=int, default=5, help="attempts that may fail")
     parser.add_argument("--dry-run", action="store_true", help="print the manifest, apply nothing")
     parser.add_argument("command", nargs=argparse.REMAINDER, help="training command")

@@ -58,6 +58,7 @@ signal() {
 
 # Start a process in the background, in a group of its own; a shell stays beside it and writes its exit code to file 3.
 launch() {
+  set -m # which gives it the group, out of the terminal's reach
   (
     trap : TERM INT HUP
     code=0
@@ -65,6 +66,7 @@ launch() {
     echo "$1 $code" >&3
   ) &
   running[$1]=$!
+  set +m
 }
 
 # All processes, once; returns the exit code of the first that failed.
@@ -86,13 +88,12 @@ attempt() {
   done
   signal KILL
   running=()
-  wait
+  wait 2>/dev/null # without bash's remarks on what was killed
   return "$failed"
 }
 
 command=("$@")
 port=${port:-$(free_port)}
-[[ $dry_run ]] || set -m # a process group for everything that is started, out of the terminal's reach
 trap 'leaving=1; signal TERM' TERM INT HUP
 trap 'signal KILL' EXIT
 retry attempt

@@ -44,8 +44,8 @@ run() {
 
 # Wait, but not longer than until a signal.
 pause() {
-  sleep "$1" &
-  wait $! || kill $! 2>/dev/null || true
+  local left=$1
+  while ((left-- > 0)) && [[ ! $leaving ]]; do sleep 1; done
 }
 
 # Make an attempt, a function and its arguments, until it is done.

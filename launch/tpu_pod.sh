@@ -74,7 +74,7 @@ ensure() {
 send() {
   run git -C "$here/.." archive --prefix="$folder/" --output="$archive" "$sha" &&
     run "${tpu[@]}" scp "$archive" "$name:" "${place[@]}" --worker=all &&
-    on_workers "tar -xf $folder.tar && $worker install"
+    on_workers "tar -xf $folder.tar" && on_workers "$worker install"
 }
 
 stop() { on_workers "$worker stop"; }
@@ -82,8 +82,10 @@ stop() { on_workers "$worker stop"; }
 attempt() {
   ensure && send || return
   [[ ! $dry_run ]] || { on_workers "$train" && return; }
+  set -m # gcloud in a process group of its own, out of the terminal's reach
   on_workers "$train" &
   training=$!
+  set +m
   local code
   while true; do # a signal ends `wait`, not the training
     code=0
@@ -95,9 +97,6 @@ attempt() {
 }
 
 training=
-[[ $dry_run ]] || {
-  exec > >(tee --append --ignore-interrupts "${log:-$name.log}") 2>&1
-  set -m # gcloud in a process group of its own, out of the terminal's reach
-}
+[[ $dry_run ]] || exec > >(tee --append --ignore-interrupts "${log:-$name.log}") 2>&1
 trap 'leaving=1; [[ ! $training ]] || stop || true' TERM INT HUP
 retry attempt
