@@ -77,7 +77,7 @@ def eventually(holds: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-# --- what they would do ------------------------------------------------------------------------------------------------
+# --- what they would do ------------------------------------------------------------------------------------------
 
 
 def test_local_says_what_it_would_do() -> None:
@@ -132,7 +132,7 @@ def test_shellcheck_is_clean() -> None:
     assert len(SCRIPTS) == 5 and done.returncode == 0, done.stdout
 
 
-# --- several processes here --------------------------------------------------------------------------------------------
+# --- several processes here --------------------------------------------------------------------------------------
 
 
 def test_processes_start_again_when_they_have_saved(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_one_that_crashes_takes_the_others_down(tmp_path: Path) -> None:
     eventually(lambda: gone(first[0]))
 
 
-# --- a Cloud TPU slice, with a gcloud of two workers that are folders here ---------------------------------------------
+# --- a Cloud TPU slice, with a gcloud of two workers that are folders here ---------------------------------------
 
 GCLOUD = """
 import os, pathlib, shutil, subprocess, sys
@@ -304,7 +304,7 @@ def test_sigterm_reaches_the_workers(tmp_path: Path) -> None:
     assert running.returncode == 75 and out.count("saved") == 2
 
 
-# --- Kubernetes --------------------------------------------------------------------------------------------------------
+# --- Kubernetes --------------------------------------------------------------------------------------------------
 
 GKE = ["--name=large", "--image=registry/allattn:1", "--processes=4"]
 TPU = ["--tpu=tpu-v5-lite-podslice", "--topology=4x4", "--chips=4", "--service_account=trainer"]
@@ -322,7 +322,7 @@ def items(*words: str) -> list[dict[str, Any]]:
 
 
 def validate(item: dict[str, Any]) -> None:
-    """Against Kubernetes's own schema, in which unknown fields are mistakes; newest, and the oldest that is asked for."""
+    """Against Kubernetes's own schemas, newest and oldest that is meant to do; unknown fields are mistakes."""
     for version in (kubernetes_validate.latest_version(), "1.31.0"):
         kubernetes_validate.validate(item, version, strict=True)
 

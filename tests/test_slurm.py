@@ -1,6 +1,5 @@
 """launch/slurm.sbatch on a real slurmctld and slurmd, started here for the test: `make test-slurm`, as root."""
 
-import json
 import os
 import shutil
 import socket
