@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from allattn.errors import RunError, UserError
+from allattn.errors import PreemptedError, RunError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,8 +16,27 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: words after the program's name; None: those of this process.
 
     Returns:
-      Exit code: 0, 1 for a failed run, 2 for a mistake in the input.
+      Exit code: 0, 1 for a failed run, 2 for a mistake in the input, 75 for a run that was told to make room and goes
+      on when it is started again.
     """
+    try:
+        code = _main(argv)
+    except Exception:
+        _leave(1)
+        raise
+    _leave(code)
+    return code
+
+
+def _leave(code: int) -> None:
+    """End together with the other processes of the run, if there are any."""
+    if "allattn.distributed" in sys.modules:  # otherwise JAX, which takes a while to load, was not needed
+        from allattn import distributed
+
+        distributed.stop(code)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         arguments, rest = _parser().parse_known_args(argv)
         overrides = _overrides(rest, allowed=arguments.command in ("train", "sweep", "convert"))
@@ -25,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments, overrides) or 0
     except (UserError, RunError) as error:
         print(f"allattn: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+        return 2 if isinstance(error, UserError) else 75 if isinstance(error, PreemptedError) else 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to write has no reader
         print("allattn: the output was closed before the end", file=sys.stderr)
@@ -74,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
         "--config", required=True, type=_PATH, help="experiment file; --config.a.b=value changes one field"
     )
     train.add_argument("--workdir", required=True, type=_PATH, help="folder or bucket URL of the run")
+    train.add_argument("--coordinator", help="HOST:PORT of process 0, where the processes are not found by themselves")
+    train.add_argument("--processes", type=int, help="how many processes train together")
+    train.add_argument("--process", type=int, help="which of them this is, from 0")
+    train.add_argument("--wait", type=int, default=300, help="seconds until all of them must be there")
 
     evaluate = command("evaluate", _evaluate, "score a checkpoint; prints one JSON line last")
     _add_checkpoint_flags(evaluate)
@@ -134,14 +157,16 @@ def _quiet() -> None:
 
 
 def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from allattn import config, sharding, train
+    from allattn import config, distributed, sharding, train
 
     c = config.load(arguments.config, overrides)
     config.check_ranges(c, "train.")  # which the number of devices depends on
+    distributed.start(arguments.coordinator, arguments.processes, arguments.process, arguments.wait)
     sharding.use_cores_for(c)
     scores = train.train_and_evaluate(c, arguments.workdir)
-    print(f"checkpoints: {arguments.workdir}/checkpoints", flush=True)
-    print(json.dumps(scores), flush=True)
+    if not distributed.index():
+        print(f"checkpoints: {arguments.workdir}/checkpoints", flush=True)
+        print(json.dumps(scores), flush=True)
 
 
 def _evaluate(arguments: argparse.Namespace, _: dict[str, str]) -> None:

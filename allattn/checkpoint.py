@@ -1,5 +1,6 @@
 """Checkpoints by Orbax: params, optimizer, cache and meta, written together or not at all."""
 
+import functools
 import importlib.metadata
 import logging
 import math
@@ -12,9 +13,10 @@ import ml_collections
 import orbax.checkpoint as ocp
 from etils import epath
 
+from allattn import distributed
 from allattn.config import to_json
 from allattn.data import Vocabulary
-from allattn.errors import UserError
+from allattn.errors import RunError, UserError
 
 ARRAYS = ("params", "optimizer", "cache")
 Step = int | str | None  # a number, "best" or None for the newest
@@ -51,19 +53,30 @@ class _Manager(ocp.CheckpointManager):
         except ValueError:  # JSON's and Unicode's errors
             return None
 
+    def reached_preemption(self, step: int) -> bool:
+        """No: the training loop asks for itself, and to ask twice would move the step that the processes agree on."""
+        return False
+
 
 def _folder(workdir: str, create: bool) -> epath.Path:
     """Where the checkpoints of a workdir lie: a URL as it is, a path made absolute, since Orbax refuses others."""
     try:
         path = epath.Path(workdir) if "://" in workdir else epath.Path(workdir).absolute()
         folder = path / "checkpoints"
-        if create:
+        if create and not distributed.index():
             folder.mkdir(parents=True, exist_ok=True)
-        elif not folder.exists():
+        elif not create and not folder.exists():
             raise UserError(f"no checkpoint in {workdir}: expected {folder}; `allattn train` makes it")
     except (OSError, KeyError, ImportError) as error:  # the last two: an unknown scheme, a client not installed
         raise UserError(f"workdir {workdir}: expected a folder or a URL such as gs://bucket/run: {error}") from error
     return folder
+
+
+def _unshared(theirs: str, mine: str) -> str:
+    """What is wrong with the folder of a process beside that of process 0, which has made it."""
+    if theirs != mine:
+        return f"{mine} in place of {theirs}"
+    return "" if epath.Path(theirs).exists() else f"expected a folder that all processes share, found no {theirs} there"
 
 
 class Checkpointer:
@@ -80,7 +93,9 @@ class Checkpointer:
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int = 3, create: bool = True):
         self.workdir = os.fspath(workdir)
-        self.folder = _folder(self.workdir, create)
+        self.folder = distributed.lead("workdir", functools.partial(_folder, self.workdir, create))
+        if create:
+            distributed.agree("workdir", str(self.folder), _unshared)
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
@@ -96,8 +111,10 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        if distributed.count() == 1 or error is None or isinstance(error, RunError):
+            self.close()
+        # else another process may be gone, and would be waited for
 
     def close(self) -> None:
         """Finish what is being written."""
@@ -107,10 +124,6 @@ class Checkpointer:
         """Steps that have a whole checkpoint, oldest first; waits for one that is being written."""
         self._manager.wait_until_finished()
         return sorted(self._manager.all_steps())
-
-    def reached_preemption(self, step: int) -> bool:
-        """Whether this machine is about to be taken away."""
-        return self._manager.reached_preemption(step)
 
     def save(
         self, step: int, params: Any, optimizer: Any, cache: Any, meta: dict[str, Any], dev_nll: float | None = None

@@ -194,10 +194,13 @@ def from_json(text: str) -> ml_collections.ConfigDict:
 
 
 def changed_fields(
-    old: ml_collections.ConfigDict, new: ml_collections.ConfigDict, free: tuple[str, ...] = FREE
+    old: ml_collections.ConfigDict,
+    new: ml_collections.ConfigDict,
+    free: tuple[str, ...] = FREE,
+    places: tuple[str, str] = ("in the workdir", "now"),
 ) -> list[str]:
     """Fields that differ between two configurations, other than those whose names begin as `free` says."""
     before, after = dict(fields(old)), dict(fields(new))
     names = sorted(set(before) | set(after))
     changed = (n for n in names if before.get(n) != after.get(n) and not n.startswith(free))
-    return [f"{n}: {before.get(n)!r} in the workdir, {after.get(n)!r} now" for n in changed]
+    return [f"{n}: {before.get(n)!r} {places[0]}, {after.get(n)!r} {places[1]}" for n in changed]

@@ -1,4 +1,4 @@
-"""The two exceptions that end a command with one line instead of a traceback."""
+"""The exceptions that end a command with one line instead of a traceback."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A run that failed by itself, such as a loss that is not a number: exit code 1."""
+
+
+class PreemptedError(RunError):
+    """A run that was told to make room and has saved its state: exit code 75, on which launchers start it again."""

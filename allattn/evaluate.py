@@ -5,6 +5,7 @@ Dimension key: X layer, R row of parallel work, T position in the block, S cache
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from allattn import sharding
 from allattn.data import Vocabulary
 from allattn.data.stream import TokenSource
-from allattn.errors import UserError
+from allattn.errors import PreemptedError, UserError
 from allattn.model import KeyValue, Model, Params
 
 Array = jax.Array
@@ -47,7 +48,7 @@ class Plan(NamedTuple):
         first_R, last_R = np.pad(self.first_R, idle), np.pad(self.last_R, idle, constant_values=-1)
         return Plan(np.pad(self.begin_R, idle), first_R, last_R, self.blocks)
 
-    def part(self, rows: slice) -> "Plan":
+    def part(self, rows: np.ndarray) -> "Plan":
         """Some of the rows."""
         return Plan(self.begin_R[rows], self.first_R[rows], self.last_R[rows], self.blocks)
 
@@ -112,6 +113,7 @@ def evaluate_tokens(
     lengths: Lengths = Lengths(80, 2100, 820),
     mesh: Mesh,
     vocabulary: Vocabulary | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Score a split.
 
@@ -125,6 +127,7 @@ def evaluate_tokens(
       lengths: of `xl`.
       mesh: devices that the rows are spread over; holds the parameters.
       vocabulary: where its symbols are words, `ppl_words` is reported as well.
+      stop: asked before every block whether to stop there.
 
     Returns:
       nll (mean, nats), bpc, ppl and tokens (targets scored); for words also ppl_words, over the targets that are not
@@ -132,6 +135,7 @@ def evaluate_tokens(
 
     Raises:
       UserError: unknown protocol, one that does not fit the model, or too few tokens.
+      PreemptedError: it was stopped.
     """
     check_protocol(protocol, model.config.layer)
     if protocol == "xl":
@@ -145,7 +149,7 @@ def evaluate_tokens(
     context = context_length(model, params)
     plan = plan.padded(sharding.row_shards(mesh))
     end_of_line = vocabulary.end_of_line if vocabulary and vocabulary.unit == "word" else None
-    total = score(model, params, tokens, plan, block, context, mesh, end_of_line)
+    total = score(model, params, tokens, plan, block, context, mesh, end_of_line, stop)
     return summary(total, int((plan.last_R - plan.first_R + 1).sum()))
 
 
@@ -186,14 +190,17 @@ def score(
     context: int,
     mesh: Mesh,
     end_of_line: int | None,
+    stop: Callable[[], bool],
 ) -> Total:
     """Sums of the scored targets' negative log-likelihoods; `end_of_line` is the id that is no word, None: no words."""
     rows, total = len(plan.begin_R), Total(0.0, 0.0, 0)
-    mine = plan.part(sharding.local_rows(mesh, rows))
-    cache = empty_cache(model, mesh, rows, context + block)
+    spread = sharding.Rows(mesh, rows)
+    mine, cache = plan.part(spread.local), empty_cache(model, mesh, rows, context + block)
     pending = total
     for number in range(plan.blocks):
-        arrays = (sharding.place_rows(mesh, x_RT) for x_RT in read_block(tokens, mine, block, number))
+        if stop():
+            raise PreemptedError("stopped while scoring: this machine is being taken away; run again to go on")
+        arrays = (spread.place(x_RT) for x_RT in read_block(tokens, mine, block, number))
         cache, sums = score_block(model, mesh, end_of_line, params, cache, number * block, *arrays)
         total, pending = _add(total, pending), sums  # read one block late, so that the device never waits
     return _add(total, pending)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -70,10 +71,10 @@ class Recorder:
         self._progress.update(step, {**row, **self._dev})
         self._sum, self._logged, self._time = None, step, now
 
-    def evaluate(self, params: Params) -> dict[str, float]:
-        """Score dev and log it; the time this takes is not counted as training."""
+    def evaluate(self, params: Params, stop: Callable[[], bool]) -> dict[str, float]:
+        """Score dev and log it, unless `stop` says to stop there; the time this takes is not counted as training."""
         began, step = time.perf_counter(), self._step
-        scores = self._trainer.evaluate(params, "valid")
+        scores = self._trainer.evaluate(params, "valid", stop)
         self._dev = {f"dev_{name}": scores[name] for name in ("nll", "bpc", "ppl", "ppl_words") if name in scores}
         self._writer.write_scalars(step, self._dev)
         protocol = self._config.evaluate.protocol

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from allattn import distributed
 from allattn.attention import all_attention
 from allattn.errors import UserError
 
@@ -54,7 +55,7 @@ NARROW = re.compile(r"io/(embedding|kernel)/\d+$")
 PATIENCE = " ".join(f"--xla_cpu_collective_call_{what}_timeout_seconds=100000" for what in ("warn_stuck", "terminate"))
 
 
-def use_cores(rows: int, parts: int = 1) -> None:
+def use_cores(rows: int, parts: int = 1, processes: int = 1) -> None:
     """Make one device per CPU core; call it before JAX is first used, later it has no effect.
 
     XLA runs most operations of one CPU device one after another, small ones on one core. With the rows spread over a
@@ -62,14 +63,16 @@ def use_cores(rows: int, parts: int = 1) -> None:
     affected, and a number of CPU devices that the user has chosen stays.
 
     Args:
-      rows: rows of the batch, a multiple of the number of devices.
-      parts: divisor of the number of devices.
+      rows: rows of the batch, a multiple of the number of devices of all processes.
+      parts: divisor of that number.
+      processes: how many there are; each has the same number of devices.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if jax.config.values["jax_num_cpu_devices"] > 0 or "xla_force_host_platform_device_count" in flags:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    devices = max((n for n in range(parts, cores + 1, parts) if rows % n == 0), default=1)
+    fits = (n for n in range(1, cores + 1) if rows % (n * processes) == n * processes % parts == 0)
+    devices = max(fits, default=1)
     with contextlib.suppress(RuntimeError):  # JAX runs already, as in a notebook: its devices stay
         jax.config.update("jax_num_cpu_devices", devices)
         os.environ["XLA_FLAGS"] = f"{flags} {PATIENCE}".strip()  # read when JAX is first used
@@ -80,7 +83,7 @@ def use_cores_for(config: ml_collections.ConfigDict) -> None:
     sizes = [config.mesh[axis] for axis in AXES]
     parts = math.prod(size for size in sizes if size > 0)
     rows = config.train.batch // config.train.accumulation
-    use_cores(rows if -1 in sizes else parts, parts)
+    use_cores(rows if -1 in sizes else parts, parts, distributed.count())
 
 
 def mesh_over_rows() -> Mesh:
@@ -151,6 +154,15 @@ def constrain(mesh: Mesh, tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
 
 
+def gathered(mesh: Mesh | None, tree: Any) -> Any:
+    """Values inside jitted code that every device is to hold whole from here on.
+
+    Tables that are looked up must be: a lookup in a table whose columns are split would leave the partitioner to
+    bring the columns of hidden states together.
+    """
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
+
+
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays whose leading dimension is rows."""
     return NamedSharding(mesh, P(ROWS))
@@ -161,16 +173,27 @@ def row_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def local_rows(mesh: Mesh, batch: int) -> slice:
-    """The rows of a batch that this process reads."""
-    places = row_sharding(mesh).addressable_devices_indices_map((batch,)).values()
-    bounds = [index[0].indices(batch)[:2] for index in places if index is not None]
-    return slice(min(b[0] for b in bounds), max(b[1] for b in bounds))
+class Rows:
+    """The rows of a batch on a mesh: which of them this process reads, and how they become one array.
 
+    Args:
+      mesh: from `make_mesh`.
+      batch: rows over all processes.
+    """
 
-def place_rows(mesh: Mesh, local: np.ndarray) -> Array:
-    """This process's rows as its part of the global array."""
-    return jax.make_array_from_process_local_data(row_sharding(mesh), local)
+    def __init__(self, mesh: Mesh, batch: int) -> None:
+        self._sharding, self._batch = row_sharding(mesh), batch
+        places = self._sharding.addressable_devices_indices_map((batch,)).values()
+        # In order, but not always without gaps: a mesh may give a process any rows.
+        self.local = np.unique(np.concatenate([np.arange(batch)[index] for index in places if index is not None]))
+
+    def place(self, local: np.ndarray) -> Array:
+        """What this process read, an entry for each of its rows, as its part of the global array."""
+
+        def shard(index: Any) -> np.ndarray:
+            return local[np.searchsorted(self.local, np.arange(self._batch)[index[0]])]
+
+        return jax.make_array_from_callback((self._batch, *local.shape[1:]), self._sharding, shard)
 
 
 def attention_over(mesh: Mesh, rows: int) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ Dimension key: X layer, A part of an accumulated batch, B batch, T position in t
 D model width.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -19,9 +20,9 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from allattn import checkpoint, data, evaluate, metrics, optim, sharding
-from allattn.config import FREE, changed_fields, check_ranges, from_json, with_vocabulary
-from allattn.errors import RunError, UserError
+from allattn import checkpoint, data, distributed, evaluate, metrics, optim, sharding
+from allattn.config import FREE, changed_fields, check_ranges, from_json, to_json, with_vocabulary
+from allattn.errors import PreemptedError, RunError, UserError
 from allattn.model import Model, ModelConfig, Params
 from allattn.recorder import Recorder
 
@@ -113,13 +114,13 @@ def make_train_step(
         return x_BX.reshape(*x_AX.shape[1 : axis + 1], parts * shards * rows, *x_AX.shape[axis + 2 :])
 
     def loss(params: Params, cache_XBSD, inputs_BT, targets_BT, row_B, seeds_X, before):
-        network = model.bind(params)
+        network = model.bind({**params, "io": sharding.gathered(mesh, params["io"])})
         forward = network.train_forward(inputs_BT, cache_XBSD, seeds_X, row_B, attention, before)
         nll = nll_of(network.io, forward.hidden_BTD, targets_BT).mean()
         penalty = 0.0
         if span.adaptive:  # coefficient x limit x mean over heads of z, summed over layers
             penalty = span.loss * span.limit * params["layers"]["span"].mean(1).sum()
-        return nll + penalty, (nll, forward.mass_X.mean(), jax.lax.stop_gradient(forward.new))
+        return nll + penalty, (nll, forward.mass_XBH.mean(), jax.lax.stop_gradient(forward.new))
 
     def train_step(state: TrainState, batch: data.Batch) -> tuple[TrainState, metrics.TrainMetrics]:
         cache_XBSD = jnp.where(batch.before == 0, 0, state.cache).astype(state.cache.dtype)
@@ -187,9 +188,8 @@ class Trainer:
         self.mesh = sharding.make_mesh(config)
         self.model = Model(ModelConfig.from_config(config))
         self.optimizer = optim.optimizer(config)
-        self.rows = sharding.local_rows(self.mesh, config.train.batch)
-        train = config.train
-        self.stream = data.Stream(dataset.tokens("train"), train.batch, train.block, config.seed, self.rows)
+        train, self.rows = config.train, sharding.Rows(self.mesh, config.train.batch)
+        self.stream = data.Stream(dataset.tokens("train"), train.batch, train.block, config.seed, self.rows.local)
         self._steps: dict[int, Callable] = {}
         for split in ("valid", "test"):
             tokens, place = len(self._split(split)), f"{dataset.name}, split {split}: "
@@ -226,8 +226,7 @@ class Trainer:
 
     def batch(self, step: int) -> data.Batch:
         """The block of a step, on the mesh."""
-        block = self.stream.block(step)
-        place = functools.partial(sharding.place_rows, self.mesh)
+        block, place = self.stream.block(step), self.rows.place
         return data.Batch(place(block.inputs_BT), place(block.targets_BT), block.before)
 
     def step(self, state: TrainState, bucket: int, batch: data.Batch) -> tuple[TrainState, metrics.TrainMetrics]:
@@ -251,10 +250,10 @@ class Trainer:
             state.cache = grow_cache(state.cache, chosen, self.config.model.span.limit)
         return state, chosen
 
-    def evaluate(self, params: Params, split: str) -> dict[str, float]:
-        """Score a split as `config.evaluate` says."""
+    def evaluate(self, params: Params, split: str, stop: Callable[[], bool]) -> dict[str, float]:
+        """Score a split as `config.evaluate` says, unless `stop` says to stop before its end."""
         options = {"protocol": self.config.evaluate.protocol, **evaluate.options(self.config)}
-        options |= {"mesh": self.mesh, "vocabulary": self.dataset.vocabulary}
+        options |= {"mesh": self.mesh, "vocabulary": self.dataset.vocabulary, "stop": stop}
         return evaluate.evaluate_tokens(self.model, params, self._split(split), **options)
 
     def _split(self, split: str) -> data.TokenSource:
@@ -293,23 +292,33 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
       The scores of the test split (`evaluate.evaluate_tokens`), with split, protocol and step.
 
     Raises:
-      UserError: the configuration does not fit the data, the devices or the workdir.
+      UserError: the configuration does not fit the data, the devices or the workdir, or differs between processes.
       RunError: the loss is not a number.
+      PreemptedError: this machine is being taken away; the state is saved.
     """
     # The order of a start:
-    # 1. check the configuration against data and devices, before anything is written
+    # 1. check that all processes have one configuration, and it against data and devices, before anything is written
     # 2. if the workdir has a checkpoint, check that it was made with this configuration
     # 3. restore the state and the bucket from it, or make a fresh state
     # 4. the stream needs only the step: nothing else is restored
-    dataset = data.prepare(config.dataset.name, config.dataset.data_dir or None, unit=config.dataset.unit)
+    distributed.agree("configuration", to_json(config), _differences)
+    place, unit = config.dataset.data_dir or None, config.dataset.unit
+    dataset = distributed.lead("data", functools.partial(data.prepare, config.dataset.name, place, unit=unit))
     trainer = Trainer(with_vocabulary(config, dataset.vocabulary.size, dataset.name), dataset)
-    with checkpoint.Checkpointer(workdir, config.checkpoint.keep) as checkpoints:
-        state, bucket = _restore(trainer, checkpoints) or trainer.fresh_state()
-        state = _run(trainer, checkpoints, state, bucket, workdir)
-    scores = {"split": "test", "protocol": config.evaluate.protocol, "step": int(state.step)}
-    scores |= trainer.evaluate(state.params, "test")
+    with distributed.Preemption() as stop:
+        with checkpoint.Checkpointer(workdir, config.checkpoint.keep) as checkpoints:
+            state, bucket = _restore(trainer, checkpoints) or trainer.fresh_state()
+            state = _run(trainer, checkpoints, state, bucket, workdir, stop)
+        scores = {"split": "test", "protocol": config.evaluate.protocol, "step": int(state.step)}
+        scores |= trainer.evaluate(state.params, "test", stop)
     _keep_scores(trainer, state, workdir, scores)
     return scores
+
+
+def _differences(theirs: str, mine: str) -> str:
+    """Fields that differ between two processes; only where they have their data may differ."""
+    places = ("on process 0", "there")
+    return "; ".join(changed_fields(from_json(theirs), from_json(mine), ("dataset.data_dir",), places))
 
 
 def _keep_scores(trainer: Trainer, state: TrainState, workdir: str, scores: dict[str, Any]) -> None:
@@ -349,13 +358,19 @@ def _restore(trainer: Trainer, checkpoints: checkpoint.Checkpointer) -> tuple[Tr
 
 
 def _run(
-    trainer: Trainer, checkpoints: checkpoint.Checkpointer, state: TrainState, bucket: int, workdir: str
+    trainer: Trainer,
+    checkpoints: checkpoint.Checkpointer,
+    state: TrainState,
+    bucket: int,
+    workdir: str,
+    stop: distributed.Preemption,
 ) -> TrainState:
     """The loop. Metrics are read one step late, so that nothing waits for the device."""
     c, first = trainer.config, int(state.step)
     total = c.train.steps + c.train.finetune_steps
     if first >= total:
-        print(f"{workdir} is complete: {first} of {total} steps", flush=True)
+        if not jax.process_index():
+            print(f"{workdir} is complete: {first} of {total} steps", flush=True)
         return state
     recorder = Recorder(trainer, workdir, total, first)
     with recorder:
@@ -364,15 +379,17 @@ def _run(
                 recorder.flush()  # refuses spans that are not numbers
                 state, bucket = trainer.grow(state, bucket)
             state, values = trainer.step(state, bucket, trainer.batch(step))
-            done, stopping = step + 1, checkpoints.reached_preemption(step + 1)
+            done, dev = step + 1, None
             recorder.record(done, values)
             evaluates = done % c.evaluate.every == 0 or done == total
-            if not (evaluates or stopping or done % c.checkpoint.every == 0):
+            if not (stop() or evaluates or done % c.checkpoint.every == 0):
                 continue
             recorder.flush()  # refuses a loss that is not a number, before it reaches a checkpoint
-            dev = recorder.evaluate(state.params) if evaluates and not stopping else None
+            if evaluates and not stop.reached:
+                with contextlib.suppress(PreemptedError):
+                    dev = recorder.evaluate(state.params, stop)["nll"]
             arrays = (state.params, state.optimizer, state.cache)
-            checkpoints.save(done, *arrays, trainer.meta(state, bucket), dev["nll"] if dev else None)
-            if stopping:
-                raise RunError(f"stopped at step {done} because this machine is being taken away; run again to go on")
+            checkpoints.save(done, *arrays, trainer.meta(state, bucket), dev)
+            if stop.reached:
+                raise PreemptedError(f"stopped at step {done}: this machine is being taken away; run again to go on")
     return state

@@ -67,8 +67,8 @@ def trainer(c: ml_collections.ConfigDict, params: Any, model: Model, longest: fl
     step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
     rng, holder = np.random.default_rng(0), [jax.device_put(state, places)]
     tokens_BT = rng.integers(VOCABULARY, size=(c.train.batch, c.train.block + 1), dtype=np.int32)
-    inputs_BT, targets_BT = (sharding.place_rows(mesh, x_BT) for x_BT in (tokens_BT[:, :-1], tokens_BT[:, 1:]))
-    batch = data.Batch(inputs_BT, targets_BT, np.int32(c.model.span.limit))
+    place = sharding.Rows(mesh, c.train.batch).place
+    batch = data.Batch(place(tokens_BT[:, :-1]), place(tokens_BT[:, 1:]), np.int32(c.model.span.limit))
 
     def run() -> Any:
         holder[0], values = step(holder[0], batch)
@@ -84,7 +84,7 @@ def evaluator(c: ml_collections.ConfigDict, params: Any, model: Model, mesh: Mes
     plan, context = evaluate.authors_plan(len(tokens), block), evaluate.context_length(model, params)
     holder = [evaluate.empty_cache(model, mesh, EVALUATED, context + block)]
     params = jax.device_put(params, sharding.shardings(mesh, params))
-    arrays = [sharding.place_rows(mesh, x_RT) for x_RT in evaluate.read_block(tokens, plan, block, 0)]
+    arrays = [sharding.Rows(mesh, EVALUATED).place(x_RT) for x_RT in evaluate.read_block(tokens, plan, block, 0)]
 
     def run() -> Any:
         holder[0], nll = evaluate.score_block(model, mesh, None, params, holder[0], context, *arrays)

@@ -239,7 +239,7 @@ def loss(params, tokens):
     forward = network.train_forward(tokens[:, :-1], model.empty_cache(8, 160), attention=attention)
     return sharding.nll_over(mesh)(network.io, forward.hidden_BTD, tokens[:, 1:]).mean()
 
-found = jax.jit(jax.value_and_grad(loss))(params, sharding.place_rows(mesh, tokens))
+found = jax.jit(jax.value_and_grad(loss))(params, sharding.Rows(mesh, 8).place(tokens))
 print(json.dumps([jax.device_count(), [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(found)]]))
 """
 

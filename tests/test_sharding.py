@@ -148,7 +148,7 @@ for name in {kinds}:
     places = sharding.shardings(mesh, state)
     step = train.make_train_step(model, optimizer, c, 20, sharding.attention_over(mesh, 8), mesh)
     tokens = np.random.default_rng(0).integers(29, size=(8, 9)).astype(np.int32)
-    rows = (sharding.place_rows(mesh, x) for x in (tokens[:, :-1], tokens[:, 1:]))
+    rows = (sharding.Rows(mesh, 8).place(x) for x in (tokens[:, :-1], tokens[:, 1:]))
     quick = {{"xla_backend_optimization_level": 0}}  # this program takes longer to optimise than to run
     step, batch = jax.jit(step, out_shardings=(places, None), compiler_options=quick), data.Batch(*rows, np.int32(13))
     new, values = step(jax.device_put(state, places), batch)

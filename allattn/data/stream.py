@@ -47,13 +47,13 @@ class Stream:
       batch: rows of the whole batch, over all processes.
       block: tokens per row and step.
       seed: of the offsets, not negative.
-      rows: the rows that this process reads.
+      rows: the rows that this process reads: a slice, or their numbers.
 
     Raises:
       UserError: the split is too short for one block of every row.
     """
 
-    def __init__(self, tokens: TokenSource, batch: int, block: int, seed: int = 0, rows: slice = slice(None)) -> None:
+    def __init__(self, tokens: TokenSource, batch: int, block: int, seed: int = 0, rows: Any = slice(None)) -> None:
         if batch < 1 or block < 1 or seed < 0:
             raise UserError(f"batch and block must be at least 1 and seed 0, found {batch}, {block} and {seed}")
         self.row_length = len(tokens) // batch
@@ -65,7 +65,7 @@ class Stream:
         self.block_length = block
         self.seed = seed
         self._tokens = tokens
-        self._rows = range(batch)[rows]
+        self._rows = np.arange(batch)[rows]
         self._draws: list[tuple[np.ndarray, np.ndarray]] = []  # offset and first step of each pass
         self._draw_ends = [0]  # first step after each draw; entry 0 is the start
         self._window_begin, self._window_BW = 0, np.zeros((len(self._rows), 0), np.int32)
@@ -117,7 +117,7 @@ class Stream:
         """Fills the window of every row from `offset`, or from earlier where the row ends."""
         width = min(self.row_length, max(_WINDOW_TOKENS, self.block_length + 1))
         begin = min(offset, self.row_length - width)
-        starts = [row * self.row_length + begin for row in self._rows]
+        starts = [int(row) * self.row_length + begin for row in self._rows]
         self._window_BW = np.empty((len(starts), width), np.int32)
         for row, start in enumerate(starts):
             self._window_BW[row] = self._tokens[start : start + width]

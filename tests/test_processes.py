@@ -1,0 +1,229 @@
+"""Several processes on this machine, over gloo: the numbers of one, and an end with a message for all.
+
+Dimension key: B row of the batch.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import Result, flags, write_texts
+
+ROOT = Path(__file__).resolve().parents[1]
+# Four devices or more share rows, heads and parameters; nothing depends on the number of steps.
+RUN = {"model__width": 32, "model__heads": 2, "train__batch": 8, "train__finetune_steps": 0, "checkpoint__every": 10}
+RUN |= {"evaluate__every": 100_000, "optimizer__schedule": "constant", "model__dropout": 0.2}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+class Processes:
+    """`count` processes of one program; those that are left when the test ends are killed."""
+
+    def __init__(self, count: int, devices: int, words: Any) -> None:
+        self.port, self.count = free_port(), count
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.running = [
+            subprocess.Popen([sys.executable, *words(i, self)], cwd=ROOT, env=environment, **pipes)
+            for i in range(count)
+        ]
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.send(signal.SIGKILL)
+        for process in self.running:
+            process.communicate()
+
+    def send(self, what: signal.Signals) -> None:
+        for process in self.running:
+            process.send_signal(what)
+
+    def results(self, seconds: float = 200) -> list[Result]:
+        found = [process.communicate(timeout=seconds) for process in self.running]
+        return [Result(p.returncode, *texts) for p, texts in zip(self.running, found, strict=True)]
+
+
+def train(
+    texts: Path, workdir: Path, processes: int, devices: int, each: Any = lambda _: {}, **changes: Any
+) -> Processes:
+    """A training run; `each` gives the settings of one process."""
+
+    def words(i: int, started: Processes) -> list[str]:
+        place = [f"--coordinator=localhost:{started.port}", f"--processes={processes}", f"--process={i}", "--wait=150"]
+        settings = flags(texts, **{**RUN, **changes, **each(i)})
+        return ["-m", "allattn", "train", f"--workdir={workdir}", *settings, *(place if processes > 1 else [])]
+
+    return Processes(processes, devices, words)
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["nll"] for row in rows if "nll" in row}
+
+
+def wait_for(path: Path, seconds: float = 150) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.05)
+
+
+def test_killed_and_resumed_on_other_meshes(tmp_path: Path) -> None:
+    """2 processes x 4 devices are killed and go on as 4 x 2 and as 1 x 8: the losses of one process and one device."""
+    texts, workdir, other = write_texts(tmp_path), tmp_path / "run", tmp_path / "other"
+    with train(texts, workdir, 2, 4, train__steps=100_000, mesh__fsdp=2, mesh__tensor=2) as first:
+        wait_for(workdir / "checkpoints" / "20")
+        first.send(signal.SIGKILL)
+        first.results()
+    saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
+    shutil.copytree(workdir, other)
+    whole = {"train__steps": saved + 5}
+    with train(texts, workdir, 4, 2, mesh__fsdp=4, **whole) as second, train(texts, other, 1, 8, **whole) as third:
+        for result in (*second.results(), *third.results()):
+            assert result.code == 0, result.err[-2000:]
+    with train(texts, tmp_path / "alone", 1, 1, **whole) as alone:
+        assert alone.results()[0].code == 0
+    expected = losses(tmp_path / "alone")
+    assert list(expected) == list(range(1, saved + 6))
+    for resumed in (workdir, other):
+        found = losses(resumed)
+        assert {step: found[step] for step in expected} == pytest.approx(expected, rel=2e-5)
+
+
+def test_a_machine_that_is_taken_away(tmp_path: Path) -> None:
+    """SIGTERM to one of two processes: both save and exit with 75; the run goes on; only process 0 writes logs."""
+    texts, workdir = write_texts(tmp_path), tmp_path / "run"
+    with train(texts, workdir, 2, 1, train__steps=100_000, checkpoint__every=100_000) as both:
+        wait_for(workdir / "metrics.jsonl")
+        both.running[1].send_signal(signal.SIGTERM)
+        results = both.results()
+    assert [result.code for result in results] == [75, 75]
+    lines = {result.err.strip().splitlines()[-1] for result in results}
+    (saved,) = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
+    assert lines == {f"allattn: stopped at step {saved}: this machine is being taken away; run again to go on"}
+    printed = [line for line in results[1].out.splitlines() if not line.startswith("[Gloo]")]
+    assert printed == [] and len(list(workdir.glob("events*"))) == 1
+    with train(texts, workdir, 1, 2, train__steps=saved + 2) as again:
+        (result,) = again.results()
+    assert result.code == 0 and result.last()["step"] == saved + 2
+    assert sorted(losses(workdir)) == list(range(1, saved + 3))
+
+
+def test_a_single_process_that_is_taken_away_while_it_scores(tmp_path: Path) -> None:
+    """The state is saved without a score on dev."""
+    texts, workdir = write_texts(tmp_path), tmp_path / "run"
+    (texts / "valid.txt").write_bytes((texts / "valid.txt").read_bytes() * 3000)
+    changes = {"train__steps": 100_000, "evaluate__every": 3, "checkpoint__every": 100_000}
+    with train(texts, workdir, 1, 1, **changes) as run:
+        wait_for(workdir / "metrics.jsonl")
+        time.sleep(3)  # three steps are over by then; half a minute of scoring is not
+        run.send(signal.SIGTERM)
+        (result,) = run.results(60)
+    assert result.code == 75 and "stopped at step 3" in result.err
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
+
+
+def expect(results: list[Result], code: int, line: str) -> None:
+    assert [(result.code, result.err.strip().splitlines()[-1], result.out) for result in results] == [
+        (code, line, "")
+    ] * len(results)
+
+
+def test_different_configurations(tmp_path: Path) -> None:
+    texts, workdir = write_texts(tmp_path), tmp_path / "run"
+    with train(texts, workdir, 3, 1, each=lambda i: {"seed": int(i == 2), "train__batch": 6}) as three:
+        found = "process 2 has another configuration than process 0: seed: 0 on process 0, 1 there"
+        expect(three.results(), 2, f"allattn: {found}")
+    assert not workdir.exists()
+
+
+def test_a_mistake_that_process_0_finds(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    with train(tmp_path / "texts", tmp_path / "run", 2, 1) as two:
+        results = two.results()
+    line = results[0].err.strip().splitlines()[-1]
+    assert "train.txt" in line
+    expect(results, 2, line)
+
+
+def test_workdir_that_is_not_shared(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path)
+
+    def words(i: int, started: Processes) -> list[str]:
+        place = [f"--coordinator=localhost:{started.port}", "--processes=2", f"--process={i}"]
+        return ["-m", "allattn", "train", f"--workdir={tmp_path}/run{i}", *flags(texts), *place]
+
+    with Processes(2, 1, words) as two:
+        there, here = (f"{tmp_path}/run{i}/checkpoints" for i in (1, 0))
+        line = f"allattn: process 1 has another workdir than process 0: {there} in place of {here}"
+        expect(two.results(), 2, line)
+
+
+def test_a_process_that_never_comes(tmp_path: Path) -> None:
+    """Process 0 of 2 without the other, and process 1 without a coordinator: a message and exit code 1, in time."""
+
+    def words(i: int, started: Processes) -> list[str]:
+        place = [f"--coordinator=localhost:{free_port()}", "--processes=2", f"--process={i}", "--wait=3"]
+        return ["-m", "allattn", "train", "--config=configs/demo.py", f"--workdir={tmp_path}/run", *place]
+
+    began = time.monotonic()
+    with Processes(2, 1, words) as strangers:
+        for i, result in enumerate(strangers.results(60)):
+            assert result.code == 1 and not (tmp_path / "run").exists()
+            assert result.err.startswith(
+                f"allattn: process {i} of 2: expected all processes at the coordinator at local"
+            )
+            assert result.err.count("\n") == 1
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--coordinator=localhost", "--processes=2", "--process=0"), "--coordinator: expected HOST:PORT, found 'loc"),
+        (("--processes=2", "--process=0"), "expected --coordinator, --processes and --process together"),
+        (("--coordinator=a:1", "--processes=2", "--process=2"), "--process: expected a number from 0 to --processes"),
+    ],
+)
+def test_flags_that_do_not_go_together(tmp_path: Path, words: tuple[str, ...], line: str) -> None:
+    line_of = [sys.executable, "-m", "allattn", "train", "--config=configs/demo.py", f"--workdir={tmp_path}/run"]
+    done = subprocess.run([*line_of, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.startswith(f"allattn: {line}") and done.stderr.count("\n") == 1
+
+
+ROWS = """
+import sys
+import jax, numpy as np
+from jax.sharding import AxisType, Mesh
+from allattn import distributed, sharding
+distributed.start(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
+devices = np.array(jax.devices())[[0, 2, 1, 3]].reshape(4, 1, 1)
+rows = sharding.Rows(Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3), 8)
+assert rows.local.tolist() == ([0, 1, 4, 5], [2, 3, 6, 7])[jax.process_index()]
+placed_B = rows.place(10 * rows.local)
+for shard in placed_B.addressable_shards:
+    assert np.asarray(shard.data).tolist() == [10 * i for i in range(8)[shard.index[0]]], shard
+distributed.stop(0)
+"""
+
+
+def test_rows_of_a_process_with_others_between() -> None:
+    """On a mesh that takes the devices of two processes in turn, each reads its own rows and they land in place."""
+    with Processes(2, 2, lambda i, started: ["-c", ROWS, str(i), str(started.port)]) as two:
+        assert [result.code for result in two.results()] == [0, 0]
