@@ -1,5 +1,6 @@
 """launch/slurm.sbatch on a real slurmctld and slurmd, started here for the test: `make test-slurm`, as root."""
 
+import json
 import os
 import shutil
 import socket
@@ -94,6 +95,12 @@ class Cluster:
         words = ["sbatch", "--parsable", "--ntasks=2", f"--output={log}", *options, "launch/slurm.sbatch", *command]
         return self.call(*words)
 
+    def wait(self, number: str, state: str) -> None:
+        """Wait for the end of a job, which must have come to a state."""
+        ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+        eventually(f"the end of job {number}", lambda: self.job(number)["JobState"] in ends, 240)
+        assert self.job(number)["JobState"] == state
+
     def job(self, number: str) -> dict[str, str]:
         """What SLURM says about a job."""
         words = self.call("scontrol", "show", "job", number).split()
@@ -139,11 +146,81 @@ time.sleep(300 if starts == 0 else 0)
 """
 
 
-def test_a_job_that_is_stopped_comes_back(cluster: Cluster, tmp_path: Path) -> None:
-    log = tmp_path / "log.txt"
-    number = cluster.submit(sys.executable, "-c", STAND_IN, str(tmp_path), log=log)
-    eventually("both tasks", lambda: len(list(tmp_path.glob("task*.0"))) == 2)
-    cluster.call("scancel", "--signal=TERM", number)
-    eventually("the end", lambda: cluster.job(number)["JobState"] == "COMPLETED", 120)
+def test_a_job_is_stopped_ahead_of_its_time_limit_and_comes_back(cluster: Cluster, tmp_path: Path) -> None:
+    options = ["--time=1", "--signal=TERM@20"]  # SLURM's shortest limit; it looks at its clock once a minute
+    number = cluster.submit(sys.executable, "-c", STAND_IN, str(tmp_path), log=tmp_path / "log.txt", options=options)
+    cluster.wait(number, "COMPLETED")
     assert cluster.job(number)["Restarts"] == "1"
-    assert len(list(tmp_path.glob("task*"))) == 4
+    assert sorted(path.name for path in tmp_path.glob("task*")) == ["task0.0", "task0.1", "task1.0", "task1.1"]
+
+
+def test_a_job_that_crashes_is_tried_again_inside_and_one_with_a_mistake_is_not(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    for code, attempts in ((7, 2), (2, 1)):
+        log = tmp_path / f"{code}.txt"
+        command = ["--tries=2", "--delay=0", "sh", "-c", f"echo start; exit {code}"]
+        number = cluster.submit(*command, log=log)
+        cluster.wait(number, "FAILED")
+        found = cluster.job(number)
+        assert (found["ExitCode"], found["Restarts"]) == (f"{code}:0", "0")
+        assert log.read_text().count("start\n") == 2 * attempts
+
+
+SMALL = {
+    **{"model.depth": 2, "model.width": 32, "model.persistent": 16, "train.batch": 8, "train.log_every": 1},
+    **{"optimizer.schedule": "constant", "checkpoint.every": 100_000, "evaluate.every": 100_000},
+}
+
+
+def demo(folder: Path, steps: int) -> list[str]:
+    """The demo, but for its size."""
+    settings = {**SMALL, "dataset.data_dir": folder / "data", "train.steps": steps}
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    return [sys.executable, "-m", "allattn", "train", "--config=configs/demo.py", *flags]
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """By step, as far as the run has got."""
+    path = workdir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {row["step"]: row["nll"] for row in rows if "nll" in row}
+
+
+def test_the_demo_is_stopped_twice_and_ends_as_if_it_had_not_been(cluster: Cluster, tmp_path: Path) -> None:
+    """Two tasks; the first stop by SIGTERM to them, as at a preemption, the second by an operator's requeue."""
+    steps, workdir, log = 400, tmp_path / "run", tmp_path / "log.txt"
+    number = cluster.submit(*demo(tmp_path, steps), f"--workdir={workdir}", log=log)
+    eventually("training", lambda: len(losses(workdir)) > 50, 120)
+    cluster.call("scancel", "--signal=TERM", number)
+    eventually("the first requeue", lambda: cluster.job(number)["Restarts"] == "1")
+    saved = len(losses(workdir))
+    eventually("training", lambda: len(losses(workdir)) > saved + 50, 120)
+    cluster.call("scontrol", "requeue", number)
+    cluster.wait(number, "COMPLETED")
+    found = cluster.job(number)
+    assert (found["Restarts"], found["ExitCode"]) == ("2", "0:0"), log.read_text()
+    assert log.read_text().count("this machine is being taken away") == 4
+    scores = json.loads((workdir / "scores.json").read_text())
+    assert scores["step"] == steps
+    alone = [*demo(tmp_path, steps), f"--workdir={tmp_path / 'alone'}"]
+    subprocess.run(alone, cwd=ROOT, env=cluster.environment, check=True, capture_output=True, timeout=300)
+    expected = losses(tmp_path / "alone")
+    assert losses(workdir) == pytest.approx(expected, rel=1e-4) and len(expected) == steps
+    print(f"steps {steps}, stopped at {saved}, last losses {losses(workdir)[steps]} and {expected[steps]}")
+
+
+def test_a_sweep_submits_its_runs_and_collects_them_later(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "small.py").write_text("from configs.demo import get_config  # noqa: F401\n")
+    settings = [word for word in demo(tmp_path, 20) if word.startswith("--config.")]
+    launcher = f"--launcher=sbatch --parsable --ntasks=2 --output={tmp_path}/log.txt launch/slurm.sbatch"
+    where = [f"--configs={tmp_path / 'configs'}", f"--workdir={tmp_path / 'runs'}", "--seeds=1", launcher]
+    sweep = [sys.executable, "-m", "allattn", "sweep", *where, *settings]
+    assert "submitted" in cluster.call(*sweep)
+    number = (tmp_path / "runs" / "small-seed0" / "log.txt").read_text().strip()
+    assert "submitted" in cluster.call(*sweep)  # and not once more
+    cluster.wait(number, "COMPLETED")
+    scores = json.loads((tmp_path / "runs" / "small-seed0" / "scores.json").read_text())
+    assert f"| {scores['bpc']:.4f} |" in cluster.call(*sweep)
+    assert int(number) + 1 == int(cluster.submit("true", log=tmp_path / "last.txt"))
