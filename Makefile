@@ -45,7 +45,7 @@ test-gpu-compile:  ## compile the GPU kernels for an H100; needs CUDA's compiler
 
 test-slurm: install  ## launch/slurm.sbatch on a real SLURM, started here; needs root and Debian, which has the packages
 	@test "$$(id -u)" = 0 || { echo "make test-slurm: expected root, which SLURM's daemons need, found $$(id -un)" >&2; exit 2; }
-	@command -v slurmctld slurmd munged >/dev/null || { apt-get update -q && \
+	@{ command -v slurmctld && command -v munged; } >/dev/null || { apt-get update -q && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends slurm-wlm munge; }
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -s tests/test_slurm.py
 

@@ -1,8 +1,8 @@
 """Train on Google Kubernetes Engine: one Job, one process per pod, the pods of one accelerator slice or group of nodes.
 
-launch/gke.py --name=NAME --image=IMAGE --processes=N [OPTIONS] COMMAND...
+python launch/gke.py --name=NAME --image=IMAGE --processes=N [OPTIONS] COMMAND...
 
-launch/gke.py --name=large --image=$IMAGE --processes=4 --tpu=tpu-v5-lite-podslice --topology=4x4 --chips=4 \\
+python launch/gke.py --name=large --image=$IMAGE --processes=4 --tpu=tpu-v5-lite-podslice --topology=4x4 --chips=4 \\
     --service_account=trainer python -m allattn train --config=configs/enwik8_large.py --workdir=gs://$BUCKET/large
 
 The manifest goes to `kubectl apply`; with --dry-run it is printed instead, as JSON, which kubectl reads like YAML.

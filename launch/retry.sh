@@ -45,7 +45,7 @@ run() {
 # Wait, but not longer than until a signal.
 pause() {
   local left=$1
-  while ((left-- > 0)) && [[ ! $leaving ]]; do sleep 1; done
+  while ((left-- > 0)) && [[ ! $leaving ]]; do sleep 1 || true; done
 }
 
 # Make an attempt, a function and its arguments, until it is done.
