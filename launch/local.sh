@@ -42,53 +42,44 @@ free_port() {
   echo "$found"
 }
 
-# The command of one process.
-start() {
-  local place=()
-  ((${#gpus[@]} == 0)) || place=(env CUDA_VISIBLE_DEVICES="${gpus[$1]}")
-  run "${place[@]}" "${command[@]}" --coordinator="localhost:$port" --processes="$processes" --process="$1"
-}
-
-declare -A running=() # number of the process: its process group
+declare -A running=() # number of the process: its id, which is also its group's
 
 signal() {
   local group
   for group in "${running[@]}"; do kill -s "$1" -- "-$group" 2>/dev/null || true; done
 }
 
-# Start a process in the background, in a group of its own; a shell stays beside it and writes its exit code to file 3.
-launch() {
-  set -m # which gives it the group, out of the terminal's reach
-  (
-    trap : TERM INT HUP
-    code=0
-    start "$1" 3>&- </dev/null || code=$?
-    echo "$1 $code" >&3
-  ) &
+# Start one process in the background, or print it.
+start() {
+  local words=("${command[@]}" --coordinator="localhost:$port" --processes="$processes" --process="$1")
+  ((${#gpus[@]} == 0)) || words=(env CUDA_VISIBLE_DEVICES="${gpus[$1]}" "${words[@]}")
+  [[ ! $dry_run ]] || { run "${words[@]}" && return; }
+  set -m # a group of its own, out of the terminal's reach
+  (exec "${words[@]}" </dev/null) &
   running[$1]=$!
   set +m
 }
 
 # All processes, once; returns the exit code of the first that failed.
 attempt() {
-  local number code failed=0 limit=() pipe
-  if [[ $dry_run ]]; then
-    for ((number = 0; number < processes; number++)); do start "$number"; done
-    return
-  fi
-  pipe=$(mktemp -u) && mkfifo "$pipe" && exec 3<>"$pipe" && rm "$pipe"
-  for ((number = 0; number < processes; number++)); do launch "$number"; done
-  while ((${#running[@]})); do
-    read -r "${limit[@]}" -u 3 number code || break # nothing ended in time
-    unset "running[$number]"
-    ((code && !failed)) || continue
-    say "process $number ended with exit code $code"
-    failed=$code limit=(-t "$grace")
-    ((code == 75)) || signal TERM # at 75 the others are about to end by themselves
+  local number code failed=0 deadline=0
+  for ((number = 0; number < processes; number++)); do start "$number"; done
+  while ((${#running[@]} && (!failed || SECONDS <= deadline))); do
+    sleep 0.5 || true
+    for number in "${!running[@]}"; do
+      ! kill -0 "${running[$number]}" 2>/dev/null || continue
+      code=0
+      wait "${running[$number]}" || code=$?
+      unset "running[$number]"
+      ((code && !failed)) || continue
+      say "process $number ended with exit code $code"
+      failed=$code deadline=$((SECONDS + grace))
+      ((code == 75)) || signal TERM # at 75 the others are about to end by themselves
+    done
   done
   signal KILL
+  wait 2>/dev/null || true # without bash's remarks on what was killed
   running=()
-  wait 2>/dev/null # without bash's remarks on what was killed
   return "$failed"
 }
 
