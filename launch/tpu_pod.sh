@@ -82,6 +82,7 @@ stop() { on_workers "$worker stop"; }
 attempt() {
   ensure && send || return
   [[ ! $dry_run ]] || { on_workers "$train" && return; }
+  [[ ! $leaving ]] || return 1
   set -m # gcloud in a process group of its own, out of the terminal's reach
   on_workers "$train" &
   training=$!
