@@ -157,10 +157,11 @@ def _quiet() -> None:
 
 
 def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from allattn import config, distributed, sharding, train
+    from allattn import config, distributed, programs, sharding, train
 
     c = config.load(arguments.config, overrides)
     config.check_ranges(c, "train.")  # which the number of devices depends on
+    programs.keep()
     distributed.start(arguments.coordinator, arguments.processes, arguments.process, arguments.wait)
     sharding.use_cores_for(c)
     scores = train.train_and_evaluate(c, arguments.workdir)
@@ -170,8 +171,9 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
-    from allattn import evaluate, run, sharding
+    from allattn import evaluate, programs, run, sharding
 
+    programs.keep()
     sharding.use_cores(evaluate.AUTHORS_ROWS)
     loaded = run.load(arguments.workdir, arguments.step)
     scores = loaded.evaluate(arguments.split, arguments.protocol, arguments.text, arguments.data_dir)
@@ -179,8 +181,9 @@ def _evaluate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
 
 
 def _generate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
-    from allattn import generate, run
+    from allattn import generate, programs, run
 
+    programs.keep()
     loaded = run.load(arguments.workdir, arguments.step)
     sampling = generate.Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     out, prompt = sys.stdout.buffer, os.fsencode(arguments.prompt)  # its bytes as they were typed

@@ -6,10 +6,12 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -105,7 +107,8 @@ class Checkpointer:
             best_mode="min",
             cleanup_tmp_directories=create,
         )
-        self._writes = create
+        self._writes, self._worker = create, ThreadPoolExecutor(1)
+        self._pending: Future | None = None
         self._manager = _Manager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpointer":
@@ -118,10 +121,15 @@ class Checkpointer:
 
     def close(self) -> None:
         """Finish what is being written."""
-        self._manager.close()
+        try:
+            self._wait()
+        finally:
+            self._worker.shutdown()
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """Steps that have a whole checkpoint, oldest first; waits for one that is being written."""
+        self._wait()
         self._manager.wait_until_finished()
         return sorted(self._manager.all_steps())
 
@@ -150,9 +158,23 @@ class Checkpointer:
         self._save(step, {"params": params}, meta, None)
 
     def _save(self, step: int, trees: dict[str, Any], meta: dict[str, Any], score: float | None) -> None:
+        self._wait()
+        if distributed.count() > 1:
+            self._write(step, trees, meta, score)  # which makes the processes wait for each other on their devices
+        else:
+            copies = jax.tree.map(np.array, trees)  # the loop gives its arrays away in the next step
+            self._pending = self._worker.submit(self._write, step, copies, meta, score)
+
+    def _write(self, step: int, trees: dict[str, Any], meta: dict[str, Any], score: float | None) -> None:
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         composite = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=composite, metrics={"dev_nll": score})
+
+    def _wait(self) -> None:
+        """Wait for what the loop has handed over; raises what went wrong there."""
+        pending, self._pending = self._pending, None
+        if pending:
+            pending.result()
 
     def resolve(self, step: Step = None) -> int:
         """The number of the checkpoint asked for: the newest, "best" or a step.

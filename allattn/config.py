@@ -26,6 +26,8 @@ FREE = (
         "train.accumulation",
         "train.remat",
         "train.peak_flops",
+        "train.profile",
+        "train.init_from",  # without effect once there is a checkpoint
     ),
 )
 
@@ -40,7 +42,7 @@ LEAST = {
     **dict.fromkeys(("model.persistent", "model.dropout", "model.embedding_dropout", "model.span.init"), 0),
     **dict.fromkeys(("model.span.margin", "train.steps", "train.finetune_steps"), 0),
     **dict.fromkeys(("optimizer.learning_rate", "optimizer.warmup", "optimizer.clip", "optimizer.weight_decay"), 0),
-    **dict.fromkeys(("train.peak_flops", "evaluate.max_tokens"), 0),
+    **dict.fromkeys(("train.peak_flops", "train.profile", "evaluate.max_tokens"), 0),
 }
 BELOW = dict.fromkeys(("model.dropout", "model.embedding_dropout", "model.attention_dropout"), 1)
 

@@ -14,12 +14,15 @@ from allattn.model import Params, forward_flops
 if TYPE_CHECKING:
     from allattn.train import Trainer
 
+WATCHED = 3  # steps
+
 
 class Recorder:
     """Turns the metrics of the steps into rows of the logs and lines on the screen."""
 
     def __init__(self, trainer: "Trainer", workdir: str, total: int, first: int) -> None:
         self._trainer, self._config = trainer, trainer.config
+        self._workdir, self._watching = workdir, False
         self._writer = metrics.create_writer(workdir)
         self._progress = metrics.RunProgress(total, unit="ppl" if trainer.dataset.vocabulary.unit == "word" else "bpc")
         self._pending: tuple[int, metrics.TrainMetrics] | None = None
@@ -33,6 +36,7 @@ class Recorder:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        self._watch(stop=True)
         self._writer.flush()
         self._progress.__exit__(*error)
 
@@ -40,6 +44,15 @@ class Recorder:
         """Take the metrics of a step and read those of the step before."""
         self.flush()
         self._pending = (step, values)
+        self._watch(stop=step == self._config.train.profile + WATCHED, start=step == self._config.train.profile)
+
+    def _watch(self, stop: bool, start: bool = False) -> None:
+        """Let TensorBoard's profiler begin or end to watch; what it saw goes into the workdir."""
+        if start:
+            jax.profiler.start_trace(self._workdir)
+        elif stop and self._watching:
+            jax.profiler.stop_trace()
+        self._watching = start or (self._watching and not stop)
 
     def flush(self) -> None:
         """Read the metrics that are still on the device.

@@ -13,6 +13,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,15 +169,26 @@ def _run(job: Job, overrides: Mapping[str, str], launcher: Sequence[str]) -> str
         return SUBMITTED
     print(f"{job.workdir.name}: {'submitting' if launcher else 'training'}", flush=True)
     try:
-        done = subprocess.run([*launcher, *command], capture_output=True, text=True, check=False)
+        code, printed = _watched([*launcher, *command], job.workdir / "log.txt")
     except OSError as error:
         raise UserError(f"--launcher: {error}") from error
-    (job.workdir / "log.txt").write_text(done.stdout + done.stderr)
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].removeprefix("allattn: ")
+    if code:
+        return (printed.strip().splitlines() or [f"exit code {code}"])[-1].removeprefix("allattn: ")
     if launcher:
         submitted.write_text(shlex.join(command))
     return SUBMITTED if launcher else ""
+
+
+def _watched(command: Sequence[str], log: epath.Path) -> tuple[int, str]:
+    """Run a command; its exit code and what it printed, which also grows in the log where that is a local file."""
+    local = log if "://" not in str(log) else epath.Path(tempfile.mkdtemp()) / log.name
+    with local.open("w") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+    printed = local.read_text()
+    if local != log:
+        log.write_text(printed)
+        local.parent.rmtree()
+    return code, printed
 
 
 # --- the table ---------------------------------------------------------------------------------------------------

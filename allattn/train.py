@@ -20,8 +20,8 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from allattn import checkpoint, data, distributed, evaluate, metrics, optim, sharding
-from allattn.config import FREE, changed_fields, check_ranges, from_json, to_json, with_vocabulary
+from allattn import checkpoint, data, distributed, evaluate, metrics, optim, resume, sharding
+from allattn.config import changed_fields, check_ranges, from_json, to_json, with_vocabulary
 from allattn.errors import PreemptedError, RunError, UserError
 from allattn.model import Model, ModelConfig, Params
 from allattn.recorder import Recorder
@@ -224,6 +224,13 @@ class Trainer:
         state = jax.jit(self.init_state(bucket), out_shardings=places)()
         return dataclasses.replace(state, params=params or state.params), bucket
 
+    def restored_state(self, arrays: tuple[Any, Any, Any], meta: dict[str, Any]) -> tuple[TrainState, int]:
+        """The state of a checkpoint, from its params, optimizer and cache and what it says besides, and its bucket."""
+        places = self.abstract_state(meta["bucket"])
+        step = jax.device_put(jnp.int32(meta["step"]), places.step.sharding)
+        key = jax.device_put(jnp.array(meta["key"], jnp.uint32), places.key.sharding)
+        return TrainState(step, *arrays, key), meta["bucket"]
+
     def batch(self, step: int) -> data.Batch:
         """The block of a step, on the mesh."""
         block, place = self.stream.block(step), self.rows.place
@@ -299,15 +306,18 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     # The order of a start:
     # 1. check that all processes have one configuration, and it against data and devices, before anything is written
     # 2. if the workdir has a checkpoint, check that it was made with this configuration
-    # 3. restore the state and the bucket from it, or make a fresh state
+    # 3. restore the state and the bucket from it, or make a fresh state, with other parameters if init_from says so
     # 4. the stream needs only the step: nothing else is restored
     distributed.agree("configuration", to_json(config), _differences)
     place, unit = config.dataset.data_dir or None, config.dataset.unit
     dataset = distributed.lead("data", functools.partial(data.prepare, config.dataset.name, place, unit=unit))
     trainer = Trainer(with_vocabulary(config, dataset.vocabulary.size, dataset.name), dataset)
+    initial = None if resume.has_begun(workdir) else resume.warm_start(trainer)  # refused before there is a workdir
     with distributed.Preemption() as stop:
         with checkpoint.Checkpointer(workdir, config.checkpoint.keep) as checkpoints:
-            state, bucket = _restore(trainer, checkpoints) or trainer.fresh_state()
+            state, bucket = resume.restore(trainer, checkpoints) or trainer.fresh_state(
+                initial or resume.warm_start(trainer)
+            )
             state = _run(trainer, checkpoints, state, bucket, workdir, stop)
         scores = {"split": "test", "protocol": config.evaluate.protocol, "step": int(state.step)}
         scores |= trainer.evaluate(state.params, "test", stop)
@@ -329,32 +339,6 @@ def _keep_scores(trainer: Trainer, state: TrainState, workdir: str, scores: dict
     path, text = epath.Path(workdir) / "scores.json", json.dumps({**scores, **size}) + "\n"
     if not jax.process_index() and not (path.exists() and path.read_text() == text):
         path.write_text(text)
-
-
-def _restore(trainer: Trainer, checkpoints: checkpoint.Checkpointer) -> tuple[TrainState, int] | None:
-    """The state of the newest readable checkpoint and its bucket; None in a new workdir."""
-
-    def abstract(meta: dict[str, Any]) -> tuple[Any, Any, Any]:
-        free = (*FREE, "optimizer.", "train.", "seed") if meta.get("params_only") else FREE
-        changed = changed_fields(from_json(meta["config"]), trainer.config, free)
-        if changed:
-            raise UserError(
-                f"{checkpoints.workdir} was made with another configuration: {'; '.join(changed)}. Choose another "
-                f"--workdir, or go back to that configuration"
-            )
-        state = trainer.abstract_state(meta.get("bucket", SMALLEST_BUCKET))
-        return state.params, state.optimizer, state.cache
-
-    restored = checkpoints.restore_newest(abstract)
-    if restored is None:
-        return None
-    params, optimizer, cache, meta = restored
-    if optimizer is None:
-        return trainer.fresh_state(params)
-    places = trainer.abstract_state(meta["bucket"])
-    step = jax.device_put(jnp.int32(meta["step"]), places.step.sharding)
-    key = jax.device_put(jnp.array(meta["key"], jnp.uint32), places.key.sharding)
-    return TrainState(step, params, optimizer, cache, key), meta["bucket"]
 
 
 def _run(

@@ -61,9 +61,11 @@ def get_config() -> ConfigDict:
     c.train.block = 512  # tokens of each row per step
     c.train.accumulation = 1  # parts that a batch is split into, for memory; changes nothing else
     c.train.remat = False  # recompute each layer in the backward pass, for memory
+    c.train.init_from = ""  # workdir whose newest parameters this run starts from; "": random ones
     c.train.steps = 450_000
     c.train.finetune_steps = 30_000  # further steps at a tenth of the rate
     c.train.log_every = 100  # steps
+    c.train.profile = 0  # step after which TensorBoard's profiler watches three; 0: none
     c.train.peak_flops = 0.0  # FLOP/s of one device in this dtype, for the MFU metric; 0: not reported
 
     c.mesh = ConfigDict()  # devices; -1: what is left

@@ -92,6 +92,38 @@ def test_train_longer(place: Place, tmp_path: Path) -> None:
     assert [row["step"] for row in rows if "nll" in row] == list(range(1, 15))
 
 
+def test_train_from_the_parameters_of_another_run(place: Place, tmp_path: Path) -> None:
+    """Before its first step such a run has the other's score; its learning rate and spans are its own."""
+    there = {"train__init_from": place.run, "optimizer__learning_rate": 1e-3, "train__finetune_steps": 0}
+    new = f"--workdir={tmp_path}/new"
+    untrained = call("train", new, *flags(place.texts, **there, train__steps=0)).last()
+    assert untrained == {**place.trained.last(), "step": 0}
+    trained = call("train", new, *flags(place.texts, **there, train__steps=3)).last()
+    assert trained["step"] == 3 and 0 < abs(trained["nll"] - untrained["nll"]) < 0.1
+    there["train__init_from"] = tmp_path / "gone"  # not looked at again
+    assert call("train", new, *flags(place.texts, **there, train__steps=3)).last() == trained
+
+
+def test_train_from_another_vocabulary(place: Place, tmp_path: Path) -> None:
+    """As many symbols, but others."""
+    (tmp_path / "texts").mkdir()
+    for split in ("train", "valid", "test"):
+        text = (place.texts / f"{split}.txt").read_text()
+        (tmp_path / "texts" / f"{split}.txt").write_text(text.replace("a", "z"))
+    found = call("train", f"--workdir={tmp_path}/new", *flags(tmp_path / "texts", train__init_from=place.run))
+    assert found.code == 2 and not (tmp_path / "new").exists()
+    line = f"allattn: train.init_from: {place.run}: expected the vocabulary of files, found another"
+    assert found.err.splitlines()[-1] == line
+
+
+def test_profile(place: Place, tmp_path: Path) -> None:
+    """Three steps are traced, also where the run ends before the third."""
+    for steps in (3, 9):
+        new = tmp_path / f"new{steps}"
+        found = call("train", f"--workdir={new}", *flags(place.texts, train__profile=2, train__steps=steps))
+        assert found.code == 0 and len(list(new.rglob("*.xplane.pb"))) == 1
+
+
 @pytest.mark.parametrize("step", [None, "8", "best"])
 def test_evaluate_repeats_the_score_of_training(place: Place, step: str | None) -> None:
     scores = dev_scores(place.run)
@@ -193,6 +225,8 @@ MISTAKES = [
     (TRAIN, {"train__accumulation": 0}, "train.accumulation: expected at least 1, found 0"),
     (TRAIN, {"train__block": 0}, "train.block: expected at least 1, found 0"),
     (TRAIN, {"train__block": 5000}, "a row has 510 and needs 5001"),
+    (TRAIN, {"train__init_from": "{folder}/none"}, "no checkpoint in {folder}/none"),
+    (TRAIN, {"train__init_from": "{run}", "model__width": 32}, "configuration, found width: 16 there, 32 here"),
     (TRAIN, {"model__span__limit": 0}, "model.span.limit: expected at least 1, found 0"),
     (TRAIN, {"model__span__init": 2}, "model.span.init: expected a number in [0, 1], found 2.0"),
     (TRAIN, {"model__span__check_every": 1}, "model.span.check_every: expected at least"),
