@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(VERSION)
 # A folder that another version of Python made is emptied first.
 FRESH = $(if $(wildcard .venv/bin/python$(VERSION)),,--clear)
 
-.PHONY: install demo test test-all test-tpu-compile test-gpu-compile lint bench bench-gpu bench-peers clean
+.PHONY: install demo test test-all test-tpu-compile test-gpu-compile test-slurm lint bench bench-gpu bench-peers clean
 
 install: $(STAMP)
 
@@ -43,10 +43,17 @@ test-gpu-compile:  ## compile the GPU kernels for an H100; needs CUDA's compiler
 	    --disable-pip-version-check --no-deps jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax nvidia-cuda-nvcc-cu12
 	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m pytest -q -s tests/test_gpu_compile.py
 
+test-slurm: install  ## launch/slurm.sbatch on a real SLURM, started here; needs root and Debian, which has the packages
+	@test "$$(id -u)" = 0 || { echo "make test-slurm: expected root, which SLURM's daemons need, found $$(id -un)" >&2; exit 2; }
+	@{ command -v slurmctld && command -v munged; } >/dev/null || { apt-get update -q && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends slurm-wlm munge; }
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -s tests/test_slurm.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources launch/*.sh launch/*.sbatch
 
 bench: install  ## speed of training, evaluation and the operation, kept as a file; ends with a table beside what is asked
 	@mkdir -p $(dir $(RESULTS))

