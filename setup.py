@@ -33,6 +33,9 @@ setup(
             "hypothesis>=6.100,<7",
             "ruff>=0.14,<0.17",
             "mypy>=1.18,<3",
+            "nbclient>=0.10,<0.12",  # executes launch/colab.ipynb
+            "nbformat>=5.10,<6",
+            "ipykernel>=6.29,<8",
             "etils[epath-gcs]>=1.12,<2",  # against a bucket that a test serves itself
         ],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
