@@ -98,7 +98,11 @@ class Run:
             before = text
 
     def spans_XH(self) -> np.ndarray:
-        """How far back every head of every layer looks, in tokens, float32; the limit where spans are not learned."""
+        """How far back every head of every layer looks.
+
+        Returns:
+          Spans in tokens, (layers, heads), float32; the limit where they are not learned.
+        """
         config = self.model.config
         if not config.adaptive:
             return np.full((config.depth, config.context_heads), config.limit, np.float32)
@@ -136,7 +140,19 @@ def evaluate(
     data_dir: str | None = None,
     step: int | str | None = None,
 ) -> dict[str, Any]:
-    """Score a checkpoint: `load` and `Run.evaluate`, whose arguments these are."""
+    """Score a checkpoint, as `allattn evaluate` does.
+
+    Args:
+      workdir: folder or bucket URL of the run.
+      split, protocol, text, data_dir: as in `Run.evaluate`.
+      step: a step, "best", or None for the newest.
+
+    Returns:
+      As `Run.evaluate`.
+
+    Raises:
+      UserError: what `load` and `Run.evaluate` refuse.
+    """
     return load(workdir, step).evaluate(split, protocol, text, data_dir)
 
 
@@ -150,5 +166,20 @@ def generate(
     seed: int = 0,
     step: int | str | None = None,
 ) -> Iterator[bytes]:
-    """Continue a prompt from a checkpoint: `load` and `Run.generate`, whose arguments and `Sampling`'s these are."""
+    """Continue a prompt from a checkpoint, as `allattn generate` does.
+
+    Args:
+      workdir: folder or bucket URL of the run.
+      prompt: text to start from, not empty.
+      length: symbols to draw.
+      temperature, top_k, top_p: as in `Sampling`.
+      seed: of the draws.
+      step: a step, "best", or None for the newest.
+
+    Returns:
+      The text of each symbol as it is drawn, as `Run.generate`.
+
+    Raises:
+      UserError: what `load` and `Run.generate` refuse.
+    """
     return load(workdir, step).generate(prompt, length, Sampling(temperature, top_k, top_p), seed)

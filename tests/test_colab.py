@@ -59,6 +59,13 @@ def test_committed_outputs() -> None:
     assert FILE.stat().st_size < 300_000
 
 
+def test_only_public_functions() -> None:
+    source = "\n".join(cell.source for cell in read().cells if cell.cell_type == "code")
+    used = set(re.findall(r"\ballattn\.(\w+)", source)) - {"__file__"}
+    assert used == {"load", "load_config", "train_and_evaluate", "evaluate", "generate", "read_metrics"}
+    assert used <= set(allattn.__all__) and "from allattn" not in source
+
+
 # --- installing --------------------------------------------------------------------------------------------------
 
 
