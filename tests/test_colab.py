@@ -100,7 +100,7 @@ def test_install_keeps_jax(bare: list) -> None:
 
 
 def test_install_refuses_without_a_revision(bare: list) -> None:
-    with pytest.raises(SystemExit, match="expected REPOSITORY and REVISION in the settings"):
+    with pytest.raises(SystemExit, match="expected REPOSITORY and REVISION, found 'https://host/allattn.git' and ''"):
         install("https://host/allattn.git", "")
     assert bare == []
     with pytest.raises(SystemExit, match="no such revision"):
