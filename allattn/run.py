@@ -1,4 +1,7 @@
-"""A trained run, loaded from its workdir alone."""
+"""A trained run, loaded from its workdir alone.
+
+Dimension key: X layer, H head.
+"""
 
 import dataclasses
 import os
@@ -10,9 +13,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from allattn import checkpoint, data, evaluate, generate, sharding
+from allattn import checkpoint, data, sharding
+from allattn import evaluate as protocols
+from allattn import generate as sampler
 from allattn.config import from_json
 from allattn.errors import UserError
+from allattn.generate import Sampling
 from allattn.model import Model, ModelConfig, Params
 
 
@@ -45,10 +51,10 @@ class Run:
         """
         tokens = self._tokens(split, text, data_dir)
         protocol = protocol or self.config.evaluate.protocol
-        mesh, options = sharding.mesh_over_rows(), {"protocol": protocol, **evaluate.options(self.config)}
+        mesh, options = sharding.mesh_over_rows(), {"protocol": protocol, **protocols.options(self.config)}
         options["vocabulary"] = self.vocabulary
         params = jax.device_put(self.params, sharding.shardings(mesh, self.params))
-        scores = evaluate.evaluate_tokens(self.model, params, tokens, mesh=mesh, **options)
+        scores = protocols.evaluate_tokens(self.model, params, tokens, mesh=mesh, **options)
         return {"split": text or split, "protocol": protocol, "step": self.step, **scores}
 
     def _tokens(self, split: str, text: str | None, data_dir: str | None) -> Any:
@@ -63,7 +69,7 @@ class Run:
         return dataset.tokens(split)
 
     def generate(
-        self, prompt: bytes, length: int = 200, sampling: generate.Sampling = generate.Sampling(), seed: int = 0
+        self, prompt: str | bytes, length: int = 200, sampling: Sampling = Sampling(), seed: int = 0
     ) -> Iterator[bytes]:
         """Continue a prompt.
 
@@ -80,8 +86,9 @@ class Run:
           UserError: at once, for an empty prompt, one with a symbol outside the vocabulary, or a sampling option out
             of range.
         """
+        prompt = os.fsencode(prompt)  # of a command line the bytes as they were typed
         ids = self.vocabulary.encode(prompt)
-        return self._texts(generate.generate(self.model, self.params, ids, length, sampling, seed), prompt)
+        return self._texts(sampler.generate(self.model, self.params, ids, length, sampling, seed), prompt)
 
     def _texts(self, tokens: Iterator[int], before: bytes) -> Iterator[bytes]:
         for token in tokens:
@@ -89,6 +96,17 @@ class Run:
             joined = self.vocabulary.unit == "byte" or text == b"\n" or before[-1:].isspace()
             yield text if joined else b" " + text
             before = text
+
+    def spans_XH(self) -> np.ndarray:
+        """How far back every head of every layer looks.
+
+        Returns:
+          Spans in tokens, (layers, heads), float32; the limit where they are not learned.
+        """
+        config = self.model.config
+        if not config.adaptive:
+            return np.full((config.depth, config.context_heads), config.limit, np.float32)
+        return np.asarray(self.params["layers"]["span"]) * np.float32(config.limit)
 
 
 def load(workdir: str | os.PathLike[str], step: int | str | None = None) -> Run:
@@ -112,3 +130,56 @@ def load(workdir: str | os.PathLike[str], step: int | str | None = None) -> Run:
         abstract = jax.eval_shape(model.init, jax.random.key(0))
         params = checkpoints.restore_params(checkpoint.on_one_device(abstract), number)
     return Run(model, params, config, data.Vocabulary.from_json(meta["vocabulary"]), number)
+
+
+def evaluate(
+    workdir: str | os.PathLike[str],
+    split: str = "test",
+    protocol: str | None = None,
+    text: str | None = None,
+    data_dir: str | None = None,
+    step: int | str | None = None,
+) -> dict[str, Any]:
+    """Score a checkpoint, as `allattn evaluate` does.
+
+    Args:
+      workdir: folder or bucket URL of the run.
+      split, protocol, text, data_dir: as in `Run.evaluate`.
+      step: a step, "best", or None for the newest.
+
+    Returns:
+      As `Run.evaluate`.
+
+    Raises:
+      UserError: what `load` and `Run.evaluate` refuse.
+    """
+    return load(workdir, step).evaluate(split, protocol, text, data_dir)
+
+
+def generate(
+    workdir: str | os.PathLike[str],
+    prompt: str | bytes,
+    length: int = 200,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    step: int | str | None = None,
+) -> Iterator[bytes]:
+    """Continue a prompt from a checkpoint, as `allattn generate` does.
+
+    Args:
+      workdir: folder or bucket URL of the run.
+      prompt: text to start from, not empty.
+      length: symbols to draw.
+      temperature, top_k, top_p: as in `Sampling`.
+      seed: of the draws.
+      step: a step, "best", or None for the newest.
+
+    Returns:
+      The text of each symbol as it is drawn, as `Run.generate`.
+
+    Raises:
+      UserError: what `load` and `Run.generate` refuse.
+    """
+    return load(workdir, step).generate(prompt, length, Sampling(temperature, top_k, top_p), seed)

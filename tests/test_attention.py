@@ -6,6 +6,7 @@ Dimension key: B batch, T query position, S context key, L distance, N persisten
 import dataclasses
 import subprocess
 import sys
+import types
 from typing import Any
 
 import jax
@@ -51,6 +52,17 @@ def test_bfloat16(name: str, implementation: str) -> None:
     found = results(case, inputs, implementation)
     assert found["out"].dtype == found["key"].dtype == jnp.bfloat16 and found["mass"].dtype == jnp.float32
     assert error(found, expected) <= 2e-2
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [("7.5", "xla"), ("8.0", "pallas_gpu"), ("10.0", "pallas_gpu"), ("gfx942", "pallas_gpu")],
+)
+def test_gpus_that_triton_compiles_for(monkeypatch: pytest.MonkeyPatch, capability: str, expected: str) -> None:
+    gpu = types.SimpleNamespace(device_kind="a GPU", compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert attention.best_here(jnp.float32) == expected
 
 
 def test_float64() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from command_line import ROOT, Result, call, flags
 
+import allattn
 from allattn import train
 from allattn.__main__ import main
 
@@ -132,6 +133,38 @@ def test_evaluate_repeats_the_score_of_training(place: Place, step: str | None) 
     found = call("evaluate", f"--workdir={place.run}", "--split=valid", *words).last()
     assert (found["split"], found["protocol"], found["step"]) == ("valid", "authors", wanted)
     assert found["nll"] == scores[wanted]
+
+
+def test_python_does_what_the_commands_do(place: Place) -> None:
+    scores = allattn.evaluate(place.run, "valid", step="best")
+    assert scores == call("evaluate", f"--workdir={place.run}", "--split=valid", "--step=best").last()
+    pieces = list(allattn.generate(place.run, "abc", length=9, temperature=0.5, top_k=3, seed=4))
+    words = ["--prompt=abc", "--length=9", "--temperature=0.5", "--top_k=3", "--seed=4"]
+    assert len(pieces) == 9
+    assert "abc" + b"".join(pieces).decode() + "\n" == call("generate", f"--workdir={place.run}", *words).out
+
+
+@pytest.mark.parametrize("first", ["allattn", "allattn.evaluate, allattn.generate, allattn.run"])
+def test_public_names_in_any_order_of_imports(first: str) -> None:
+    """`evaluate` and `generate` can be called whether or not the modules of these names were imported."""
+    program = (
+        f"import {first}\n"
+        "from allattn import evaluate\n"
+        "assert evaluate is allattn.evaluate and evaluate.authors_plan(160, 9)\n"
+        "for name in allattn.__all__: assert callable(getattr(allattn, name)), name\n"
+        "for call in (allattn.evaluate, lambda folder: allattn.generate(folder, 'a')):\n"
+        "    try: call('nowhere')\n"
+        "    except allattn.UserError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.count("no checkpoint in nowhere") == 2, done.stderr
+
+
+def test_learned_spans(place: Place) -> None:
+    """In tokens, as the log has them."""
+    spans_XH, last = allattn.load(place.run).spans_XH(), allattn.read_metrics(place.run)[-2]
+    assert spans_XH.shape == (1, 2) and last["step"] == 12
+    assert spans_XH.mean() == pytest.approx(last["mean_span"]) and spans_XH.max() == pytest.approx(last["max_span"])
 
 
 def test_evaluate_full(place: Place) -> None:

@@ -118,6 +118,9 @@ def all_attention(
 def best_here(dtype: Any) -> str:
     """The fastest implementation for the machine that the code is traced for."""
     kernels = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"} if dtype in (jnp.float32, jnp.bfloat16) else {}
+    capability, _, _ = getattr(jax.devices()[0], "compute_capability", "").partition(".")
+    if capability.isdecimal() and int(capability) < 8:  # Triton compiles for Ampere and later: not for a T4
+        return "xla"
     return kernels.get(tuning.device()[0], "xla")
 
 
