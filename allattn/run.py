@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 
 from allattn import checkpoint, data, evaluate, generate, sharding
 from allattn.config import from_json
+from allattn.data import bucket
 from allattn.errors import UserError
 from allattn.model import Model, ModelConfig, Params
 
@@ -34,7 +34,7 @@ class Run:
         Args:
           split: train, valid or test.
           protocol: authors, full or xl; None: as the configuration says.
-          text: path of a file to score instead.
+          text: path or bucket URL of a file to score instead.
           data_dir: where the data set is, if not where training had it.
 
         Returns:
@@ -53,9 +53,7 @@ class Run:
 
     def _tokens(self, split: str, text: str | None, data_dir: str | None) -> Any:
         if text is not None:
-            if not Path(text).is_file():
-                raise UserError(f"--text: expected a file, found none at {text}")
-            return self.vocabulary.encode(Path(text).read_bytes(), close=True)
+            return self.vocabulary.encode(_read(text), close=True)
         c = self.config.dataset
         dataset = data.prepare(c.name, data_dir or c.data_dir or None, unit=c.unit)
         if dataset.vocabulary != self.vocabulary:
@@ -89,6 +87,14 @@ class Run:
             joined = self.vocabulary.unit == "byte" or text == b"\n" or before[-1:].isspace()
             yield text if joined else b" " + text
             before = text
+
+
+def _read(text: str) -> bytes:
+    path = bucket.parse("--text", text)
+    with bucket.reached(path):
+        if not path.is_file():
+            raise UserError(f"--text: expected a file, found none at {text}")
+        return path.read_bytes()
 
 
 def load(workdir: str | os.PathLike[str], step: int | str | None = None) -> Run:
