@@ -12,6 +12,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 from etils import epath
 
+from allattn import bucket
 from allattn.config import to_json
 from allattn.data import Vocabulary
 from allattn.errors import UserError
@@ -54,15 +55,18 @@ class _Manager(ocp.CheckpointManager):
 
 def _folder(workdir: str, create: bool) -> epath.Path:
     """Where the checkpoints of a workdir lie: a URL as it is, a path made absolute, since Orbax refuses others."""
-    try:
-        path = epath.Path(workdir) if "://" in workdir else epath.Path(workdir).absolute()
-        folder = path / "checkpoints"
-        if create:
+    remote = bucket.is_url(workdir)
+    if remote and not workdir.startswith("gs://"):
+        expected = "a folder or a URL such as gs://bucket/run, since Orbax writes into no other kind of bucket"
+        raise UserError(f"workdir: expected {expected}; found {workdir}")
+    folder = (epath.Path(workdir) if remote else epath.Path(workdir).absolute()) / "checkpoints"
+    with bucket.reached(folder):
+        if create and remote:
+            bucket.check_writable(folder)
+        elif create:
             folder.mkdir(parents=True, exist_ok=True)
         elif not folder.exists():
             raise UserError(f"no checkpoint in {workdir}: expected {folder}; `allattn train` makes it")
-    except (OSError, KeyError, ImportError) as error:  # the last two: an unknown scheme, a client not installed
-        raise UserError(f"workdir {workdir}: expected a folder or a URL such as gs://bucket/run: {error}") from error
     return folder
 
 

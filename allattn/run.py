@@ -9,9 +9,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from allattn import checkpoint, data, evaluate, generate, sharding
+from allattn import bucket, checkpoint, data, evaluate, generate, sharding
 from allattn.config import from_json
-from allattn.data import bucket
 from allattn.errors import UserError
 from allattn.model import Model, ModelConfig, Params
 

@@ -19,8 +19,9 @@ from command_line import call
 from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from allattn import RunError, UserError, metrics
-from allattn.data import bucket, builders, prepare
+from allattn import RunError, UserError, bucket, metrics
+from allattn.checkpoint import Checkpointer
+from allattn.data import builders, prepare
 
 # It is imported only where its settings have been made.
 missing = importlib.util.find_spec("gcsfs") is None
@@ -157,7 +158,7 @@ def test_archives_in_a_bucket(new_machine: NewMachine, monkeypatch: pytest.Monke
 
 
 MISTAKES = [
-    ("--dataset=stdlib --data_dir=gs://other/data", "cannot reach gs://other/data/stdlib/"),
+    ("--dataset=stdlib --data_dir=gs://other/data", "gs://other/data/stdlib/"),
     (
         "--dataset=files --data_dir=gs://other/texts",
         "gs://other/texts needs train.txt, valid.txt and test.txt; missing",
@@ -191,9 +192,17 @@ def test_mistake(new_machine: NewMachine, monkeypatch: pytest.MonkeyPatch, words
 )
 def test_what_clients_raise(error: Exception, kind: type[Exception]) -> None:
     """A launcher tries again what is no mistake: it ends with another exit code."""
-    with pytest.raises(kind, match=f"cannot reach gs://b/data: {type(error).__name__}: {error}"):
+    with pytest.raises(kind, match=f"gs://b/data: expected .* found {type(error).__name__}: {error}"):
         with bucket.reached(epath.Path("gs://b/data")):
             raise error
+
+
+def test_no_such_bucket_for_a_workdir(server: None) -> None:
+    """Refused at the start, and not when the first checkpoint is due."""
+    with pytest.raises(UserError, match="gs://other/run/checkpoints: expected"):
+        Checkpointer("gs://other/run")
+    with pytest.raises(UserError, match="no checkpoint in gs://other/run"):
+        Checkpointer("gs://other/run", create=False)
 
 
 # --- a run -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
-from allattn.data import bucket
+from allattn import bucket
 from allattn.data.sources import fingerprint, folder_of_texts
 from allattn.data.vocabulary import Unit, Vocabulary, check_unit
 from allattn.distributed import lead

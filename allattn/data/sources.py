@@ -12,7 +12,7 @@ from typing import IO
 
 from etils import epath
 
-from allattn.data import bucket
+from allattn import bucket
 from allattn.data.download import digest_of, fetch
 from allattn.errors import UserError
 

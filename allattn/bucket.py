@@ -1,6 +1,7 @@
-"""Folders in a storage bucket: prepared data sets go in and out whole, through a folder of this machine."""
+"""Paths that may lie in a storage bucket, and prepared data sets that go in and out of one whole."""
 
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,9 +11,6 @@ from allattn.errors import RunError, UserError
 
 MARKER = "dataset_info.json"
 """The file of a prepared data set that is written last: a folder that has it is whole."""
-
-# Wrong names, rights and installations. Whatever else a client raises may be gone at the next try.
-_MISTAKES = (FileNotFoundError, PermissionError, ImportError, ValueError)
 
 
 def is_url(folder: str | os.PathLike[str]) -> bool:
@@ -50,9 +48,16 @@ def reached(path: epath.Path) -> Iterator[None]:
     except (UserError, RunError):
         raise
     except Exception as error:  # each client has errors of its own
-        refused = isinstance(error, _MISTAKES) or type(error) is OSError  # the latter is gcsfs's "forbidden"
         found = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise (UserError if refused else RunError)(f"cannot reach {path}: {found}") from error
+        kind = UserError if _is_mistake(error) else RunError
+        raise kind(f"{path}: expected a place that this machine can reach, found {found}") from error
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Whether trying again is no use."""
+    wrong_place = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+    forbidden = type(error) is OSError and error.errno is None  # as gcsfs says it
+    return forbidden or isinstance(error, (*wrong_place, ImportError, ValueError))
 
 
 def is_whole(folder: epath.Path) -> bool:
@@ -64,7 +69,7 @@ def is_whole(folder: epath.Path) -> bool:
 def check_writable(folder: epath.Path) -> None:
     """Writes a file and removes it, so that a mistake is found before the work whose outcome is to go there."""
     with reached(folder):
-        probe = folder / "probe"
+        probe = folder / f"probe-{uuid.uuid4().hex}"  # others may be doing the same
         probe.write_bytes(b"\n")
         probe.unlink()
 
