@@ -71,7 +71,7 @@ def check_writable(folder: epath.Path) -> None:
     with reached(folder):
         probe = folder / f"probe-{uuid.uuid4().hex}"  # others may be doing the same
         probe.write_bytes(b"\n")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
 
 
 def put(folder: epath.Path, there: epath.Path) -> None:

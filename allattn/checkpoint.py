@@ -62,7 +62,7 @@ def _folder(workdir: str, create: bool) -> epath.Path:
     folder = (epath.Path(workdir) if remote else epath.Path(workdir).absolute()) / "checkpoints"
     with bucket.reached(folder):
         if create and remote:
-            bucket.check_writable(folder)
+            bucket.check_writable(folder.parent)
         elif create:
             folder.mkdir(parents=True, exist_ok=True)
         elif not folder.exists():

@@ -199,7 +199,7 @@ def test_what_clients_raise(error: Exception, kind: type[Exception]) -> None:
 
 def test_no_such_bucket_for_a_workdir(server: None) -> None:
     """Refused at the start, and not when the first checkpoint is due."""
-    with pytest.raises(UserError, match="gs://other/run/checkpoints: expected"):
+    with pytest.raises(UserError, match="gs://other/run: expected"):
         Checkpointer("gs://other/run")
     with pytest.raises(UserError, match="no checkpoint in gs://other/run"):
         Checkpointer("gs://other/run", create=False)

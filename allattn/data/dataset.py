@@ -149,7 +149,7 @@ def _prepare(name: str, data_dir: Any, manual_dir: Any, unit: Unit) -> Dataset:
     local = _local(root)
     make = functools.partial(_builder, name, data_dir=local, downloads=local / "downloads", **options)
     folder = epath.Path(make().data_path)
-    wanted = root / folder.relative_to(local)  # the folder itself, unless the root is a bucket
+    wanted = root / folder.relative_to(local) if bucket.is_url(root) else folder
     if not (bucket.is_whole(folder) and bucket.is_whole(wanted)):
         with _locked(Path(folder.parent)):
             _prepare_once(make(), folder, wanted)
@@ -195,7 +195,7 @@ def _prepare_once(builder: "TextBuilder", folder: epath.Path, wanted: epath.Path
         if bucket.is_whole(wanted):
             return bucket.fetch(wanted, folder)
         if bucket.is_url(wanted):
-            bucket.check_writable(wanted)
+            bucket.check_writable(wanted.parent)
         builder.download_and_prepare(download_dir=builder.downloads)
     if not bucket.is_whole(wanted):
         bucket.put(folder, wanted)
