@@ -42,7 +42,8 @@ setup(
         ],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
-        "gcs": ["etils[epath-gcs]>=1.12,<2"],  # workdirs in gs:// buckets
+        "gcs": ["etils[epath-gcs]>=1.12,<2"],  # workdirs and data in gs:// buckets
+        "s3": ["etils[epath-s3]>=1.12,<2"],  # data in s3:// buckets
         "torch": ["torch>=2.9,<3"],
     },
     entry_points={"console_scripts": ["allattn = allattn.__main__:console"]},

@@ -102,8 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_checkpoint_flags(evaluate)
     evaluate.add_argument("--split", default="test", choices=("train", "valid", "test"))
     evaluate.add_argument("--protocol", choices=("authors", "full", "xl"), help="the configuration's if left out")
-    evaluate.add_argument("--text", type=_PATH, help="score this file instead of a split")
-    evaluate.add_argument("--data_dir", help="prepared data, if not where training had it")
+    evaluate.add_argument("--text", type=_PATH, help="score this file, which may lie in a bucket, instead of a split")
+    evaluate.add_argument("--data_dir", help="folder or bucket URL of prepared data, if not where training had it")
 
     generate = command("generate", _generate, "continue a prompt")
     _add_checkpoint_flags(generate)
@@ -132,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
 
     data = command("data", _data, "download or take over, check and prepare a data set")
     data.add_argument("--dataset", required=True, help="enwik8, text8, wikitext103, stdlib or files")
-    data.add_argument("--data_dir", help="where to; for `files` the folder of texts")
-    data.add_argument("--manual_dir", help="folder of hand-placed archives")
+    data.add_argument("--data_dir", help="folder or bucket URL to put it; for `files` of the texts")
+    data.add_argument("--manual_dir", help="folder or bucket URL of hand-placed archives")
     data.add_argument("--unit", default="byte", choices=("byte", "word"), help="for `files`")
     return parser
 

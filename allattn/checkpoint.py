@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from allattn import distributed
+from allattn import bucket, distributed
 from allattn.config import to_json
 from allattn.data import Vocabulary
 from allattn.errors import RunError, UserError
@@ -62,15 +62,20 @@ class _Manager(ocp.CheckpointManager):
 
 def _folder(workdir: str, create: bool) -> epath.Path:
     """Where the checkpoints of a workdir lie: a URL as it is, a path made absolute, since Orbax refuses others."""
-    try:
-        path = epath.Path(workdir) if "://" in workdir else epath.Path(workdir).absolute()
-        folder = path / "checkpoints"
-        if create and not distributed.index():
+    remote = bucket.is_url(workdir)
+    if remote and not workdir.startswith("gs://"):
+        expected = "a folder or a URL such as gs://bucket/run, since Orbax writes into no other kind of bucket"
+        raise UserError(f"workdir: expected {expected}; found {workdir}")
+    folder = (epath.Path(workdir) if remote else epath.Path(workdir).absolute()) / "checkpoints"
+    with bucket.reached(folder):
+        if create and distributed.index():
+            pass  # process 0 makes it
+        elif create and remote:
+            bucket.check_writable(folder.parent)
+        elif create:
             folder.mkdir(parents=True, exist_ok=True)
-        elif not create and not folder.exists():
+        elif not folder.exists():
             raise UserError(f"no checkpoint in {workdir}: expected {folder}; `allattn train` makes it")
-    except (OSError, KeyError, ImportError) as error:  # the last two: an unknown scheme, a client not installed
-        raise UserError(f"workdir {workdir}: expected a folder or a URL such as gs://bucket/run: {error}") from error
     return folder
 
 
@@ -78,7 +83,8 @@ def _unshared(theirs: str, mine: str) -> str:
     """What is wrong with the folder of a process beside that of process 0, which has made it."""
     if theirs != mine:
         return f"{mine} in place of {theirs}"
-    return "" if epath.Path(theirs).exists() else f"expected a folder that all processes share, found no {theirs} there"
+    there = bucket.is_url(theirs) or epath.Path(theirs).exists()
+    return "" if there else f"expected a folder that all processes share, found no {theirs} there"
 
 
 class Checkpointer:

@@ -62,6 +62,8 @@ def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.C
         of the wrong type.
     """
     file = Path(path)
+    if "://" in path:
+        raise UserError(f"--config: expected a file on this machine, as it imports those beside it; found {path}")
     if not file.is_file():
         raise UserError(f"--config: expected a Python file with get_config(), found no file {path}")
     config = _read(file)

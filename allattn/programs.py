@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from allattn.data import default_data_dir
+from allattn.data import cache_dir
 
 
 def keep() -> None:
@@ -16,7 +16,7 @@ def keep() -> None:
     for CPUs run only on CPUs with the same instructions, so every kind has a folder of its own.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", f"{default_data_dir()}/programs/{_processor()}")
+        jax.config.update("jax_compilation_cache_dir", f"{cache_dir()}/programs/{_processor()}")
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

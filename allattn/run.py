@@ -6,14 +6,13 @@ Dimension key: X layer, H head.
 import dataclasses
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from allattn import checkpoint, data, sharding
+from allattn import bucket, checkpoint, data, sharding
 from allattn import evaluate as protocols
 from allattn import generate as sampler
 from allattn.config import from_json
@@ -40,7 +39,7 @@ class Run:
         Args:
           split: train, valid or test.
           protocol: authors, full or xl; None: as the configuration says.
-          text: path of a file to score instead.
+          text: path or bucket URL of a file to score instead.
           data_dir: where the data set is, if not where training had it.
 
         Returns:
@@ -59,9 +58,7 @@ class Run:
 
     def _tokens(self, split: str, text: str | None, data_dir: str | None) -> Any:
         if text is not None:
-            if not Path(text).is_file():
-                raise UserError(f"--text: expected a file, found none at {text}")
-            return self.vocabulary.encode(Path(text).read_bytes(), close=True)
+            return self.vocabulary.encode(_read(text), close=True)
         c = self.config.dataset
         dataset = data.prepare(c.name, data_dir or c.data_dir or None, unit=c.unit)
         if dataset.vocabulary != self.vocabulary:
@@ -107,6 +104,14 @@ class Run:
         if not config.adaptive:
             return np.full((config.depth, config.context_heads), config.limit, np.float32)
         return np.asarray(self.params["layers"]["span"]) * np.float32(config.limit)
+
+
+def _read(text: str) -> bytes:
+    path = bucket.parse("--text", text)
+    with bucket.reached(path):
+        if not path.is_file():
+            raise UserError(f"--text: expected a file, found none at {text}")
+        return path.read_bytes()
 
 
 def load(workdir: str | os.PathLike[str], step: int | str | None = None) -> Run:

@@ -310,7 +310,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     # 4. the stream needs only the step: nothing else is restored
     distributed.agree("configuration", to_json(config), _differences)
     place, unit = config.dataset.data_dir or None, config.dataset.unit
-    dataset = distributed.lead("data", functools.partial(data.prepare, config.dataset.name, place, unit=unit))
+    dataset = data.prepare(config.dataset.name, place, unit=unit)
     trainer = Trainer(with_vocabulary(config, dataset.vocabulary.size, dataset.name), dataset)
     initial = None if resume.has_begun(workdir) else resume.warm_start(trainer)  # refused before there is a workdir
     with distributed.Preemption() as stop:

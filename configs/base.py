@@ -10,9 +10,8 @@ def get_config() -> ConfigDict:
 
     c.dataset = ConfigDict()
     c.dataset.name = "enwik8"  # enwik8, text8, wikitext103, stdlib or files
-    c.dataset.data_dir = (
-        ""  # prepared data, or for `files` the folder of texts; "": $ALLATTN_DATA_DIR or ~/.cache/allattn
-    )
+    # folder or bucket URL of prepared data, or for `files` of the texts; "": $ALLATTN_DATA_DIR or ~/.cache/allattn
+    c.dataset.data_dir = ""
     c.dataset.unit = "byte"  # byte or word; for `files` only
 
     c.model = ConfigDict()

@@ -1,7 +1,7 @@
 """A storage bucket in memory behind HTTP: as much of Google Cloud Storage's JSON API as a run needs.
 
 Command: python tests/fake_bucket.py PORT_FILE. Serves until it is killed; the port is written into PORT_FILE. There
-are no folders and no appending, as in a real bucket.
+are no folders and no appending, as in a real bucket, and the only bucket is called "bucket".
 """
 
 import base64
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-OBJECT = r"/storage/v1/b/[^/]+/o"
+BUCKET = "/storage/v1/b/bucket"
+OBJECT = f"{BUCKET}/o"
 
 
 class Bucket:
@@ -83,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
         path, query, _ = self.request_parts()
         found, bucket = re.fullmatch(rf"(?:/download)?{OBJECT}(?:/(.*))?", path), self.bucket
         with bucket.lock:
-            if re.fullmatch("/storage/v1/b/[^/]+", path):
+            if path == BUCKET:
                 self.reply(200, {"kind": "storage#bucket", "name": "bucket"})
             elif not found:
                 self.missing()
@@ -110,6 +111,8 @@ class Handler(BaseHTTPRequestHandler):
         moved = re.fullmatch(rf"{OBJECT}/(.+)/(?:rewriteTo|copyTo)/b/[^/]+/o/(.+)", path)
         if path.startswith("/session/"):
             self.continue_upload(path, data)
+        elif OBJECT not in path:
+            self.missing()
         elif moved:
             resource = self.bucket.write(unquote(moved[2]), self.bucket.objects[unquote(moved[1])][0])
             self.reply(200, {"done": True, "resource": resource})

@@ -251,6 +251,7 @@ MISTAKES = [
     ("trian", {}, "invalid choice: 'trian'"),
     ("train", {}, "required: --config, --workdir"),
     (f"{TRAIN} --config={{folder}}/none.py", None, "found no file"),
+    ("train --workdir={folder}/new --config=gs://bucket/a.py", None, "expected a file on this machine"),
     (f"{TRAIN} stray", {}, "unknown argument 'stray'"),
     (TRAIN, {"model__widht": 3}, "did you mean --config.model.width?"),
     (TRAIN, {"model__width": "wide"}, "expected int"),

@@ -222,8 +222,10 @@ def test_names_and_folders(tmp_path):
         prepare("enwiki8")
     with pytest.raises(UserError, match=", ".join(DATASETS)):
         prepare("zzz")
-    with pytest.raises(UserError, match="must be a local folder"):
-        prepare("stdlib", "gs://bucket/data")
+    with pytest.raises(
+        UserError, match="data_dir: expected a path, or a URL that begins with gs://.*, found nosuch://"
+    ):
+        prepare("stdlib", "nosuch://bucket/data")
     with pytest.raises(UserError, match="manual_dir: .* is not a folder"):
         prepare("enwik8", manual_dir=tmp_path / "nowhere")
     (tmp_path / "file").write_text("")

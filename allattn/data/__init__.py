@@ -1,6 +1,6 @@
 """Text as tokens: prepared data sets, the vocabulary, the training stream."""
 
-from allattn.data.dataset import DATASETS, SPLITS, Dataset, Tokens, default_data_dir, prepare
+from allattn.data.dataset import DATASETS, SPLITS, Dataset, Tokens, cache_dir, default_data_dir, prepare
 from allattn.data.stream import Batch, Stream, TokenSource
 from allattn.data.vocabulary import Vocabulary
 
@@ -13,6 +13,7 @@ __all__ = [
     "TokenSource",
     "Tokens",
     "Vocabulary",
+    "cache_dir",
     "default_data_dir",
     "prepare",
 ]

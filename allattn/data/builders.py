@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from etils import epath
 
 from allattn.data.sources import STDLIB_HELD_OUT, Corpus, Text, folder_of_texts, standard_library
 from allattn.data.vocabulary import Unit, Vocabulary, closed
@@ -23,7 +24,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
     """Prepares the three splits of a text; a subclass says only where the texts are.
 
     Args:
-      manual_dir: folder of files placed by hand; None: download.
+      manual_dir: folder or bucket of files placed by hand; None: download.
       downloads: folder for downloaded archives.
       **options: TFDS's own (data_dir, config).
     """
@@ -35,7 +36,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
     expected_tokens: ClassVar[dict[str, int]] = {}
     """Tokens of each split, where they are published."""
 
-    def __init__(self, *, manual_dir: Path | None = None, downloads: Path, **options: Any) -> None:
+    def __init__(self, *, manual_dir: epath.Path | None = None, downloads: Path, **options: Any) -> None:
         self.manual_dir = manual_dir
         self.downloads = downloads
         super().__init__(file_format="array_record", **options)

@@ -4,16 +4,18 @@ import difflib
 import fcntl
 import functools
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from etils import epath
 
+from allattn import bucket
 from allattn.data.sources import fingerprint, folder_of_texts
 from allattn.data.vocabulary import Unit, Vocabulary, check_unit
+from allattn.distributed import lead
 from allattn.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,11 +97,14 @@ def prepare(
 ) -> Dataset:
     """Loads a data set, and prepares it first where that has not been done.
 
+    What lies in a bucket is copied to this machine once and read there; what the bucket lacks is prepared here and put
+    into the bucket. Of several processes the first prepares while the others wait.
+
     Args:
       name: one of `DATASETS`.
-      data_dir: folder of prepared data; None: $ALLATTN_DATA_DIR, else ~/.cache/allattn. For `files` it is the folder
-        of the texts, which is only read.
-      manual_dir: folder of source files placed by hand, where there is no network.
+      data_dir: folder or bucket URL of prepared data; None: `default_data_dir`. For `files` it is the folder of the
+        texts, which is only read; they are prepared in `default_data_dir`.
+      manual_dir: folder or bucket URL of source files placed by hand, where there is no network.
       unit: "byte" or "word"; `files` only.
 
     Returns:
@@ -107,22 +112,34 @@ def prepare(
 
     Raises:
       UserError: unknown name, missing or damaged source, a symbol that the training text lacks, a folder that
-        cannot be written.
+        cannot be written, no such bucket.
+      RunError: the bucket does not answer.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: {_nearest(name)}")
-    make = functools.partial(_builder, name, **_options(name, data_dir, manual_dir, unit))
-    builder = make()
-    if not _is_prepared(builder):
-        with _locked(Path(builder.data_path).parent):
-            _prepare_once(make())
-        builder = make()
-    return Dataset(builder)
+    return lead("data", lambda: _prepare(name, data_dir, manual_dir, unit))
 
 
-def default_data_dir() -> Path:
+def default_data_dir() -> epath.Path:
     """$ALLATTN_DATA_DIR, else ~/.cache/allattn."""
-    return Path(os.environ.get("ALLATTN_DATA_DIR") or "~/.cache/allattn").expanduser()
+    return bucket.parse("ALLATTN_DATA_DIR", os.environ.get("ALLATTN_DATA_DIR") or "~/.cache/allattn")
+
+
+def cache_dir() -> Path:
+    """`default_data_dir`, or ~/.cache/allattn where that is a bucket."""
+    default = default_data_dir()
+    return Path("~/.cache/allattn").expanduser() if bucket.is_url(default) else Path(default)
+
+
+def _local(root: epath.Path) -> Path:
+    """Where data sets lie on this machine.
+
+    Args:
+      root: where they are asked for; what is a bucket has a folder of its own in `cache_dir`.
+    """
+    if not bucket.is_url(root):
+        return Path(root)
+    return cache_dir() / str(root).replace("://", "/")
 
 
 def _nearest(name: str) -> str:
@@ -130,28 +147,39 @@ def _nearest(name: str) -> str:
     return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(DATASETS)}"
 
 
-def _folder(what: str, folder: str | os.PathLike[str] | None) -> Path | None:
+def _prepare(name: str, data_dir: Any, manual_dir: Any, unit: Unit) -> Dataset:
+    root, options = _options(name, data_dir, manual_dir, unit)
+    local = _local(root)
+    make = functools.partial(_builder, name, data_dir=local, downloads=local / "downloads", **options)
+    folder = epath.Path(make().data_path)
+    wanted = root / folder.relative_to(local) if bucket.is_url(root) else folder
+    if not (bucket.is_whole(folder) and bucket.is_whole(wanted)):
+        with _locked(Path(folder.parent)):
+            _prepare_once(make(), folder, wanted)
+    return Dataset(make())  # made anew, since a builder knows only what was there when it was made
+
+
+def _options(name: str, data_dir: Any, manual_dir: Any, unit: Unit) -> tuple[epath.Path, dict[str, Any]]:
+    """Where the data set is to be prepared, and the builder's other arguments."""
+    given = None if data_dir is None else bucket.parse("data_dir", data_dir)
+    if name != "files":
+        return given or default_data_dir(), {"manual_dir": _manual(manual_dir)}
+    if given is None:
+        raise UserError("data set files needs data_dir, the folder with train.txt, valid.txt and test.txt")
+    check_unit(unit)
+    with bucket.reached(given):
+        variant = f"{unit}-{fingerprint(folder_of_texts(given))}"
+    return default_data_dir(), {"manual_dir": given, "unit": unit, "variant": variant}
+
+
+def _manual(folder: str | os.PathLike[str] | None) -> epath.Path | None:
     if folder is None:
         return None
-    if "://" in os.fspath(folder):
-        raise UserError(f"{what} must be a local folder (records are read at random), found {os.fspath(folder)}")
-    path = Path(folder).expanduser()
-    if what == "manual_dir" and not path.is_dir():
-        raise UserError(f"manual_dir: {path} is not a folder")
+    path = bucket.parse("manual_dir", folder)
+    with bucket.reached(path):
+        if not path.is_dir():
+            raise UserError(f"manual_dir: {path} is not a folder")
     return path
-
-
-def _options(name: str, data_dir: str | os.PathLike[str] | None, manual_dir: Any, unit: Unit) -> dict[str, Any]:
-    """The builder's arguments."""
-    folder, manual, extra = _folder("data_dir", data_dir), _folder("manual_dir", manual_dir), {}
-    if name == "files":
-        if folder is None:
-            raise UserError("data set files needs data_dir, the folder with train.txt, valid.txt and test.txt")
-        check_unit(unit)
-        extra = {"unit": unit, "variant": f"{unit}-{fingerprint(folder_of_texts(folder))}"}
-        folder, manual = None, folder
-    root = folder or default_data_dir()
-    return {"data_dir": root, "manual_dir": manual, "downloads": root / "downloads", **extra}
 
 
 def _builder(name: str, **options: Any) -> "TextBuilder":
@@ -161,18 +189,19 @@ def _builder(name: str, **options: Any) -> "TextBuilder":
     return getattr(builders, name.capitalize())(**options)
 
 
-def _is_prepared(builder: "TextBuilder") -> bool:
-    return (Path(builder.data_path) / "dataset_info.json").exists()
-
-
-def _prepare_once(builder: "TextBuilder") -> None:
-    """Prepares unless another process has; to be called under the lock."""
-    if _is_prepared(builder):
-        return
-    # TFDS writes into a folder "incomplete.*" and renames it at the end; those here were left by killed processes.
-    for leftover in Path(builder.data_path).parent.glob("incomplete.*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    builder.download_and_prepare(download_dir=builder.downloads)
+def _prepare_once(builder: "TextBuilder", folder: epath.Path, wanted: epath.Path) -> None:
+    """Fills both folders unless another process has; to be called under the lock."""
+    if not bucket.is_whole(folder):
+        # Both ways write into a folder "incomplete.*" and rename it; those here were left by killed processes.
+        for leftover in folder.parent.glob("incomplete.*"):
+            leftover.rmtree()
+        if bucket.is_whole(wanted):
+            return bucket.fetch(wanted, folder)
+        if bucket.is_url(wanted):
+            bucket.check_writable(wanted.parent)
+        builder.download_and_prepare(download_dir=builder.downloads)
+    if not bucket.is_whole(wanted):
+        bucket.put(folder, wanted)
 
 
 @contextmanager

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from etils import epath
+
+from allattn import bucket
 from allattn.data.download import digest_of, fetch
 from allattn.errors import UserError
 
@@ -23,12 +26,12 @@ class Text:
     """A stretch of a file, or of a file within a zip archive, that can be read again and again.
 
     Attributes:
-      path: the file, or the archive.
+      path: the file, or the archive; it may lie in a bucket.
       member: name within the archive; None for a plain file.
       start, stop: the stretch, in bytes; stop None means the end of the file.
     """
 
-    path: Path
+    path: epath.Path
     member: str | None = None
     start: int = 0
     stop: int | None = None
@@ -56,23 +59,21 @@ class Text:
 
     @contextmanager
     def _opened(self) -> Iterator[IO[bytes]]:
-        try:
+        with bucket.reached(self.path), self.path.open("rb") as file:
             if self.member is None:
-                with self.path.open("rb") as file:
-                    yield file
-            else:
-                with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as file:
-                    yield file
-        except KeyError:
-            raise UserError(f"{self.path} holds no {self.member}; expected the original archive") from None
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-            size = self.path.stat().st_size
-            raise UserError(
-                f"{self.path} is not a whole zip archive ({size} bytes found): {error}; replace it, or remove it to "
-                "download it again"
-            ) from None
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror or error}") from None
+                yield file
+                return
+            try:
+                with zipfile.ZipFile(file) as archive, archive.open(self.member) as member:
+                    yield member
+            except KeyError:
+                raise UserError(f"{self.path} holds no {self.member}; expected the original archive") from None
+            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                size = self.path.stat().length
+                raise UserError(
+                    f"{self.path} is not a whole zip archive ({size} bytes found): {error}; replace it, or remove it "
+                    "to download it again"
+                ) from None
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Corpus:
     size: int | None
     members: Mapping[str, tuple[str, int | None]]
 
-    def find(self, manual_dir: Path | None, downloads: Path) -> dict[str, Text]:
+    def find(self, manual_dir: epath.Path | None, downloads: Path) -> dict[str, Text]:
         """Finds the texts, or downloads them, and checks them.
 
         Args:
@@ -107,27 +108,27 @@ class Corpus:
         Raises:
           UserError: a file is missing or damaged, or no mirror answers.
         """
-        texts = self._present(manual_dir or downloads)
+        texts = self._present(manual_dir or epath.Path(downloads))
         if texts is None and manual_dir is not None:
             raise UserError(f"{self.name}: {self._missing(manual_dir)} in {manual_dir}; {self._advice()}")
         if texts is None:
             self._download(downloads)
-            texts = self._in_archive(downloads / self.archive)
+            texts = self._in_archive(epath.Path(downloads) / self.archive)
         for member, (checksum, size) in self.members.items():
             texts[Path(member).name].check(checksum, size)
         return texts
 
-    def _present(self, folder: Path) -> dict[str, Text] | None:
+    def _present(self, folder: epath.Path) -> dict[str, Text] | None:
         for base in (folder, *(folder / Path(member).parent for member in self.members)):
             paths = [base / Path(member).name for member in self.members]
             if all(path.is_file() for path in paths):
                 return {path.name: Text(path) for path in paths}
         return self._in_archive(folder / self.archive) if (folder / self.archive).is_file() else None
 
-    def _in_archive(self, path: Path) -> dict[str, Text]:
+    def _in_archive(self, path: epath.Path) -> dict[str, Text]:
         return {Path(member).name: Text(path, member) for member in self.members}
 
-    def _missing(self, folder: Path) -> str:
+    def _missing(self, folder: epath.Path) -> str:
         names = [Path(member).name for member in self.members]
         return f"no {', '.join(n for n in names if not (folder / n).is_file())}, and no {self.archive},"
 
@@ -179,13 +180,13 @@ def _is_library(path: Path) -> bool:
     return not path.parts[0].startswith(("config-", "_sysconfigdata"))
 
 
-def folder_of_texts(folder: Path) -> dict[str, Text]:
-    """The texts train.txt, valid.txt and test.txt of a folder, by split; UserError names the missing ones."""
+def folder_of_texts(folder: epath.Path) -> dict[str, Text]:
+    """The texts train.txt, valid.txt and test.txt of a folder or bucket, by split; UserError names the missing ones."""
     texts = {split: Text(folder / f"{split}.txt") for split in ("train", "valid", "test")}
     missing = [text.path.name for text in texts.values() if not text.path.is_file()]
     if missing:
         raise UserError(f"files: {folder} needs train.txt, valid.txt and test.txt; missing: {', '.join(missing)}")
-    empty = [text.path.name for text in texts.values() if not text.path.stat().st_size]
+    empty = [text.path.name for text in texts.values() if not text.path.stat().length]
     if empty:
         raise UserError(f"files: {folder} needs three texts that are not empty; empty: {', '.join(empty)}")
     return texts
