@@ -109,4 +109,4 @@ class TransformerXL(Transformer):
             **starts,
         )
         out_BTD = drop(draws, self.merge(out_BTHK), config.dropout, site=2)
-        return self.leave(h_BTD, out_BTD), jnp.float32(0)  # no persistent pairs
+        return self.leave(h_BTD, out_BTD), jnp.zeros(query_BTHK.shape[::2])  # no persistent pairs

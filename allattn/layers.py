@@ -132,17 +132,26 @@ class AllAttention(Sublayer):
         states_BSD = self.enter(states_BSD)
         return project(self.key[...], states_BSD), project(self.value[...], states_BSD)
 
-    def project_reach(self, cache_BSD: Array, h_BTD: Array) -> tuple[Array, Array]:
+    def choose_length(self, S: int) -> Array | None:
+        """Index in `buckets(S)` of the least length that holds the reach of a layer's spans; None if it is fixed.
+
+        Of a stack of layers: of each, which on a mesh costs one look at all heads in place of one per layer.
+        """
+        if not self.config.adaptive:
+            return None
+        needed = reach(jnp.max(self.span_tokens(), axis=-1), self.config.ramp, 1, S)
+        return jnp.searchsorted(jnp.array(buckets(S)), needed)
+
+    def project_reach(self, cache_BSD: Array, h_BTD: Array, chosen: Array | None) -> tuple[Array, Array]:
         """Keys and values of cache and block, computed only for the cached states within reach of this layer's spans.
 
         The others are zeros that no head looks at. The reach is known at run time, so code for each of a few
-        lengths is compiled and one of them runs. The gradient does not enter the cached states.
+        lengths is compiled and the one that `choose_length` gave runs. The gradient does not enter the cached states.
         """
         S, kernels = cache_BSD.shape[1], (self.key[...], self.value[...])
-        if not self.config.adaptive:
+        if chosen is None:
             return project_last(S, kernels, self.enter(jax.lax.stop_gradient(cache_BSD)), self.enter(h_BTD))
-        needed, sizes = reach(jnp.max(self.span_tokens()), self.config.ramp, 1, S), buckets(S)
-        return _project_one_of(sizes, jnp.searchsorted(jnp.array(sizes), needed), kernels, cache_BSD, h_BTD)
+        return _project_one_of(buckets(S), chosen, kernels, cache_BSD, h_BTD)
 
     def span_tokens(self) -> Array:
         """Learned spans z L in tokens, as (H,)."""
@@ -160,7 +169,7 @@ class AllAttention(Sublayer):
           **starts: query_start and key_start of the operation.
 
         Returns:
-          The output h_BTD, and the mean share of the weight that lies on persistent pairs.
+          The output h_BTD, and as mass_BH the mean share of the weight that lies on persistent pairs.
         """
         config = self.config
         query_BTHK = project(self.query[...], self.enter(h_BTD))
@@ -171,12 +180,12 @@ class AllAttention(Sublayer):
         pairs = self._pairs(h_BTD.dtype) if config.persistent else {}
         if config.integration in APART:
             out_BTHK = self._apart(operation, query_BTHK, key_BSHK, value_BSHK, context, pairs)
-            mass = jnp.float32(0.5)  # two softmaxes weigh the same, whatever is learned
+            mass_BH = jnp.full(query_BTHK.shape[::2], 0.5)  # two softmaxes weigh the same, whatever is learned
         else:
             arguments = {**context, **pairs, "return_persistent_mass": True}
             out_BTHK, mass_BTH = operation(query_BTHK, key_BSHK, value_BSHK, **arguments)
-            mass = mass_BTH.mean()
-        return self.leave(h_BTD, self.merge(out_BTHK)), mass
+            mass_BH = mass_BTH.mean(1)
+        return self.leave(h_BTD, self.merge(out_BTHK)), mass_BH
 
     def __call__(self, *inputs: Any, **options: Any) -> tuple[Array, Array]:
         """The whole layer, with the arguments and results of `attend`."""
@@ -245,8 +254,8 @@ class Transformer(AllAttention):
 
     def __call__(self, *inputs: Any, **options: Any) -> tuple[Array, Array]:
         """The whole layer, with the arguments and results of `attend`."""
-        h_BTD, mass = self.attend(*inputs, **options)
-        return self.feed_forward(h_BTD, options["draws"]), mass
+        h_BTD, mass_BH = self.attend(*inputs, **options)
+        return self.feed_forward(h_BTD, options["draws"]), mass_BH
 
 
 def project(kernel_DHK: Array, states_BSD: Array) -> Array:
@@ -287,7 +296,15 @@ def _project_forward(sizes: tuple[int, ...], *inputs: Any) -> tuple[tuple, tuple
 def _project_backward(sizes: tuple[int, ...], inputs: tuple, cotangents: tuple) -> tuple:
     def gradient_of(size: int) -> Callable:
         def branch(kernels: tuple, cache_BSD: Array, h_BTD: Array, cotangents: tuple) -> tuple:
-            return jax.vjp(lambda k, h_BTD: project_last(size, k, cache_BSD, h_BTD), kernels, h_BTD)[1](cotangents)
+            S = cache_BSD.shape[1]
+            states_BSD = jnp.concatenate([cache_BSD[:, S - size :], h_BTD], axis=1)
+
+            def gradient(linear: Callable, of: Any, first: int) -> Any:
+                return jax.vjp(linear, of)[1](tuple(d_BSHK[:, first:] for d_BSHK in cotangents))[0]
+
+            # A kernel's in one product: cache and block apart would be summed over the devices of a mesh apart.
+            d_kernels = gradient(lambda kernels: tuple(project(k, states_BSD) for k in kernels), kernels, S - size)
+            return d_kernels, gradient(lambda h_BTD: tuple(project(k, h_BTD) for k in kernels), h_BTD, S)
 
         return branch
 

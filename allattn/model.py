@@ -130,7 +130,7 @@ class Forward(NamedTuple):
 
     hidden_BTD: Array  # final hidden states, after embedding dropout
     new: Any  # what the cache gains: inputs_XBTD in training, KeyValue of (X, B, T, E) in inference
-    mass_X: Array  # mean share of the attention weight on persistent pairs
+    mass_XBH: Array  # mean share of the attention weight on persistent pairs
 
 
 class KeyValue(NamedTuple):
@@ -165,14 +165,15 @@ class Network(nnx.Module):
           before: tokens of this text before the block, int32, may be traced; None: as many as the cache holds.
         """
         S, row_B = cache_XBSD.shape[2], jnp.arange(tokens_BT.shape[0]) if row_B is None else row_B
-        starts = self._key_start(S, before)
+        starts, chosen_X = self._key_start(S, before), self.layers.choose_length(S)
 
-        def layer(layer: AllAttention, h_BTD, cache_BSD, positions, draws):
-            key_BSHK, value_BSHK = layer.project_reach(cache_BSD, h_BTD)
-            out_BTD, mass = layer(h_BTD, key_BSHK, value_BSHK, positions, attention, draws=draws, **starts)
-            return out_BTD, (h_BTD, mass)
+        def layer(layer: AllAttention, h_BTD, cache, positions, draws):
+            cache_BSD, chosen = cache
+            key_BSHK, value_BSHK = layer.project_reach(cache_BSD, h_BTD, chosen)
+            out_BTD, mass_BH = layer(h_BTD, key_BSHK, value_BSHK, positions, attention, draws=draws, **starts)
+            return out_BTD, (h_BTD, mass_BH)
 
-        return self._scan(layer, tokens_BT, cache_XBSD, (S, tokens_BT.shape[1]), seeds_X, row_B)
+        return self._scan(layer, tokens_BT, (cache_XBSD, chosen_X), (S, tokens_BT.shape[1]), seeds_X, row_B)
 
     def cached_forward(
         self, tokens_BT, cache: KeyValue, position=None, attention=all_attention, before=None
@@ -197,8 +198,8 @@ class Network(nnx.Module):
 
             new = KeyValue(*(x_BTHK.reshape(B, T, -1) for x_BTHK in layer.project(h_BTD)))
             key_BSHK, value_BSHK = (write(*pair) for pair in zip(cache, new, strict=True))
-            out_BTD, mass = layer(h_BTD, key_BSHK, value_BSHK, positions, attention, draws=draws, **starts)
-            return out_BTD, (new, mass)
+            out_BTD, mass_BH = layer(h_BTD, key_BSHK, value_BSHK, positions, attention, draws=draws, **starts)
+            return out_BTD, (new, mass_BH)
 
         return self._scan(layer, tokens_BT, cache, (S, 0), None, None)
 
@@ -222,8 +223,8 @@ class Network(nnx.Module):
         seeds = None if seeds_X is None else seeds_X[: config.depth]
         h_BTD = drop(first, self.io.embed(tokens_BT, dtype), config.embedding_dropout)
         body = jax.checkpoint(body) if config.remat else body
-        h_BTD, (new, mass_X) = jax.lax.scan(body, h_BTD, (state, cache, seeds))
-        return Forward(drop(last, h_BTD, config.embedding_dropout), new, mass_X)
+        h_BTD, (new, mass_XBH) = jax.lax.scan(body, h_BTD, (state, cache, seeds))
+        return Forward(drop(last, h_BTD, config.embedding_dropout), new, mass_XBH)
 
 
 class Model:

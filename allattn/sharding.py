@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,6 +47,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"^(key|value)_XBSE$", P(None, ROWS, None, "tensor")),
     (r"(^step|^key|count|made)$", P()),
 )
+
+OPERATION = "all_attention"  # stands in the name of all that a mesh computes inside the operation
 
 # The rarest words have a table that is narrower than fsdp may be wide, and small: every device then holds it whole.
 NARROW = re.compile(r"io/(embedding|kernel)/\d+$")
@@ -85,20 +88,37 @@ def use_cores_for(config: ml_collections.ConfigDict) -> None:
 
 def mesh_over_rows() -> Mesh:
     """All devices, rows spread over them and parameters replicated."""
-    return _mesh((jax.device_count(), 1, 1))
+    return _mesh((jax.device_count(), 1, 1), jax.devices())
 
 
-def _mesh(sizes: Sequence[int]) -> Mesh:
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+def _mesh(sizes: Sequence[int], devices: Sequence[Any]) -> Mesh:
+    """Devices of several TPU slices, which only a slower network joins, differ along `data` before anything else."""
+    slices = len({d.slice_index for d in devices}) if devices[0].platform == "tpu" else 1
+    if sizes[0] % slices:
+        raise UserError(f"mesh.data: expected a multiple of {slices} slices, found {sizes[0]}")
+    options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
+    if slices > 1:
+        array = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1), **options)
+    else:
+        array = mesh_utils.create_device_mesh(tuple(sizes), **options)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
-    """The mesh data x fsdp x tensor over all devices; one axis of -1 takes what the others leave.
+def make_mesh(config: ml_collections.ConfigDict, chips: Sequence[Any] | None = None) -> Mesh:
+    """The mesh data x fsdp x tensor; one axis of -1 takes what the others leave.
+
+    Args:
+      config: the whole configuration.
+      chips: devices of the mesh, which need not be here; None: all that JAX sees.
+
+    Returns:
+      The mesh.
 
     Raises:
-      UserError: the product does not fit the devices, the heads or the rows.
+      UserError: the product does not fit the devices, the heads, the rows or the slices.
     """
-    sizes, devices = [config.mesh[axis] for axis in AXES], jax.device_count()
+    chips = jax.devices() if chips is None else chips
+    sizes, devices = [config.mesh[axis] for axis in AXES], len(chips)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(
             f"mesh: expected positive sizes and at most one -1, found {dict(zip(AXES, sizes, strict=True))}"
@@ -113,7 +133,7 @@ def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
         raise UserError(f"train.batch: expected a multiple of {parts}, found {config.train.batch}")
     if heads % sizes[2]:
         raise UserError(f"mesh.tensor: expected a divisor of the heads of a call, {heads}, found {sizes[2]}")
-    return _mesh(sizes)
+    return _mesh(sizes, chips)
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
@@ -149,6 +169,15 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 def constrain(mesh: Mesh, tree: Any) -> Any:
     """Place values inside jitted code by the table."""
     return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
+
+
+def gathered(mesh: Mesh | None, tree: Any) -> Any:
+    """Values inside jitted code that every device is to hold whole from here on.
+
+    Tables that are looked up must be: a lookup in a table whose columns are split would leave the partitioner to
+    bring the columns of hidden states together.
+    """
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:
@@ -210,7 +239,8 @@ def attention_over(mesh: Mesh, rows: int) -> Callable[..., Any]:
             first_row = jax.lax.axis_index(ROWS) * rows_per_shard + arrays.pop("row_offset", 0)
             first_head = jax.lax.axis_index("tensor") * query_BTHK.shape[2] if tensor else 0
             offsets = {"row_offset": first_row, "head_offset": first_head}
-            return all_attention(query_BTHK, key_BSHK, value_BSHK, **arrays, **offsets, **options)
+            with jax.named_scope(OPERATION):
+                return all_attention(query_BTHK, key_BSHK, value_BSHK, **arrays, **offsets, **options)
 
         in_specs = (by_row_head, by_row_head, by_row_head, {name: specs[name] for name in arrays})
         out_specs = (by_row_head, P(ROWS, None, tensor)) if options.get("return_persistent_mass") else by_row_head

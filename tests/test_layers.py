@@ -112,7 +112,7 @@ def test_against_the_definition(name: str) -> None:
         layer = jax.tree.map(lambda x, i=number: x[i], exact["layers"])
         h_BTD = dense_layer(config, layer, h_BTD, cache_XBSD[number].astype(np.float64), exact["position"]["table"])
     np.testing.assert_allclose(forward.hidden_BTD, h_BTD, atol=2e-5, rtol=0)
-    mass = forward.mass_X
+    mass = forward.mass_XBH
     if name == "joint":
         assert ((mass > 0.1) & (mass < 0.9)).all()
     else:
