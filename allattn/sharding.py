@@ -93,7 +93,7 @@ def mesh_over_rows() -> Mesh:
 
 def _mesh(sizes: Sequence[int], devices: Sequence[Any]) -> Mesh:
     """Devices of several TPU slices, which only a slower network joins, differ along `data` before anything else."""
-    slices = len({d.slice_index for d in devices}) if devices[0].platform == "tpu" else 1
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     if sizes[0] % slices:
         raise UserError(f"mesh.data: expected a multiple of {slices} slices, found {sizes[0]}")
     options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
