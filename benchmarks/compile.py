@@ -1,8 +1,8 @@
 """Every model of the papers, compiled for TPU slices that need not be here: does it fit, what does it send?
 
 Command:  python -m benchmarks.compile    (with libtpu; `make test-tpu-compile` installs it and runs this)
-Writes benchmarks/results/DATE-compile.md, and the same as JSON lines; ends with exit code 1 if a step does not fit or
-has a collective that must not be.
+Writes benchmarks/results/DATE-compile.md, and the same as JSON lines, from which a command that was cut short goes on;
+ends with exit code 1 if a step does not fit or has a collective that must not be.
 """
 
 import argparse
@@ -64,6 +64,7 @@ def run(case: Case) -> dict[str, Any]:
     found = compile.compile_step(c.lock(), case.config, machine, case.slices)
     row = {name: value for name, value in dataclasses.asdict(found).items() if name != "uses"}
     row |= {"fits": found.fits, "violations": traffic.violations(found.uses), "traffic": traffic.summary(found.uses)}
+    row["case"] = list(case)
     return {**row, "seconds": round(time.perf_counter() - began, 1), "block": c.train.block, "depth": c.model.depth}
 
 
@@ -110,15 +111,19 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # whatever is here
-    cases = [case for case in CASES if fnmatch.fnmatch(case.config, arguments.only)]
-    file, rows = arguments.output / f"{datetime.date.today()}-compile.jsonl", []
-    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool, file.open("w") as out:
-        for row in pool.imap(run, cases):
-            rows.append(row)
+    file = arguments.output / f"{datetime.date.today()}-compile.jsonl"
+    done = {tuple(row["case"]): row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+    cases = [case for case in CASES if fnmatch.fnmatch(case.config, arguments.only) and case not in done]
+    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool, file.open("a") as out:
+        for row in pool.imap_unordered(run, cases):
+            done[tuple(row["case"])] = row
             out.write(json.dumps({**row, **provenance()}) + "\n")
             out.flush()
             state = "fits" if row["fits"] else "does not fit"
             print(row["name"], row["topology"], state, *row["violations"], f"{row['seconds']} s", flush=True)
+        pool.close()
+        pool.join()
+    rows = [done[case] for case in CASES if case in done]
     text = (
         f"# Training steps compiled for TPU slices, {datetime.date.today()}\n\n"
         f"By `python -m benchmarks.compile` at {provenance()['commit']}, jax {jax.__version__}; [docs/scaling.md]"
