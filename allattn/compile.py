@@ -87,7 +87,7 @@ def compile_step(config: ml_collections.ConfigDict, name: str, machine: str, sli
     return Compiled(
         *(name, machine, slices, dict(mesh.shape), config.train.batch, parameters, memory, chip.memory),
         flops=3 * forward_flops(program.model.config, config.model.span.limit, config.train.block) * tokens,
-        uses=traffic.judge(hlo.collectives(compiled.as_text()), program) if compiled else [],
+        uses=traffic.judge(hlo.collectives(compiled.as_text() or ""), program) if compiled else [],
         overflow=overflow,
     )
 

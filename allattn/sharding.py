@@ -28,7 +28,9 @@ ROWS = ("data", "fsdp")  # the axes over which rows of the batch, and of the cac
 
 # The first pattern found in an array's path decides. Optimizer state lies under the path of its parameter.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"layers/(query|key|value|relative)$", P(None, "fsdp", "tensor", None)),  # XDHK
+    (r"layers/(query|key|value)$", P(None, "fsdp", "tensor", None)),  # XDHK
+    # what it projects has no rows: split by D, it would be summed over fsdp in place of being gathered
+    (r"layers/relative$", P(None, None, "tensor", None)),  # XDHK
     (r"layers/output$", P(None, "tensor", None, "fsdp")),  # XHKD
     (r"layers/persistent_(key|value)$", P(None, "tensor", "fsdp", None)),  # XHNK
     (r"layers/span$", P(None, "tensor")),  # XH

@@ -31,7 +31,7 @@ CHIPS = {
     "v5p": Chip("tpu", 95 * GiB, 459e12, 600 * GB, 50 * Gbit, _CUBES),
     "v6e": Chip("tpu", 32 * GiB, 918e12, 400 * GB, 100 * Gbit, _FLAT),
     "tpu7x": Chip("tpu", 96 * GiB, 1153e12, 300 * GB, 50 * Gbit, _CUBES[:8]),
-    "h100": Chip("gpu", 80 * GiB, 989e12, 450 * GB, 400 * Gbit, ("1", "2", "4", "8"), "NVIDIA H100 80GB HBM3"),
+    "h100": Chip("gpu", 79 * GiB, 989e12, 450 * GB, 400 * Gbit, ("1", "2", "4", "8"), "NVIDIA H100 80GB HBM3"),
     "h200": Chip("gpu", 140 * GiB, 989e12, 450 * GB, 400 * Gbit, ("1", "2", "4", "8"), "NVIDIA H200"),
 }
 NEEDED = {"tpu": "libtpu (pip install -e '.[tpu]')", "gpu": "CUDA's compiler (as make test-gpu-compile does)"}

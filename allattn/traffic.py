@@ -7,7 +7,7 @@ the attention operation.
 
 import math
 from collections import defaultdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -84,15 +84,15 @@ def violations(uses: list[Use]) -> list[str]:
     return lines + ([f"norms and metrics: expected at most {SMALL} bytes, found {small}"] if small > SMALL else [])
 
 
-def summary(uses: list[Use]) -> list[dict]:
+def summary(uses: list[Use]) -> list[dict[str, Any]]:
     """Uses that differ in origin or place alone, added up: role, kind, axes, times, count and bytes of a step."""
     groups: dict[tuple, list[hlo.Collective]] = defaultdict(list)
     for role, axes, found in uses:
         groups[role or "must not be", found.kind, axes, found.times or 1].append(found)
     rows = []
-    for (role, kind, axes, times), found in sorted(groups.items()):
-        row = {"role": role, "kind": kind, "axes": list(axes), "times": times, "count": len(found)}
-        rows.append({**row, "bytes": times * sum(c.bytes for c in found), "from": sorted({origin(c) for c in found})})
+    for (role, kind, axes, times), group in sorted(groups.items()):
+        row = {"role": role, "kind": kind, "axes": list(axes), "times": times, "count": len(group)}
+        rows.append({**row, "bytes": times * sum(c.bytes for c in group), "from": sorted({origin(c) for c in group})})
     return rows
 
 

@@ -205,7 +205,7 @@ class Program:
         places = sharding.shardings(self.mesh, state)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
 
-    def jitted_step(self, bucket: int) -> Callable[[TrainState, data.Batch], tuple[TrainState, metrics.TrainMetrics]]:
+    def jitted_step(self, bucket: int) -> jax.stages.Wrapped:
         """The step for this bucket, which takes the place of the state that it is given."""
         attention = sharding.attention_over(self.mesh, self.config.train.batch)
         step = make_train_step(self.model, self.optimizer, self.config, bucket, attention, self.mesh)
