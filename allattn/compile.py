@@ -29,7 +29,7 @@ class Compiled:
     mesh: dict[str, int]
     batch: int
     parameters: int
-    memory: dict[str, float]  # bytes of one device: arguments, temporaries, outputs that replace no argument
+    memory: dict[str, float]  # bytes of one device: arguments, temporaries, outputs that replace none; {}: not known
     hbm: float  # bytes that a device has
     flops: float  # of a step on all devices: required products, full spans
     uses: list[traffic.Use]  # what its collectives are for
@@ -67,29 +67,34 @@ def compile_step(config: ml_collections.ConfigDict, name: str, machine: str, sli
         raise UserError("model.vocab_size: expected a size, as no data are read here, found 0")
     train.check(config)
     chip, mesh = topology.chip(machine), sharding.make_mesh(config, topology.devices(machine, slices))
-    program, platform = train.Program(config, mesh), "tpu" if chip.platform == "tpu" else "cuda"
-    state = program.abstract_state(config.model.span.limit)
-    lowered = lower_step(program, platform)
-    compiled, overflow = None, ""
+    program = train.Program(config, mesh)
+    compiled, overflow = _compile(lower_step(program, "tpu" if chip.platform == "tpu" else "cuda"))
+    params = jax.eval_shape(program.model.init, jax.random.key(0))
+    parameters, tokens = sum(x.size for x in jax.tree.leaves(params)), config.train.batch * config.train.block
+    flops = 3 * forward_flops(program.model.config, config.model.span.limit, config.train.block) * tokens
+    uses = traffic.judge(hlo.collectives(compiled.as_text() or ""), program) if compiled else []
+    known = (name, machine, slices, dict(mesh.shape), config.train.batch, parameters)
+    return Compiled(*known, _memory(compiled), chip.memory, flops, uses, overflow)
+
+
+def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str]:
+    """The program, or what a TPU's compiler says where memory does not suffice."""
     try:
-        compiled = lowered.compile()
+        return lowered.compile(), ""
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        overflow = re.sub(r"\s+", " ", str(error))[:300]
+        used = re.search(r"Used \S+ of \S+ hbm", str(error))
+        return None, used[0] if used else " ".join(str(error).split())[:200]
+
+
+def _memory(compiled: jax.stages.Compiled | None) -> dict[str, float]:
+    """Bytes of one device."""
     sizes = compiled.memory_analysis() if compiled else None
-    memory = {
-        "arguments": sizes.argument_size_in_bytes if sizes else 0,
-        "temporaries": sizes.temp_size_in_bytes if sizes else 0,
-        "outputs": sizes.output_size_in_bytes - sizes.alias_size_in_bytes if sizes else 0,
-    }
-    parameters, tokens = sum(x.size for x in jax.tree.leaves(state.params)), config.train.batch * config.train.block
-    return Compiled(
-        *(name, machine, slices, dict(mesh.shape), config.train.batch, parameters, memory, chip.memory),
-        flops=3 * forward_flops(program.model.config, config.model.span.limit, config.train.block) * tokens,
-        uses=traffic.judge(hlo.collectives(compiled.as_text() or ""), program) if compiled else [],
-        overflow=overflow,
-    )
+    if sizes is None:
+        return {}
+    outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return {"arguments": sizes.argument_size_in_bytes, "temporaries": sizes.temp_size_in_bytes, "outputs": outputs}
 
 
 def lower_step(program: train.Program, platform: str | None = None) -> jax.stages.Lowered:
@@ -132,18 +137,16 @@ def report(found: Compiled, config: ml_collections.ConfigDict) -> str:
     """What `allattn compile` prints."""
     mesh, devices = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items()), found.devices
     slices = f"{found.slices} x " if found.slices > 1 else ""
-    sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in found.memory.items())
+    sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in found.memory.items()) or found.overflow
+    together = f"; together {found.used / GIB:.2f} of {found.hbm / GIB:.0f}" if found.memory else ""
     lines = [
         f"{found.name}, {found.parameters:,} parameters, batch {found.batch}, on {slices}{found.topology}: {mesh}",
-        f"memory of a device in GiB: {sizes}; together {found.used / GIB:.2f} of {found.hbm / GIB:.0f}",
+        f"memory of a device in GiB: {sizes}{together}",
         f"required products of a step, full spans: {found.flops:.3g} FLOP, of a device {found.flops / devices:.3g}",
-        "collectives of a step: bytes of the whole arrays, times, axes, origin",
-        *traffic.table(found.uses),
     ]
+    lines += ["collectives of a step: bytes of the whole arrays", *traffic.table(found.uses)] if found.uses else []
     broken = traffic.violations(found.uses)
     lines += [f"must not be: {line}" for line in broken]
-    if found.overflow:
-        lines.append(f"the compiler says: {found.overflow}")
     if not found.fits:
         lines.append(f"does not fit; change: {advice(found, config)}")
     else:

@@ -78,7 +78,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         slices = f"{row['slices']} x " if row["slices"] > 1 else ""
-        memory = " + ".join(f"{size / compile.GIB:.2f}" for size in row["memory"].values())
+        memory = " + ".join(f"{size / compile.GIB:.2f}" for size in row["memory"].values()) or row["overflow"]
         devices = row["mesh"]["data"] * row["mesh"]["fsdp"] * row["mesh"]["tensor"]
         sent = [sum(use["bytes"] for use in row["traffic"] if use["role"] == role) / 1e6 for role in roles]
         result = "fits" if row["fits"] else "does not fit"

@@ -31,8 +31,9 @@ ASSUMED = f"""\
 - Products reach {SHARE:.0%} of the chip's bfloat16 peak; no accelerator was at hand to measure it. A slower chip scales
   better, a faster one worse.
 - Nothing overlaps: a collective begins when computing ends. The column `overlapped` hides all of it behind computing.
-- A sum over n chips moves 2 (n - 1) / n of its bytes out of each chip, over all its links at once, and passes
-  2 (sides of the slice) neighbours, {HOP * 1e6:.0f} us each. Rates are the makers' (allattn/topology.py).
+- A sum over n chips moves 2 (n - 1) / n of its bytes out of each chip, over all its links at once (a small slice has
+  fewer), and passes 2 (sides of the slice) neighbours, {HOP * 1e6:.0f} us each. Rates are the makers'
+  (allattn/topology.py).
 - Between slices each chip sums its share of the slice's result, at its share of the host's network card, and waits
   {CROSSING * 1e6:.0f} us for each collective.
 - With heads split, gradients that are summed over `tensor` as well are counted as those over rows.
