@@ -36,10 +36,11 @@ test: install  ## everything that is quick; CI runs this
 test-all: install  ## and the slow ones
 	$(BIN)/python -m pytest -q
 
-test-tpu-compile:  ## compile the TPU kernels for v4 to tpu7x; needs libtpu, which is fetched, but no TPU
+test-tpu-compile:  ## compile the TPU kernels and every model's step for v4 to tpu7x; fetches libtpu, needs no TPU
 	@test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
 	@.venv-tpu/bin/python -m pip install -q --disable-pip-version-check -e '.[test,tpu]'
 	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -q -s tests/test_tpu_compile.py
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m benchmarks.compile
 
 test-gpu-compile:  ## compile the GPU kernels for an H100; needs CUDA's compiler, which is fetched, but no GPU
 	@test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu

@@ -39,7 +39,7 @@ def _leave(code: int) -> None:
 def _main(argv: Sequence[str] | None) -> int:
     try:
         arguments, rest = _parser().parse_known_args(argv)
-        overrides = _overrides(rest, allowed=arguments.command in ("train", "sweep", "convert"))
+        overrides = _overrides(rest, allowed=arguments.command in ("train", "sweep", "convert", "compile"))
         _quiet()
         return arguments.run(arguments, overrides) or 0
     except (UserError, RunError) as error:
@@ -130,6 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--budget", type=int, default=0, help="tokens that every run trains on; 0: as its file says")
     sweep.add_argument("--launcher", default="", help="words before each training command, such as a submitting script")
 
+    compile = command("compile", _compile, "compile the training step for a machine that is not here; says if it fits")
+    compile.add_argument("--config", required=True, type=_PATH, help="experiment file")
+    compile.add_argument("--topology", required=True, help="such as v5e:16x16, or h100:8 for a node of GPUs")
+    compile.add_argument("--slices", type=int, default=1, help="how many of it, joined by a slower network")
+
     data = command("data", _data, "download or take over, check and prepare a data set")
     data.add_argument("--dataset", required=True, help="enwik8, text8, wikitext103, stdlib or files")
     data.add_argument("--data_dir", help="folder or bucket URL to put it; for `files` of the texts")
@@ -213,6 +218,17 @@ def _sweep(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
     options = (arguments.seeds, arguments.budget, overrides, arguments.launcher, arguments.only)
     print(sweep.sweep(arguments.configs, arguments.workdir, *options), flush=True)
+
+
+def _compile(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # whatever is here
+    from allattn import compile, config, traffic
+
+    c = config.load(arguments.config, overrides)
+    name = os.path.splitext(os.path.basename(arguments.config))[0]
+    found = compile.compile_step(c, name, arguments.topology, arguments.slices)
+    print(compile.report(found, c), flush=True)
+    return int(not found.fits or bool(traffic.violations(found.uses)))
 
 
 def _data(arguments: argparse.Namespace, _: dict[str, str]) -> None:

@@ -296,7 +296,15 @@ def _project_forward(sizes: tuple[int, ...], *inputs: Any) -> tuple[tuple, tuple
 def _project_backward(sizes: tuple[int, ...], inputs: tuple, cotangents: tuple) -> tuple:
     def gradient_of(size: int) -> Callable:
         def branch(kernels: tuple, cache_BSD: Array, h_BTD: Array, cotangents: tuple) -> tuple:
-            return jax.vjp(lambda k, h_BTD: project_last(size, k, cache_BSD, h_BTD), kernels, h_BTD)[1](cotangents)
+            S = cache_BSD.shape[1]
+            states_BSD = jnp.concatenate([cache_BSD[:, S - size :], h_BTD], axis=1)
+
+            def gradient(linear: Callable, of: Any, first: int) -> Any:
+                return jax.vjp(linear, of)[1](tuple(d_BSHK[:, first:] for d_BSHK in cotangents))[0]
+
+            # A kernel's in one product: cache and block apart would be summed over the devices of a mesh apart.
+            d_kernels = gradient(lambda kernels: tuple(project(k, states_BSD) for k in kernels), kernels, S - size)
+            return d_kernels, gradient(lambda h_BTD: tuple(project(k, h_BTD) for k in kernels), h_BTD, S)
 
         return branch
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -28,7 +29,9 @@ ROWS = ("data", "fsdp")  # the axes over which rows of the batch, and of the cac
 
 # The first pattern found in an array's path decides. Optimizer state lies under the path of its parameter.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"layers/(query|key|value|relative)$", P(None, "fsdp", "tensor", None)),  # XDHK
+    (r"layers/(query|key|value)$", P(None, "fsdp", "tensor", None)),  # XDHK
+    # what it projects has no rows: split by D, it would be summed over fsdp in place of being gathered
+    (r"layers/relative$", P(None, None, "tensor", None)),  # XDHK
     (r"layers/output$", P(None, "tensor", None, "fsdp")),  # XHKD
     (r"layers/persistent_(key|value)$", P(None, "tensor", "fsdp", None)),  # XHNK
     (r"layers/span$", P(None, "tensor")),  # XH
@@ -47,6 +50,8 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"^(key|value)_XBSE$", P(None, ROWS, None, "tensor")),
     (r"(^step|^key|count|made)$", P()),
 )
+
+OPERATION = "all_attention"  # stands in the name of all that a mesh computes inside the operation
 
 # The rarest words have a table that is narrower than fsdp may be wide, and small: every device then holds it whole.
 NARROW = re.compile(r"io/(embedding|kernel)/\d+$")
@@ -88,20 +93,37 @@ def use_cores_for(config: ml_collections.ConfigDict) -> None:
 
 def mesh_over_rows() -> Mesh:
     """All devices, rows spread over them and parameters replicated."""
-    return _mesh((jax.device_count(), 1, 1))
+    return _mesh((jax.device_count(), 1, 1), jax.devices())
 
 
-def _mesh(sizes: Sequence[int]) -> Mesh:
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+def _mesh(sizes: Sequence[int], devices: Sequence[Any]) -> Mesh:
+    """Devices of several TPU slices, which only a slower network joins, differ along `data` before anything else."""
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
+    if sizes[0] % slices:
+        raise UserError(f"mesh.data: expected a multiple of {slices} slices, found {sizes[0]}")
+    options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
+    if slices > 1:
+        array = mesh_utils.create_hybrid_device_mesh((sizes[0] // slices, *sizes[1:]), (slices, 1, 1), **options)
+    else:
+        array = mesh_utils.create_device_mesh(tuple(sizes), **options)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
-    """The mesh data x fsdp x tensor over all devices; one axis of -1 takes what the others leave.
+def make_mesh(config: ml_collections.ConfigDict, chips: Sequence[Any] | None = None) -> Mesh:
+    """The mesh data x fsdp x tensor; one axis of -1 takes what the others leave.
+
+    Args:
+      config: the whole configuration.
+      chips: devices of the mesh, which need not be here; None: all that JAX sees.
+
+    Returns:
+      The mesh.
 
     Raises:
-      UserError: the product does not fit the devices, the heads or the rows.
+      UserError: the product does not fit the devices, the heads, the rows or the slices.
     """
-    sizes, devices = [config.mesh[axis] for axis in AXES], jax.device_count()
+    chips = jax.devices() if chips is None else chips
+    sizes, devices = [config.mesh[axis] for axis in AXES], len(chips)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(
             f"mesh: expected positive sizes and at most one -1, found {dict(zip(AXES, sizes, strict=True))}"
@@ -116,7 +138,7 @@ def make_mesh(config: ml_collections.ConfigDict) -> Mesh:
         raise UserError(f"train.batch: expected a multiple of {parts}, found {config.train.batch}")
     if heads % sizes[2]:
         raise UserError(f"mesh.tensor: expected a divisor of the heads of a call, {heads}, found {sizes[2]}")
-    return _mesh(sizes)
+    return _mesh(sizes, chips)
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
@@ -233,7 +255,8 @@ def attention_over(mesh: Mesh, rows: int) -> Callable[..., Any]:
             first_row = jax.lax.axis_index(ROWS) * rows_per_shard + arrays.pop("row_offset", 0)
             first_head = jax.lax.axis_index("tensor") * query_BTHK.shape[2] if tensor else 0
             offsets = {"row_offset": first_row, "head_offset": first_head}
-            return all_attention(query_BTHK, key_BSHK, value_BSHK, **arrays, **offsets, **options)
+            with jax.named_scope(OPERATION):
+                return all_attention(query_BTHK, key_BSHK, value_BSHK, **arrays, **offsets, **options)
 
         in_specs = (by_row_head, by_row_head, by_row_head, {name: specs[name] for name in arrays})
         out_specs = (by_row_head, P(ROWS, None, tensor)) if options.get("return_persistent_mass") else by_row_head

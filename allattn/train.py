@@ -179,21 +179,13 @@ def measure(config: ml_collections.ConfigDict, params: Params, nll, mass, norm, 
 # --- the loop ----------------------------------------------------------------------------------------------------
 
 
-class Trainer:
-    """The pieces of one run, made from its configuration; `train_and_evaluate` drives them."""
+class Program:
+    """What a configuration says of state and step, on a mesh; no data are read."""
 
-    def __init__(self, config: ml_collections.ConfigDict, dataset: data.Dataset):
-        check(config)
-        self.config, self.dataset = config, dataset
-        self.mesh = sharding.make_mesh(config)
+    def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
+        self.config, self.mesh = config, mesh
         self.model = Model(ModelConfig.from_config(config))
         self.optimizer = optim.optimizer(config)
-        train, self.rows = config.train, sharding.Rows(self.mesh, config.train.batch)
-        self.stream = data.Stream(dataset.tokens("train"), train.batch, train.block, config.seed, self.rows.local)
-        self._steps: dict[int, Callable] = {}
-        for split in ("valid", "test"):
-            tokens, place = len(self._split(split)), f"{dataset.name}, split {split}: "
-            evaluate.check_length(config.evaluate.protocol, tokens, train.block, place)
 
     def init_state(self, bucket: int) -> Callable[[], TrainState]:
         """Function that makes the state of step 0; it is only traced until it is jitted with its shardings."""
@@ -213,6 +205,27 @@ class Trainer:
         state = jax.eval_shape(self.init_state(bucket))
         places = sharding.shardings(self.mesh, state)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
+
+    def jitted_step(self, bucket: int) -> jax.stages.Wrapped:
+        """The step for this bucket, which takes the place of the state that it is given."""
+        attention = sharding.attention_over(self.mesh, self.config.train.batch)
+        step = make_train_step(self.model, self.optimizer, self.config, bucket, attention, self.mesh)
+        places = jax.tree.map(lambda x: x.sharding, self.abstract_state(bucket))
+        return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+
+
+class Trainer(Program):
+    """The pieces of one run, made from its configuration; `train_and_evaluate` drives them."""
+
+    def __init__(self, config: ml_collections.ConfigDict, dataset: data.Dataset):
+        check(config)
+        super().__init__(config, sharding.make_mesh(config))
+        self.dataset, self.rows, train = dataset, sharding.Rows(self.mesh, config.train.batch), config.train
+        self.stream = data.Stream(dataset.tokens("train"), train.batch, train.block, config.seed, self.rows.local)
+        self._steps: dict[int, Callable] = {}
+        for split in ("valid", "test"):
+            tokens, place = len(self._split(split)), f"{dataset.name}, split {split}: "
+            evaluate.check_length(config.evaluate.protocol, tokens, train.block, place)
 
     def fresh_state(self, params: Params | None = None) -> tuple[TrainState, int]:
         """The state of step 0, made in place on the mesh, and its bucket; with other parameters if they are given."""
@@ -239,10 +252,7 @@ class Trainer:
     def step(self, state: TrainState, bucket: int, batch: data.Batch) -> tuple[TrainState, metrics.TrainMetrics]:
         """One update, by the code compiled for this bucket."""
         if bucket not in self._steps:
-            attention = sharding.attention_over(self.mesh, self.config.train.batch)
-            step = make_train_step(self.model, self.optimizer, self.config, bucket, attention, self.mesh)
-            places = sharding.shardings(self.mesh, jax.eval_shape(lambda s: s, state))
-            self._steps[bucket] = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
+            self._steps[bucket] = self.jitted_step(bucket)
         return self._steps[bucket](state, batch)
 
     def grow(self, state: TrainState, bucket: int) -> tuple[TrainState, int]:

@@ -12,34 +12,19 @@ import pytest
 from attention_cases import GEOMETRIES, arrays, call, options
 from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from allattn import topology
 from allattn.attention import pallas_gpu
 from allattn.layers import project
 
 pytest.importorskip("jax_plugins.xla_cuda12", reason="no CUDA compiler is installed: make test-gpu-compile installs it")
-KIND = "NVIDIA H100 80GB HBM3"
-# What XLA needs to know of a chip that is not there, from its public data sheet.
-H100 = f"""
-gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84929347584
-  cuda_compute_capability {{ major: 9 }}
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 }}
-device_description_str: "{KIND}"
-"""
+KIND = topology.CHIPS["h100"].kind
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_compiles(name: str, dtype: str) -> None:
     """Projection and operation, forward and backward: they fit, and keys are never laid out anew between them."""
-    from jax.experimental import topologies
-
-    chips = topologies.get_topology_desc("h100", platform="cuda", target_config=H100, topology="1x1x1").devices
+    chips = topology.devices("h100:1")
     case = GEOMETRIES[name]
     place = NamedSharding(Mesh([chips[0]], ("data",), axis_types=(AxisType.Auto,)), PartitionSpec())
     shapes = jax.eval_shape(lambda: arrays(case, dtype))

@@ -4,7 +4,6 @@ Dimension key: B batch, T query position, S context key, D model width, H head, 
 """
 
 import dataclasses
-import os
 import re
 from typing import Any
 
@@ -15,6 +14,7 @@ from attention_cases import GEOMETRIES, arrays, call, options
 from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from allattn.layers import project
+from allattn.topology import devices
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: make test-tpu-compile installs it")
 TOPOLOGIES = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
@@ -22,10 +22,7 @@ TOPOLOGIES = ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"]
 
 def device(topology: str) -> Any:
     """The first chip of a topology."""
-    from jax.experimental import topologies
-
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    return devices(topology)[0]
 
 
 def compiled(chip: Any, run: Any, *shapes: Any, donated: tuple[int, ...] = ()) -> str:

@@ -1,0 +1,139 @@
+"""Every model of the papers, compiled for TPU slices that need not be here: does it fit, what does it send?
+
+Command:  python -m benchmarks.compile    (with libtpu; `make test-tpu-compile` installs it and runs this)
+Writes benchmarks/results/DATE-compile.md, and the same as JSON lines, from which a command that was cut short goes on;
+ends with exit code 1 if a step does not fit or has a collective that must not be.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import fnmatch
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+
+from allattn import compile, config, topology, traffic
+from benchmarks.machine import provenance
+
+ROOT = Path(__file__).resolve().parents[1]
+LARGEST = "wikitext103_xl_large"
+
+
+class Case(NamedTuple):
+    """A configuration and the machine that it is compiled for."""
+
+    config: str
+    chip: str = "v5e"
+    slices: int = 1
+    batch: int = 0  # 0: the configuration's
+
+
+MODELS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "base", "demo"))
+CASES = [
+    *map(Case, MODELS),
+    Case("enwik8_large", batch=256),
+    *(Case(LARGEST, chip) for chip in ("v4", "v5p", "v6e")),
+    Case("enwik8_large", slices=2),
+    Case(LARGEST, slices=2),
+]
+
+
+def largest(c: ml_collections.ConfigDict, chip: str, slices: int) -> tuple[str, int]:
+    """The largest slice whose chips rows and heads divide, and over how many heads are spread, as few as possible."""
+    for shape in reversed(topology.CHIPS[chip].shapes):
+        count = slices * len(topology.devices(f"{chip}:{shape}"))
+        for tensor in (n for n in range(1, c.model.heads + 1) if c.model.heads % n == 0):
+            if count % tensor == 0 and c.train.batch % (count // tensor) == 0 and count // tensor % slices == 0:
+                return f"{chip}:{shape}", tensor
+    raise LookupError(f"{chip}: no slice")
+
+
+def run(case: Case) -> dict[str, Any]:
+    """Compile a case; what is known of it, for a file."""
+    c = config.load(str(ROOT / "configs" / f"{case.config}.py")).unlock()
+    c.train.batch = case.batch or c.train.batch
+    machine, c.mesh.tensor = largest(c, case.chip, case.slices)
+    began = time.perf_counter()
+    found = compile.compile_step(c.lock(), case.config, machine, case.slices)
+    row = {name: value for name, value in dataclasses.asdict(found).items() if name != "uses"}
+    row |= {"fits": found.fits, "violations": traffic.violations(found.uses), "traffic": traffic.summary(found.uses)}
+    row["case"] = list(case)
+    return {**row, "seconds": round(time.perf_counter() - began, 1), "block": c.train.block, "depth": c.model.depth}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table; bytes are of whole arrays, in a step, on each device."""
+    roles = (traffic.GRADIENT, traffic.GATHER, traffic.ACTIVATION, traffic.METRICS)
+    lines = [
+        "| config | parameters | machine | data x tensor | batch | arguments + temporaries + outputs, GiB | of | "
+        "TFLOP of a device | " + " | ".join(f"{role}, MB" for role in roles) + " | result |",
+        "|---" * (9 + len(roles)) + "|",
+    ]
+    for row in rows:
+        slices = f"{row['slices']} x " if row["slices"] > 1 else ""
+        memory = " + ".join(f"{size / compile.GIB:.2f}" for size in row["memory"].values()) or row["overflow"]
+        devices = row["mesh"]["data"] * row["mesh"]["fsdp"] * row["mesh"]["tensor"]
+        sent = [sum(use["bytes"] for use in row["traffic"] if use["role"] == role) / 1e6 for role in roles]
+        result = "fits" if row["fits"] else "does not fit"
+        cells = [row["name"], f"{row['parameters']:,}", slices + row["topology"]]
+        cells += [f"{row['mesh']['data']} x {row['mesh']['tensor']}", row["batch"], memory]
+        cells += [f"{row['hbm'] / compile.GIB:.0f}", f"{row['flops'] / devices / 1e12:.2f}"]
+        cells += [*(f"{megabytes:.3g}" for megabytes in sent), "; ".join([result, *row["violations"]])]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def activations(rows: list[dict[str, Any]]) -> str:
+    """Activation all-reduces of every case with heads over `tensor`: how many in a layer, of how many bytes."""
+    lines = []
+    for row in rows:
+        uses = [u for u in row["traffic"] if u["role"] == traffic.ACTIVATION]
+        inside, once = ([u for u in uses if (u["times"] > 1) is looped] for looped in (True, False))
+        if uses:
+            each = ", ".join(f"{u['count']} in a layer, {u['bytes'] / u['times'] / 1e6:.3g} MB" for u in inside)
+            rest = "".join(f"; {u['count']} in the step, {u['bytes'] / 1e6:.3g} MB" for u in once)
+            lines.append(f"- {row['name']} on {row['topology']}, tensor {row['mesh']['tensor']}: {each}{rest}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Compile all cases, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2, help="processes that compile beside each other")
+    parser.add_argument("--only", default="*", help="pattern of the configurations")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")  # whatever is here
+    file = arguments.output / f"{datetime.date.today()}-compile.jsonl"
+    done = {tuple(row["case"]): row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+    cases = [case for case in CASES if fnmatch.fnmatch(case.config, arguments.only) and case not in done]
+    with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool, file.open("a") as out:
+        for row in pool.imap_unordered(run, cases):
+            done[tuple(row["case"])] = row
+            out.write(json.dumps({**row, **provenance()}) + "\n")
+            out.flush()
+            state = "fits" if row["fits"] else "does not fit"
+            print(row["name"], row["topology"], state, *row["violations"], f"{row['seconds']} s", flush=True)
+        pool.close()
+        pool.join()
+    rows = [done[case] for case in CASES if case in done]
+    text = (
+        f"# Training steps compiled for TPU slices, {datetime.date.today()}\n\n"
+        f"By `python -m benchmarks.compile` at {provenance()['commit']}, jax {jax.__version__}; [docs/scaling.md]"
+        f"(../../docs/scaling.md) says what the columns mean.\n\n{table(rows)}\n\n"
+        f"Activation all-reduces, forward and backward:\n\n{activations(rows)}\n"
+    )
+    file.with_suffix(".md").write_text(text)
+    print(table(rows))
+    return int(any(not row["fits"] or row["violations"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

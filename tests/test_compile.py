@@ -1,0 +1,220 @@
+"""Reading collectives from compiled text, judging them, and `allattn compile` without any accelerator.
+
+Dimension key: B batch, T query position, S context key, H head, K head width, X any.
+"""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import call
+from test_sharding import fresh
+
+from allattn import compile, config, hlo, topology, traffic
+from allattn.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+TEXT = """HloModule jit_step, entry_computation_layout={()->()}, num_partitions=8
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%below (state: (s32[], f32[4,8])) -> pred[] {
+  %last = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%counter, %last), direction=LT
+}
+
+%unknown (state: (s32[], f32[4,8])) -> pred[] {
+  ROOT %lt.1 = pred[] compare(%counter, %bound), direction=LT
+}
+
+%all-reduce-scatter.1 (input: bf16[8,8]) -> bf16[4,8] {
+  %all-reduce.9 = bf16[8,8]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=1, replica_groups={{0,2},{1,3}}, to_apply=%add
+}
+
+%begun (shard: bf16[2,8]) -> (bf16[2,8], bf16[4,8]) {
+  %all-gather.1 = bf16[4,8] all-gather(%shard), channel_id=1, replica_groups=[4,2]<=[8], backend_config={"async_collective_fusion_config":{"flag_start":"-1","flag_end":"-1"}}
+}
+
+%within (shard: bf16[2,8]) -> (bf16[2,8], bf16[4,8]) {
+  %all-gather.2 = bf16[4,8] all-gather(%shard), channel_id=1, replica_groups=[4,2]<=[8], backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}
+}
+
+%short (h: f32[4,8]) -> f32[4,8] {
+  ROOT %all-reduce.4 = f32[4]{0} all-reduce(%h), replica_groups={}, to_apply=%add
+}
+
+%long (h: f32[4,8]) -> f32[4,8] {
+  ROOT %all-reduce.5 = f32[4,8]{1,0} all-reduce(%h), replica_groups={}, to_apply=%add
+}
+
+%body (state: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %fusion.1 = bf16[4,8] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1, metadata={op_name="jit(step)/transpose(jvp())/dot"}
+  %start = (bf16[2,8], bf16[4,8]) fusion(%x), kind=kCustom, calls=%begun
+  %middle = (bf16[2,8], bf16[4,8]) fusion(%x), kind=kOutput, calls=%within
+  %chosen = f32[4,8] conditional(%which, %h, %h), branch_computations={%short, %long}
+}
+
+%free (state: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
+  %permute = (f32[4,8]{1,0}, f32[4,8]{1,0}, u32[], u32[]) collective-permute-start(%h), source_target_pairs={{0,1},{1,0}}
+  %done = f32[4,8] collective-permute-done(%permute)
+}
+
+ENTRY %main (h: f32[4,8]) -> f32[4,8] {
+  %while.1 = (s32[], f32[4,8]) while(%state), condition=%below, body=%body
+  %while.2 = (s32[], f32[4,8]) while(%state), condition=%unknown, body=%free
+  %while.3 = (s32[], f32[4,8]) while(%state), condition=%unknown, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %gathered = (f32[2,8], f32[4,8]) all-gather-start(%h), replica_groups=[4,2]<=[2,2,2]T(2,1,0), dimensions={0}
+  ROOT %scattered = f32[2,8]{1,0} reduce-scatter(%h), replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}, to_apply=%add, metadata={op_name="jit(step)/psum"}
+}
+"""  # noqa: E501
+
+
+def test_reading() -> None:
+    """Every form that CPUs, GPUs and TPUs write: which, of how many bytes, how often, between whom."""
+    found = hlo.collectives(TEXT)
+    pairs, halves = ((0, 1), (2, 3), (4, 5), (6, 7)), ((0, 4), (2, 6), (1, 5), (3, 7))
+
+    def of_body(times: int) -> list[hlo.Collective]:
+        return [
+            hlo.Collective("reduce-scatter", (64,), 128, ((0, 2), (1, 3)), times, "jit(step)/transpose(jvp())/dot"),
+            hlo.Collective("all-gather", (32,), 64, pairs, times, ""),  # its later part is not another one
+            hlo.Collective("all-reduce", (32,), 128, (tuple(range(8)),), times, ""),  # of the larger branch
+        ]
+
+    assert found == [
+        *of_body(5),
+        hlo.Collective("collective-permute", (32,), 128, ((0, 1), (1, 0)), None, ""),
+        *of_body(3),
+        hlo.Collective("all-gather", (32,), 128, halves, 1, ""),
+        hlo.Collective("reduce-scatter", (64,), 256, ((0, 1, 2, 3), (4, 5, 6, 7)), 1, "jit(step)/psum"),
+    ]
+
+
+def test_unknown_groups() -> None:
+    with pytest.raises(LookupError, match="no known form of device groups: .*replica_groups=other"):
+        hlo.collectives("ENTRY %main () -> f32[] {\n  %x = f32[] all-reduce(%y), replica_groups=other\n}")
+
+
+# --- judging -----------------------------------------------------------------------------------------------------
+
+JUDGE = """
+import json, jax
+from allattn import compile, config, hlo, sharding, traffic, train
+c = config.load("{root}/configs/demo.py", {changes})
+
+def judged():
+    program = train.Program(c, sharding.make_mesh(c))
+    quick = {{"xla_backend_optimization_level": 0}}
+    text = compile.lower_step(program).compile(compiler_options=quick).as_text()
+    uses = traffic.judge(hlo.collectives(text), program)
+    return [traffic.violations(uses), traffic.summary(uses)]
+
+
+found = [judged()]
+{injected}
+print(json.dumps(found))
+"""
+# No size of an activation is one of a parameter.
+SMALL = {
+    **{"model.vocab_size": "96", "model.depth": "3", "model.width": "64", "model.heads": "2", "model.persistent": "16"},
+    **{"model.span.limit": "512", "train.batch": "8", "train.block": "24", "model.dropout": "0.1"},
+    **{"model.span.check_every": "30", "mesh.data": "2", "mesh.fsdp": "2", "mesh.tensor": "2"},
+}
+INJECTED = """
+operation, whole = sharding.all_attention, sharding.gathered
+def leaky(*inputs, **options):
+    out_BTHK, mass_BTH = operation(*inputs, **options)
+    return jax.lax.pmean(out_BTHK, "data"), mass_BTH
+sharding.all_attention = leaky
+found.append(judged())
+sharding.all_attention, sharding.gathered = operation, lambda mesh, tree: tree
+found.append(judged())
+"""
+
+
+def judged(injected: str = "", **changes: str) -> list[Any]:
+    values = {**SMALL, **{name.replace("__", "."): value for name, value in changes.items()}}
+    return fresh(JUDGE.format(root=ROOT, changes=values, injected=injected), 8)
+
+
+def test_a_step_sends_what_it_must_and_nothing_else() -> None:
+    """All-attention on 2 x 2 x 2 devices. A sum inside the operation is found, and so is a table left in parts."""
+    (broken, uses), (leaks, _), (parts, _) = judged(INJECTED)
+    assert broken == []
+    roles = {use["role"] for use in uses}
+    assert roles == {traffic.GRADIENT, traffic.GATHER, traffic.ACTIVATION, traffic.METRICS}
+    looped = [use for use in uses if use["role"] == traffic.ACTIVATION and use["times"] == 3]
+    block = 2 * 24 * 64 * 4  # rows of a device x tokens x width x bytes
+    assert sum(use["bytes"] for use in looped) == 3 * block * 4  # output; keys, values and queries in the backward pass
+    assert leaks and all("all_attention" in line for line in leaks)
+    assert any("gather" in line for line in parts)
+
+
+def test_transformer_xl_sends_what_it_must() -> None:
+    changes = {"model__layer": "transformer_xl", "model__feed_forward": "80", "model__persistent": "0"}
+    fixed = {"model__span__adaptive": "false", "model__span__limit": "40", "evaluate__protocol": "xl"}
+    assert judged(**changes, **fixed)[0][0] == []
+
+
+# --- the command -------------------------------------------------------------------------------------------------
+
+
+def run(**flags: str) -> Any:
+    values = {"config": str(ROOT / "configs" / "enwik8_small.py"), "topology": "v5e:2x2", **flags}
+    return call("compile", *(f"--{name.replace('__', '.')}={value}" for name, value in values.items()))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"topology": "v5e:2x9"}, r"--topology: expected one of .*v5e:\{1x1,.*h200:\{1,2,4,8\}; found v5e:2x9"),
+        ({"topology": "h100:8", "slices": "2"}, "--slices: expected at least 1, and 1 for a node of GPUs, found 2"),
+        ({"config.model.vocab_size": "0"}, "model.vocab_size: expected a size, as no data are read here, found 0"),
+    ],
+)
+def test_mistakes(flags: dict[str, str], message: str) -> None:
+    result = run(**flags)
+    assert result.code == 2 and len(result.err.splitlines()) == 1
+    with pytest.raises(UserError, match=message):
+        raise UserError(result.err)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
+def test_no_compiler() -> None:
+    result = run()
+    assert result.code == 2 and "expected libtpu (pip install" in result.err and len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "setting"),
+    [
+        ((4, 1, 1), {}, "--config.train.accumulation=2"),
+        ((4, 1, 1), {"train.accumulation": "8"}, "--config.train.accumulation=16"),
+        ((64, 1, 1), {}, "--config.train.remat=true"),
+        ((64, 1, 1), {"train.remat": "true"}, "--config.mesh.fsdp=64"),
+        ((1, 64, 1), {"train.remat": "true"}, "a chip with more memory"),
+    ],
+)
+def test_what_to_change(mesh: tuple[int, ...], changes: dict[str, str], setting: str) -> None:
+    c = config.load(str(ROOT / "configs" / "enwik8_small.py"), changes)
+    sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
+    memory = {"arguments": 9 * compile.GIB, "temporaries": 8 * compile.GIB, "outputs": 0}
+    found = compile.Compiled("small", "v5e:2x2", 1, sizes, 64, 1, memory, 16 * compile.GIB, 1.0, [], "")
+    assert not found.fits
+    assert setting in compile.report(found, c).splitlines()[-1]
+    assert dataclasses.replace(found, hbm=17 * compile.GIB).fits
+
+
+def test_chips_have_the_devices_that_their_shapes_name() -> None:
+    """Every known topology is a chip's, and a shape that is no topology is refused."""
+    for name, chip in topology.CHIPS.items():
+        assert all(topology.chip(f"{name}:{shape}") is chip for shape in chip.shapes)
+        with pytest.raises(UserError, match="expected one of"):
+            topology.chip(f"{name}:5x5x5")
