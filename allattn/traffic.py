@@ -50,7 +50,8 @@ def _role(found: hlo.Collective, axes: tuple[str, ...], sizes: set[int], depth: 
     if reduces and once and max(found.sizes) <= depth:  # a number, or one for every layer
         return METRICS
     of_parameters = all(size in sizes for size in found.sizes)
-    if reduces and of_parameters and set(axes) & set(sharding.ROWS) and (once or "transpose(" in found.place):
+    backward = once or "transpose(" in found.place or not found.place  # where several are combined, names may be lost
+    if reduces and of_parameters and backward and set(axes) & set(sharding.ROWS):
         return GRADIENT
     if found.kind == "all-gather" and of_parameters and axes == ("fsdp",):
         return GATHER

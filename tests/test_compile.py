@@ -124,7 +124,7 @@ print(json.dumps(found))
 # No size of an activation is one of a parameter.
 SMALL = {
     **{"model.vocab_size": "96", "model.depth": "3", "model.width": "64", "model.heads": "2", "model.persistent": "16"},
-    **{"model.span.limit": "512", "train.batch": "8", "train.block": "24", "model.dropout": "0.1"},
+    **{"model.span.limit": "128", "train.batch": "8", "train.block": "24", "model.dropout": "0.1"},
     **{"model.span.check_every": "30", "mesh.data": "2", "mesh.fsdp": "2", "mesh.tensor": "2"},
 }
 INJECTED = """
