@@ -99,6 +99,8 @@ def summary(uses: list[Use]) -> list[dict[str, Any]]:
 
 def origin(found: hlo.Collective) -> str:
     """Where a collective comes from, without what all names have in common."""
+    if not found.place:
+        return "several joined"
     inside = "backward" if "transpose(" in found.place else "forward" if "jvp(" in found.place else "update"
     return f"{inside} {found.place.rpartition('/')[2].strip(')(')}"
 
