@@ -42,7 +42,7 @@ test-tpu-compile:  ## compile the TPU kernels and every model's step for v4 to t
 	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -q -s tests/test_tpu_compile.py
 	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m benchmarks.compile
 
-test-gpu-compile:  ## compile the GPU kernels for an H100; needs CUDA's compiler, which is fetched, but no GPU
+test-gpu-compile:  ## compile the GPU kernels, and a step for a node of H100; needs CUDA's compiler, which is fetched, but no GPU
 	@test -x .venv-gpu/bin/python || $(PYTHON) -m venv .venv-gpu
 	@.venv-gpu/bin/python -m pip install -q --disable-pip-version-check -e '.[test]'
 	@jax=$$(.venv-gpu/bin/python -c 'import jax; print(jax.__version__)') && .venv-gpu/bin/python -m pip install -q \

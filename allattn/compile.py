@@ -84,8 +84,8 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, s
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        used = re.search(r"Used \S+ of \S+ hbm", str(error))
-        return None, used[0] if used else " ".join(str(error).split())[:200]
+        needed = re.search(r"total memory required .*? exceeds available HBM \(\S+\)|Used \S+ of \S+ hbm", str(error))
+        return None, needed[0] if needed else " ".join(str(error).split())[:200]
 
 
 def _memory(compiled: jax.stages.Compiled | None) -> dict[str, float]:

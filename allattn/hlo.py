@@ -93,7 +93,7 @@ class _Program:
 
     def collective(self, line: str, found: re.Match, inside: str, times: int | None, caller: str) -> Collective:
         kind, groups = found[2], tuple(map(tuple, _groups(line, self.devices)))
-        arrays = re.findall(r"\b(\w+)\[([\d,]*)\]", found[1])
+        arrays = self.joined(line, inside) or re.findall(r"\b(\w+)\[([\d,]*)\]", found[1])
         if found[3] and kind != "all-reduce":  # operands, results, and for some the state of the transfer
             arrays = [array for array in arrays if array != ("u32", "")]
             arrays = arrays[len(arrays) // 2 :]
@@ -105,6 +105,14 @@ class _Program:
         moved = sum(size * _bytes(dtype) for size, (dtype, _) in zip(sizes, arrays, strict=True))
         place = re.search(r'op_name="([^"]*)"', line) or re.search(r'op_name="([^"]*)"', caller)
         return Collective(kind, tuple(sizes), moved, groups, times, place[1] if place else "")
+
+    def joined(self, line: str, inside: str) -> list[tuple[str, str]]:
+        """Dtypes and shapes of the arrays that a GPU's compiler has put behind each other to sum them as one."""
+        operand = re.search(r"\((%wrapped_concatenate[\w.\-]*)\)", line)
+        if not operand:
+            return []
+        made = _CALLS.search(next(other for other in self.lines[inside] if f"{operand[1]} = " in other))
+        return re.findall(r" = (\w+)\[([\d,]*)\]\S* parameter\(", "\n".join(self.lines[made[1]])) if made else []
 
 
 def _bytes(dtype: str) -> int:

@@ -50,7 +50,8 @@ def _role(found: hlo.Collective, axes: tuple[str, ...], sizes: set[int], depth: 
     if reduces and once and max(found.sizes) <= depth:  # a number, or one for every layer
         return METRICS
     of_parameters = all(size in sizes for size in found.sizes)
-    if reduces and of_parameters and set(axes) & set(sharding.ROWS) and (once or "transpose(" in found.place):
+    backward = once or "transpose(" in found.place or not found.place  # where several are combined, names may be lost
+    if reduces and of_parameters and backward and set(axes) & set(sharding.ROWS):
         return GRADIENT
     if found.kind == "all-gather" and of_parameters and axes == ("fsdp",):
         return GATHER
@@ -98,6 +99,8 @@ def summary(uses: list[Use]) -> list[dict[str, Any]]:
 
 def origin(found: hlo.Collective) -> str:
     """Where a collective comes from, without what all names have in common."""
+    if not found.place:
+        return "several joined"
     inside = "backward" if "transpose(" in found.place else "forward" if "jvp(" in found.place else "update"
     return f"{inside} {found.place.rpartition('/')[2].strip(')(')}"
 

@@ -66,11 +66,18 @@ TEXT = """HloModule jit_step, entry_computation_layout={()->()}, num_partitions=
   %done = f32[4,8] collective-permute-done(%permute)
 }
 
+%wrapped_concatenate_computation.1 (a: f32[2,4], b: f32[2]) -> f32[10] {
+  %a.1 = f32[2,4]{1,0} parameter(0)
+  %b.1 = f32[2]{0} parameter(1)
+}
+
 ENTRY %main (h: f32[4,8]) -> f32[4,8] {
   %while.1 = (s32[], f32[4,8]) while(%state), condition=%below, body=%body
   %while.2 = (s32[], f32[4,8]) while(%state), condition=%unknown, body=%free
   %while.3 = (s32[], f32[4,8]) while(%state), condition=%unknown, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %gathered = (f32[2,8], f32[4,8]) all-gather-start(%h), replica_groups=[4,2]<=[2,2,2]T(2,1,0), dimensions={0}
+  %wrapped_concatenate.1 = f32[10]{0} fusion(%a, %b), kind=kLoop, calls=%wrapped_concatenate_computation.1
+  %joined = f32[10]{0} all-reduce-start(%wrapped_concatenate.1), replica_groups={{0,1}}, to_apply=%add
   ROOT %scattered = f32[2,8]{1,0} reduce-scatter(%h), replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}, to_apply=%add, metadata={op_name="jit(step)/psum"}
 }
 """  # noqa: E501
@@ -93,6 +100,7 @@ def test_reading() -> None:
         hlo.Collective("collective-permute", (32,), 128, ((0, 1), (1, 0)), None, ""),
         *of_body(3),
         hlo.Collective("all-gather", (32,), 128, halves, 1, ""),
+        hlo.Collective("all-reduce", (8, 2), 40, ((0, 1),), 1, ""),
         hlo.Collective("reduce-scatter", (64,), 256, ((0, 1, 2, 3), (4, 5, 6, 7)), 1, "jit(step)/psum"),
     ]
 
@@ -124,7 +132,7 @@ print(json.dumps(found))
 # No size of an activation is one of a parameter.
 SMALL = {
     **{"model.vocab_size": "96", "model.depth": "3", "model.width": "64", "model.heads": "2", "model.persistent": "16"},
-    **{"model.span.limit": "512", "train.batch": "8", "train.block": "24", "model.dropout": "0.1"},
+    **{"model.span.limit": "128", "train.batch": "8", "train.block": "24", "model.dropout": "0.1"},
     **{"model.span.check_every": "30", "mesh.data": "2", "mesh.fsdp": "2", "mesh.tensor": "2"},
 }
 INJECTED = """

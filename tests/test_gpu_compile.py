@@ -1,9 +1,10 @@
-"""The GPU kernels compiled to machine code for an H100 that need not be here: `make test-gpu-compile`.
+"""GPU kernels and a training step compiled for H100s that need not be here: `make test-gpu-compile`.
 
 Dimension key: B batch, S context key, D model width, H head, K head width.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from attention_cases import GEOMETRIES, arrays, call, options
 from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from allattn import topology
+from allattn import compile, config, topology, traffic
 from allattn.attention import pallas_gpu
 from allattn.layers import project
 
@@ -50,3 +51,12 @@ def test_compiles(name: str, dtype: str) -> None:
     shape = rf"\w+\[(?:{case.B},{case.S}|{case.B * case.S}),(?:{D}|{case.H},{case.K})\]"
     moved = re.findall(rf"%[\w.]+ = {shape}\S* (?:copy|transpose)\((?!%broadcast)", text)  # zeros may be copied
     assert re.search(shape, text) and not moved, moved
+
+
+def test_a_step_on_a_node() -> None:
+    """Rows, parameters and heads split two ways: it fits, and sends nothing that it need not."""
+    changes = {"mesh.fsdp": "2", "mesh.tensor": "2", "model.span.limit": "512"}
+    c = config.load(str(Path(__file__).resolve().parents[1] / "configs" / "enwik8_small.py"), changes)
+    found = compile.compile_step(c, "enwik8_small", "h100:8")
+    print(compile.report(found, c))
+    assert found.fits and found.uses and not traffic.violations(found.uses)
