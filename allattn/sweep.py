@@ -6,6 +6,7 @@ that was stopped goes on where it stood. Files in the sweep's workdir: `sweep.md
 
 import ast
 import csv
+import functools
 import io
 import json
 import re
@@ -21,11 +22,15 @@ from typing import Any, NamedTuple
 import ml_collections
 from etils import epath
 
+from allattn import checkpoint, metrics
 from allattn import config as configuration
-from allattn import metrics
 from allattn.errors import UserError
+from allattn.model import ModelConfig, forward_flops
 
-COLUMNS = ("config", "parameters", "steps", "tokens", "dev", "test", "unit", "seeds", "seconds", "published", "failed")
+COLUMNS = (
+    *("config", "parameters", "MFLOP"),  # required products of training on a token, with the spans of the end
+    *("steps", "tokens", "dev", "test", "unit", "seeds", "seconds", "published", "failed"),
+)
 SUBMITTED = "submitted; remove the file `submitted` from its workdir to submit it again"
 STEPS = ("train.steps", "train.finetune_steps")  # may differ when a run goes on, but not between compared ones
 
@@ -224,6 +229,7 @@ def _figures(ended: Sequence[Result]) -> dict[str, str]:
     dev = [next(row[f"dev_{unit}"] for row in reversed(result.rows) if f"dev_{unit}" in row) for result in ended]
     return {
         "parameters": f"{first['parameters']:,}",
+        "MFLOP": f"{statistics.mean(_flops(result) for result in ended) / 1e6:.3g}",
         "steps": str(first["step"]),
         "tokens": f"{first['trained_tokens']:,}",
         "dev": _spread(dev),
@@ -232,6 +238,19 @@ def _figures(ended: Sequence[Result]) -> dict[str, str]:
         "seeds": str(len(ended)),
         "seconds": f"{statistics.mean(_seconds(result) for result in ended):.0f}",
     }
+
+
+def _flops(result: Result) -> float:
+    """Required products of training on one token (`forward_flops`), with the reach that the heads have at the end."""
+    c = _checkpointed(result.job.workdir)
+    return 3 * forward_flops(ModelConfig.from_config(c), result.logged[-1]["mean_reach"], c.train.block)
+
+
+@functools.cache
+def _checkpointed(workdir: epath.Path) -> ml_collections.ConfigDict:
+    """The configuration of a run, with the size of the vocabulary that it found."""
+    with checkpoint.Checkpointer(workdir, create=False) as checkpoints:
+        return configuration.from_json(checkpoints.restore_meta()["config"])
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -73,6 +73,12 @@ def test_a_broken_experiment_leaves_the_others(swept: Swept) -> None:
     assert scores[0]["bpc"] != scores[1]["bpc"]
     mean, deviation = (f([score["bpc"] for score in scores]) for f in (statistics.mean, statistics.stdev))
     assert good["test"] == f"{mean:.4f} ± {deviation:.4f}" and good["failed"] == ""
+    rows = [sweep.metrics.read_jsonl(str(runs / f"good-seed{seed}")) for seed in (0, 1)]
+    reach = statistics.mean([row["mean_reach"] for row in each if "mean_reach" in row][-1] for each in rows)
+    forward = (
+        2 * 16 * (3 * reach + 2 * 6) + 4 * 16**2 * (2 + reach / 16) + 2 * 16 * 9
+    )  # width 16, N 6, block 16, 9 symbols
+    assert good["MFLOP"] == f"{3 * forward / 1e6:.3g}"
     assert good["steps"] == "10" and good["tokens"] == "640"  # of 64 tokens each
     assert good["published"] == "2.25 dev, 2.5 test bpc" and good["unit"] == "bpc, authors"
     assert f"| {good['test']} |" in (runs / "sweep.md").read_text()
