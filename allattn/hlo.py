@@ -12,9 +12,11 @@ from collections.abc import Iterator
 import numpy as np
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+BETWEEN_SLICES = "sum over slices"  # through the hosts of a TPU slice: a send and a receive
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _COLLECTIVE = re.compile(rf"= (.*?) ((?:ragged-)?(?:{'|'.join(KINDS)}))(-start)?\(")
+_SEND = re.compile(r'= \((\w+)\[([\d,]*)\].* send\(.*megascale_transfer_type="(\w+)"')
 _CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=%?([\w.\-]+), false_computation=%?([\w.\-]+)")
@@ -30,10 +32,10 @@ _MESH = re.compile(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\)
 class Collective:
     """One instruction that moves data between devices."""
 
-    kind: str  # one of `KINDS`
+    kind: str  # one of `KINDS`, or `BETWEEN_SLICES`
     sizes: tuple[int, ...]  # elements of each whole array: reduced, gathered, or to be scattered
     bytes: int  # of all of them
-    groups: tuple[tuple[int, ...], ...]  # devices that take part together, by their place in the mesh
+    groups: tuple[tuple[int, ...], ...]  # devices of a slice that take part together, by their place in the mesh
     times: int | None  # how often a step does it; None: not known before it runs
     place: str  # names of the functions that it comes from
 
@@ -72,6 +74,8 @@ class _Program:
                 continue
             if found := _COLLECTIVE.search(line):
                 yield self.collective(line, found, name, times, caller)
+            elif found := _SEND.search(line):
+                yield self.sent(found, times)
             elif found := _WHILE.search(line):
                 rounds = self.rounds(line, found[1])
                 yield from self.walk(found[2], times and rounds and times * rounds)
@@ -105,6 +109,11 @@ class _Program:
         moved = sum(size * _bytes(dtype) for size, (dtype, _) in zip(sizes, arrays, strict=True))
         place = re.search(r'op_name="([^"]*)"', line) or re.search(r'op_name="([^"]*)"', caller)
         return Collective(kind, tuple(sizes), moved, groups, times, place[1] if place else "")
+
+    def sent(self, found: re.Match, times: int | None) -> Collective:
+        kind = BETWEEN_SLICES if found[3] == "ALL_REDUCE" else f"{found[3]} over slices"
+        size = math.prod(_numbers(found[2]))
+        return Collective(kind, (size,), size * _bytes(found[1]), ((),), times, "")
 
     def joined(self, line: str, inside: str) -> list[tuple[str, str]]:
         """Dtypes and shapes of the arrays that a GPU's compiler has put behind each other to sum them as one."""

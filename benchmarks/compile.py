@@ -73,14 +73,16 @@ def table(rows: list[dict[str, Any]]) -> str:
     roles = (traffic.GRADIENT, traffic.GATHER, traffic.ACTIVATION, traffic.METRICS)
     lines = [
         "| config | parameters | machine | data x tensor | batch | arguments + temporaries + outputs, GiB | of | "
-        "TFLOP of a device | " + " | ".join(f"{role}, MB" for role in roles) + " | result |",
-        "|---" * (9 + len(roles)) + "|",
+        "TFLOP of a device | " + " | ".join(f"{role}, MB" for role in roles) + " | between slices, MB | result |",
+        "|---" * (10 + len(roles)) + "|",
     ]
     for row in rows:
         slices = f"{row['slices']} x " if row["slices"] > 1 else ""
         memory = " + ".join(f"{size / compile.GIB:.2f}" for size in row["memory"].values()) or row["overflow"]
         devices = row["mesh"]["data"] * row["mesh"]["fsdp"] * row["mesh"]["tensor"]
-        sent = [sum(use["bytes"] for use in row["traffic"] if use["role"] == role) / 1e6 for role in roles]
+        within, between = ([u for u in row["traffic"] if (u["axes"] == ["slices"]) is far] for far in (False, True))
+        sent = [sum(use["bytes"] for use in within if use["role"] == role) / 1e6 for role in roles]
+        sent.append(sum(use["bytes"] for use in between) / 1e6)
         result = "fits" if row["fits"] else "does not fit"
         cells = [row["name"], f"{row['parameters']:,}", slices + row["topology"]]
         cells += [f"{row['mesh']['data']} x {row['mesh']['tensor']}", row["batch"], memory]

@@ -77,6 +77,7 @@ ENTRY %main (h: f32[4,8]) -> f32[4,8] {
   %while.3 = (s32[], f32[4,8]) while(%state), condition=%unknown, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %gathered = (f32[2,8], f32[4,8]) all-gather-start(%h), replica_groups=[4,2]<=[2,2,2]T(2,1,0), dimensions={0}
   %wrapped_concatenate.1 = f32[10]{0} fusion(%a, %b), kind=kLoop, calls=%wrapped_concatenate_computation.1
+  %send = (bf16[2,8,128]{2,1,0}, u32[]{:S(2)}, token[]) send(%h, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
   %joined = f32[10]{0} all-reduce-start(%wrapped_concatenate.1), replica_groups={{0,1}}, to_apply=%add
   ROOT %scattered = f32[2,8]{1,0} reduce-scatter(%h), replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}, to_apply=%add, metadata={op_name="jit(step)/psum"}
 }
@@ -100,6 +101,7 @@ def test_reading() -> None:
         hlo.Collective("collective-permute", (32,), 128, ((0, 1), (1, 0)), None, ""),
         *of_body(3),
         hlo.Collective("all-gather", (32,), 128, halves, 1, ""),
+        hlo.Collective(hlo.BETWEEN_SLICES, (2048,), 4096, ((),), 1, ""),
         hlo.Collective("all-reduce", (8, 2), 40, ((0, 1),), 1, ""),
         hlo.Collective("reduce-scatter", (64,), 256, ((0, 1, 2, 3), (4, 5, 6, 7)), 1, "jit(step)/psum"),
     ]
