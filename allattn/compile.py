@@ -11,6 +11,7 @@ import re
 import jax
 import jax.numpy as jnp
 import ml_collections
+from jax.sharding import Mesh
 
 from allattn import data, hlo, sharding, topology, traffic, train
 from allattn.errors import UserError
@@ -72,9 +73,21 @@ def compile_step(config: ml_collections.ConfigDict, name: str, machine: str, sli
     params = jax.eval_shape(program.model.init, jax.random.key(0))
     parameters, tokens = sum(x.size for x in jax.tree.leaves(params)), config.train.batch * config.train.block
     flops = 3 * forward_flops(program.model.config, config.model.span.limit, config.train.block) * tokens
-    uses = traffic.judge(hlo.collectives(compiled.as_text() or ""), program) if compiled else []
+    found = hlo.collectives(compiled.as_text() or "") if compiled else []
+    if slices == 1:
+        uses = traffic.judge(found, program)
+    else:  # there the compiler has rewritten the sums beyond recognition; one slice is judged in their place
+        uses = traffic.between_slices(found) + compile_step(_of_one(config, mesh, slices), name, machine).uses
     known = (name, machine, slices, dict(mesh.shape), config.train.batch, parameters)
     return Compiled(*known, _memory(compiled), chip.memory, flops, uses, overflow)
+
+
+def _of_one(config: ml_collections.ConfigDict, mesh: Mesh, slices: int) -> ml_collections.ConfigDict:
+    """The configuration of one slice's share of rows."""
+    config = config.copy_and_resolve_references()
+    config.train.batch //= slices
+    config.mesh.data = mesh.shape["data"] // slices
+    return config
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-BETWEEN_SLICES = "sum over slices"  # through the hosts of a TPU slice: a send and a receive
+OVER_SLICES = " over slices"  # through the hosts: a send and a receive of one TPU slice with the others
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 _COLLECTIVE = re.compile(rf"= (.*?) ((?:ragged-)?(?:{'|'.join(KINDS)}))(-start)?\(")
@@ -32,7 +32,7 @@ _MESH = re.compile(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\)
 class Collective:
     """One instruction that moves data between devices."""
 
-    kind: str  # one of `KINDS`, or `BETWEEN_SLICES`
+    kind: str  # one of `KINDS`, where it is between slices with `OVER_SLICES` behind it
     sizes: tuple[int, ...]  # elements of each whole array: reduced, gathered, or to be scattered
     bytes: int  # of all of them
     groups: tuple[tuple[int, ...], ...]  # devices of a slice that take part together, by their place in the mesh
@@ -111,7 +111,7 @@ class _Program:
         return Collective(kind, tuple(sizes), moved, groups, times, place[1] if place else "")
 
     def sent(self, found: re.Match, times: int | None) -> Collective:
-        kind = BETWEEN_SLICES if found[3] == "ALL_REDUCE" else f"{found[3]} over slices"
+        kind = found[3].lower().replace("_", "-") + OVER_SLICES
         size = math.prod(_numbers(found[2]))
         return Collective(kind, (size,), size * _bytes(found[1]), ((),), times, "")
 

@@ -98,7 +98,7 @@ def mesh_over_rows() -> Mesh:
 
 def _mesh(sizes: Sequence[int], devices: Sequence[Any]) -> Mesh:
     """Devices of several TPU slices, which only a slower network joins, differ along `data` before anything else."""
-    parts = slices(devices)
+    parts = len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
     if sizes[0] % parts:
         raise UserError(f"mesh.data: expected a multiple of {parts} slices, found {sizes[0]}")
     options: dict[str, Any] = {"devices": devices, "allow_split_physical_axes": True}
@@ -107,11 +107,6 @@ def _mesh(sizes: Sequence[int], devices: Sequence[Any]) -> Mesh:
     else:
         array = mesh_utils.create_device_mesh(tuple(sizes), **options)
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def slices(devices: Sequence[Any]) -> int:
-    """Over how many TPU slices devices lie."""
-    return len({getattr(d, "slice_index", 0) for d in devices}) if devices[0].platform == "tpu" else 1
 
 
 def make_mesh(config: ml_collections.ConfigDict, chips: Sequence[Any] | None = None) -> Mesh:

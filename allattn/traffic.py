@@ -5,20 +5,19 @@ as well, it sums activations over `tensor`. Anything else is a mistake in the sh
 the attention operation.
 """
 
-import itertools
-import math
 from collections import defaultdict
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from allattn import hlo, sharding
 from allattn.train import Program
 
-SMALL = 65_536  # bytes that norms and metrics may take together; no activation is as small
-TILE = 1024  # elements
+SMALL = 65_536  # bytes that norms and metrics may take together
 GRADIENT, GATHER, METRICS, ACTIVATION = "gradient reduction", "fsdp gather", "norms and metrics", "activations"
+BETWEEN = "sums between slices"
 
 
 class Use(NamedTuple):
@@ -33,80 +32,71 @@ def judge(found: list[hlo.Collective], program: Program) -> list[Use]:
     """What every collective of a step is for.
 
     Args:
-      found: from `hlo.collectives`.
+      found: from `hlo.collectives`, of a step on one slice.
       program: whose step it is; tells collectives of parameters by their sizes.
     """
-    return list(map(_Judge(program).use, found))
+    sizes = _parameter_sizes(program)
+    uses = []
+    for collective in found:
+        axes = _axes(collective, program.mesh)
+        uses.append(Use(_role(collective, axes, sizes, program.model.config.depth), axes, collective))
+    return uses
 
 
-class _Judge:
-    """Knows the mesh, and the sizes of what a step may send.
-
-    The program for several slices is that of one of them. A sum over rows is three collectives there: a reduce-scatter
-    within the slice, a sum between slices, and a gather of the sums. They have lost their names, small arrays are
-    joined and others padded to whole tiles, so that they are judged by their sizes alone, and less strictly. On one
-    slice the same mesh gives the same collectives with names.
-    """
-
-    def __init__(self, program: Program) -> None:
-        self.shape, self.depth = dict(program.mesh.shape), program.model.config.depth
-        self.slices = sharding.slices(list(program.mesh.devices.flat))
-        self.sizes = _parameter_sizes(program, (*list(self.shape.values())[1:], self.shape["data"] // self.slices))
-
-    def use(self, found: hlo.Collective) -> Use:
-        axes = self.axes(found)
-        return Use(self.role(found, axes), axes, found)
-
-    def axes(self, found: hlo.Collective) -> tuple[str, ...]:
-        """Axes of the mesh along which devices of a group differ."""
-        if found.kind == hlo.BETWEEN_SLICES:
-            return ("slices",)
-        places = np.stack(np.unravel_index(np.array(found.groups), tuple(self.shape.values())))
-        differ = (places != places[:, :, :1]).any(axis=(1, 2))
-        return tuple(axis for axis, differs in zip(self.shape, differ, strict=True) if differs)
-
-    def role(self, found: hlo.Collective, axes: tuple[str, ...]) -> str:
-        reduces = found.kind in ("all-reduce", "reduce-scatter", hlo.BETWEEN_SLICES)
-        if sharding.OPERATION in found.place or found.times is None:
-            return ""
-        if reduces and found.times == 1 and max(found.sizes) <= self.depth:  # a number, or one for every layer
-            return METRICS
-        # where collectives are joined, names may be lost
-        backward = found.times == 1 or "transpose(" in found.place or not found.place
-        over_rows, of_parameters = bool({*sharding.ROWS, "slices"} & set(axes)), self.of_parameters(found)
-        if reduces and of_parameters and backward and over_rows:
-            return GRADIENT
-        if found.kind == "all-gather" and of_parameters and axes == ("fsdp",):
-            return GATHER
-        if found.kind == "all-gather" and of_parameters and over_rows and self.slices > 1:
-            return GRADIENT
-        return ACTIVATION if found.kind == "all-reduce" and axes == ("tensor",) else ""
-
-    def of_parameters(self, found: hlo.Collective) -> bool:
-        """Whether arrays have sizes of parameters or their gradients."""
-        if self.slices == 1:
-            return set(found.sizes) <= self.sizes
-        padded = all(any(size <= sent < size + TILE for size in self.sizes) for sent in found.sizes)
-        return found.bytes <= SMALL or padded
+def between_slices(found: list[hlo.Collective]) -> list[Use]:
+    """What a step on several slices sends between them: sums, and nothing else."""
+    far = [collective for collective in found if collective.kind.endswith(hlo.OVER_SLICES)]
+    return [Use(BETWEEN if c.kind.startswith("all-reduce") else "", ("slices",), c) for c in far]
 
 
-def _parameter_sizes(program: Program, split: tuple[int, ...]) -> set[int]:
+def _role(found: hlo.Collective, axes: tuple[str, ...], sizes: set[int], depth: int) -> str:
+    reduces, once = found.kind in ("all-reduce", "reduce-scatter"), found.times == 1
+    if sharding.OPERATION in found.place or found.times is None:
+        return ""
+    if reduces and once and max(found.sizes) <= depth:  # a number, or one for every layer
+        return METRICS
+    of_parameters = all(size in sizes for size in found.sizes)
+    backward = once or "transpose(" in found.place or not found.place  # where several are joined, names may be lost
+    if reduces and of_parameters and backward and set(axes) & set(sharding.ROWS):
+        return GRADIENT
+    if found.kind == "all-gather" and of_parameters and axes == ("fsdp",):
+        return GATHER
+    return ACTIVATION if found.kind == "all-reduce" and axes == ("tensor",) else ""
+
+
+def _axes(found: hlo.Collective, mesh: Mesh) -> tuple[str, ...]:
+    """Axes of the mesh along which devices of a group differ."""
+    shape = tuple(mesh.shape[axis] for axis in sharding.AXES)
+    places = np.stack(np.unravel_index(np.array(found.groups), shape))
+    differ = (places != places[:, :, :1]).any(axis=(1, 2))
+    return tuple(axis for axis, differs in zip(sharding.AXES, differ, strict=True) if differs)
+
+
+def _parameter_sizes(program: Program) -> set[int]:
     """Elements that an array of parameters or of their gradients may have: of a layer or of all, whole or a shard."""
-    config = program.model.config
+    config, shape = program.model.config, program.mesh.shape
     params = jax.eval_shape(program.model.init, jax.random.key(0))
     whole = {1, *(x.size for x in jax.tree.leaves(params))}
     whole |= {x.size // config.depth for x in jax.tree.leaves(params["layers"])}
     if config.layer == "transformer_xl":  # every layer computes its table of positions from parameters
         whole.add((config.limit + program.config.train.block) * config.width)
-    parts = {math.prod(chosen) for n in range(len(split) + 1) for chosen in itertools.combinations(split, n)}
+    parts = {1, shape["fsdp"], shape["tensor"], shape["fsdp"] * shape["tensor"]}
     return {size // part for size in whole for part in parts if size % part == 0}
 
 
 def violations(uses: list[Use]) -> list[str]:
     """Collectives that have no business in a step, a line each."""
     lines = [f"{u.collective.kind} of {u.collective.bytes:,} bytes in {u.collective.place}" for u in uses if not u.role]
-    small = sum(u.collective.bytes for u in uses if u.role == METRICS)
-    return lines + ([f"norms and metrics: expected at most {SMALL} bytes, found {small}"] if small > SMALL else [])
+    if (small := sent(uses, METRICS)) > SMALL:
+        lines.append(f"norms and metrics: expected at most {SMALL:,} bytes, found {small:,}")
+    if (far := sent(uses, BETWEEN)) > (near := sent(uses, GRADIENT) + sent(uses, METRICS)):
+        lines.append(f"between slices: expected no more than is summed within one, {near:,} bytes, found {far:,}")
+    return lines
+
+
+def sent(uses: list[Use], role: str) -> int:
+    """Bytes of a step that are sent for a purpose."""
+    return sum(u.collective.bytes * (u.collective.times or 1) for u in uses if u.role == role)
 
 
 def summary(uses: list[Use]) -> list[dict[str, Any]]:

@@ -70,26 +70,28 @@ def run(case: Case) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table; bytes are of whole arrays, in a step, on each device."""
-    roles = (traffic.GRADIENT, traffic.GATHER, traffic.ACTIVATION, traffic.METRICS)
+    roles = (traffic.GRADIENT, traffic.GATHER, traffic.ACTIVATION, traffic.METRICS, traffic.BETWEEN)
     lines = [
         "| config | parameters | machine | data x tensor | batch | arguments + temporaries + outputs, GiB | of | "
-        "TFLOP of a device | " + " | ".join(f"{role}, MB" for role in roles) + " | between slices, MB | result |",
-        "|---" * (10 + len(roles)) + "|",
+        "TFLOP of a device | " + " | ".join(f"{role}, MB" for role in roles) + " | result |",
+        "|---" * (9 + len(roles)) + "|",
     ]
     for row in rows:
-        slices = f"{row['slices']} x " if row["slices"] > 1 else ""
         memory = " + ".join(f"{size / compile.GIB:.2f}" for size in row["memory"].values()) or row["overflow"]
         devices = row["mesh"]["data"] * row["mesh"]["fsdp"] * row["mesh"]["tensor"]
-        within, between = ([u for u in row["traffic"] if (u["axes"] == ["slices"]) is far] for far in (False, True))
-        sent = [sum(use["bytes"] for use in within if use["role"] == role) / 1e6 for role in roles]
-        sent.append(sum(use["bytes"] for use in between) / 1e6)
+        sent = [sum(use["bytes"] for use in row["traffic"] if use["role"] == role) / 1e6 for role in roles]
         result = "fits" if row["fits"] else "does not fit"
-        cells = [row["name"], f"{row['parameters']:,}", slices + row["topology"]]
+        cells = [row["name"], f"{row['parameters']:,}", machine(row)]
         cells += [f"{row['mesh']['data']} x {row['mesh']['tensor']}", row["batch"], memory]
         cells += [f"{row['hbm'] / compile.GIB:.0f}", f"{row['flops'] / devices / 1e12:.2f}"]
         cells += [*(f"{megabytes:.3g}" for megabytes in sent), "; ".join([result, *row["violations"]])]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
+
+
+def machine(row: dict[str, Any]) -> str:
+    """The topology of a row, and how many of it."""
+    return (f"{row['slices']} x " if row["slices"] > 1 else "") + row["topology"]
 
 
 def activations(rows: list[dict[str, Any]]) -> str:
@@ -101,7 +103,7 @@ def activations(rows: list[dict[str, Any]]) -> str:
         if uses:
             each = ", ".join(f"{u['count']} in a layer, {u['bytes'] / u['times'] / 1e6:.3g} MB" for u in inside)
             rest = "".join(f"; {u['count']} in the step, {u['bytes'] / 1e6:.3g} MB" for u in once)
-            lines.append(f"- {row['name']} on {row['topology']}, tensor {row['mesh']['tensor']}: {each}{rest}")
+            lines.append(f"- {row['name']} on {machine(row)}, tensor {row['mesh']['tensor']}: {each}{rest}")
     return "\n".join(lines)
 
 

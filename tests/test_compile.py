@@ -14,6 +14,7 @@ from test_sharding import fresh
 
 from allattn import compile, config, hlo, topology, traffic
 from allattn.errors import UserError
+from benchmarks import scaling
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,7 +102,7 @@ def test_reading() -> None:
         hlo.Collective("collective-permute", (32,), 128, ((0, 1), (1, 0)), None, ""),
         *of_body(3),
         hlo.Collective("all-gather", (32,), 128, halves, 1, ""),
-        hlo.Collective(hlo.BETWEEN_SLICES, (2048,), 4096, ((),), 1, ""),
+        hlo.Collective("all-reduce over slices", (2048,), 4096, ((),), 1, ""),
         hlo.Collective("all-reduce", (8, 2), 40, ((0, 1),), 1, ""),
         hlo.Collective("reduce-scatter", (64,), 256, ((0, 1, 2, 3), (4, 5, 6, 7)), 1, "jit(step)/psum"),
     ]
@@ -228,3 +229,35 @@ def test_chips_have_the_devices_that_their_shapes_name() -> None:
         assert all(topology.chip(f"{name}:{shape}") is chip for shape in chip.shapes)
         with pytest.raises(UserError, match="expected one of"):
             topology.chip(f"{name}:5x5x5")
+
+
+# --- several slices, and scaling on paper -------------------------------------------------------------------------
+
+
+def far(kind: str, size: int) -> hlo.Collective:
+    return hlo.Collective(kind + hlo.OVER_SLICES, (size,), size, ((),), 1, "")
+
+
+def test_between_slices() -> None:
+    """Sums may pass, up to what is summed within a slice; nothing else may."""
+    near = traffic.Use(traffic.GRADIENT, ("data",), hlo.Collective("all-reduce", (9,), 100, ((0, 1),), 2, "x"))
+    uses = [near, *traffic.between_slices([near.collective, far("all-reduce", 200)])]
+    assert [use.role for use in uses] == [traffic.GRADIENT, traffic.BETWEEN] and traffic.violations(uses) == []
+    (more,) = traffic.violations([near, *traffic.between_slices([far("all-reduce", 201)])])
+    assert more == "between slices: expected no more than is summed within one, 200 bytes, found 201"
+    assert traffic.violations([near, *traffic.between_slices([far("all-gather", 1)])])
+
+
+def test_scaling_by_hand() -> None:
+    """2 and 512 chips of 16 x 16 a slice, with numbers that can be computed in the head."""
+    chip = topology.CHIPS["v5e"]
+    sent = (chip.ici, 1)  # a second's bytes in one collective
+    assert scaling.summing(sent, 1, "v5e") == 0
+    assert scaling.summing(sent, 256, "v5e") == pytest.approx(2 * 255 / 256 + 60 * scaling.HOP)
+    between = 2 * chip.ici / 256 / 2 / chip.dcn + scaling.CROSSING
+    assert scaling.summing(sent, 512, "v5e") == pytest.approx(2 * 255 / 256 + 60 * scaling.HOP + between)
+    step = scaling.Step(chip.flops * scaling.SHARE, rows=4, heads=2, gradients=(0.0, 0), activations=(0.0, 0))
+    rows = scaling.curve(step, "v5e")
+    assert [row["strong"] and row["strong"]["seconds"] for row in rows[:5]] == pytest.approx([4, 2, 1, 0.5, None])
+    assert scaling.stops(rows, "strong") == "100% at 8 chips, where rows and heads are used up"
+    assert scaling.stops(rows, "weak") == "100% at 4096 chips"
