@@ -67,10 +67,10 @@ def _folder(workdir: str, create: bool) -> epath.Path:
         expected = "a folder or a URL such as gs://bucket/run, since Orbax writes into no other kind of bucket"
         raise UserError(f"workdir: expected {expected}; found {workdir}")
     folder = (epath.Path(workdir) if remote else epath.Path(workdir).absolute()) / "checkpoints"
+    if create and distributed.index():
+        return folder  # process 0 makes it
     with bucket.reached(folder):
-        if create and distributed.index():
-            pass  # process 0 makes it
-        elif create and remote:
+        if create and remote:
             bucket.check_writable(folder.parent)
         elif create:
             folder.mkdir(parents=True, exist_ok=True)
@@ -81,10 +81,10 @@ def _folder(workdir: str, create: bool) -> epath.Path:
 
 def _unshared(theirs: str, mine: str) -> str:
     """What is wrong with the folder of a process beside that of process 0, which has made it."""
-    if theirs != mine:
-        return f"{mine} in place of {theirs}"
     there = bucket.is_url(theirs) or epath.Path(theirs).exists()
-    return "" if there else f"expected a folder that all processes share, found no {theirs} there"
+    return distributed.other(theirs, mine) or (
+        "" if there else f"expected a folder that all processes share, found no {theirs} there"
+    )
 
 
 class Checkpointer:

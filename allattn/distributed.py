@@ -117,7 +117,7 @@ def lead(name: str, action: Callable[[], T]) -> T:
     key = f"allattn/{next(_calls)}/{name}"
     if index():
         kind, _, text = _client().blocking_key_value_get(key, FOREVER_MS).partition(":")
-        if text:
+        if kind:
             raise {"UserError": UserError, "RunError": RunError}[kind](text)
         return action()
     try:
@@ -130,7 +130,12 @@ def lead(name: str, action: Callable[[], T]) -> T:
     return done
 
 
-def agree(name: str, mine: str, differences: Callable[[str, str], str]) -> None:
+def other(theirs: str, mine: str) -> str:
+    """That two texts differ, "" if they do not."""
+    return "" if mine == theirs else f"{mine} in place of {theirs}"
+
+
+def agree(name: str, mine: str, differences: Callable[[str, str], str] = other) -> None:
     """Refuse, on every process, to go on if one was started with another text than process 0.
 
     Args:

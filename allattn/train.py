@@ -319,8 +319,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     # 3. restore the state and the bucket from it, or make a fresh state, with other parameters if init_from says so
     # 4. the stream needs only the step: nothing else is restored
     distributed.agree("configuration", to_json(config), _differences)
-    place, unit = config.dataset.data_dir or None, config.dataset.unit
-    dataset = data.prepare(config.dataset.name, place, unit=unit)
+    dataset = data.prepare(config.dataset.name, config.dataset.data_dir or None, unit=config.dataset.unit)
+    distributed.agree("data set", dataset.full_name)
     trainer = Trainer(with_vocabulary(config, dataset.vocabulary.size, dataset.name), dataset)
     initial = None if resume.has_begun(workdir) else resume.warm_start(trainer)  # refused before there is a workdir
     with distributed.Preemption() as stop:
@@ -336,7 +336,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
 
 
 def _differences(theirs: str, mine: str) -> str:
-    """Fields that differ between two processes; only where they have their data may differ."""
+    """Fields that differ between two processes; only the place of their data, which must be the same, may differ."""
     places = ("on process 0", "there")
     return "; ".join(changed_fields(from_json(theirs), from_json(mine), ("dataset.data_dir",), places))
 

@@ -66,7 +66,7 @@ def main() -> None:
     """Print the table of a file."""
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
         sys.exit(f"expected a file of JSON lines, found {' '.join(sys.argv[1:]) or 'nothing'}")
-    print(report([json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines() if line.startswith("{")]))
+    print(report([json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]))
 
 
 if __name__ == "__main__":

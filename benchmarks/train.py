@@ -84,7 +84,7 @@ def evaluator(c: ml_collections.ConfigDict, params: Any, model: Model, mesh: Mes
     plan, context = evaluate.authors_plan(len(tokens), block), evaluate.context_length(model, params)
     holder = [evaluate.empty_cache(model, mesh, EVALUATED, context + block)]
     params = jax.device_put(params, sharding.shardings(mesh, params))
-    arrays = [sharding.Rows(mesh, EVALUATED).place(x_RT) for x_RT in evaluate.read_block(tokens, plan, block, 0)]
+    arrays = [*map(sharding.Rows(mesh, EVALUATED).place, evaluate.read_block(tokens, plan, block, 0))]
 
     def run() -> Any:
         holder[0], nll = evaluate.score_block(model, mesh, None, params, holder[0], context, *arrays)

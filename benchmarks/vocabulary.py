@@ -89,7 +89,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         if done.returncode:
             raise SystemExit(f"{kind}: {done.stderr.strip()[-2000:]}")
         found[kind] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{kind}: {found[kind]}", flush=True)
+        print(f"{kind}: {found[kind]}", file=sys.stderr, flush=True)
     ratios = {
         name: round(found["plain"][of] / found["adaptive"][of], 2)
         for name, of in (("time_ratio", "step_ms"), ("memory_ratio", "memory_mib"), ("rss_ratio", "peak_rss_mib"))

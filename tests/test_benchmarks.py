@@ -60,11 +60,11 @@ def test_spans_from_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["train", "evaluate"])
 def test_training_and_evaluation(mode: str) -> None:
-    command = [sys.executable, "-m", "benchmarks.train", f"--mode={mode}", "--spans=zero", "--seconds=0"]
+    command = [sys.executable, "-m", "benchmarks.train", f"--mode={mode}", "--spans=zero", "--seconds=2"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     promised = {"tokens_per_s", "matmul_gflops", "share", "peak_memory_mb", "date", "commit"}
-    assert promised <= set(found) and found["share"] > 0 and len(found["matmul_gflops"]) == 2
+    assert promised <= set(found) and 0 < found["share"] < 1 and len(found["matmul_gflops"]) == 2
 
 
 def test_the_gpu_table(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Dimension key: B row of the batch.
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -155,6 +156,20 @@ def test_different_configurations(tmp_path: Path) -> None:
         found = "process 2 has another configuration than process 0: seed: 0 on process 0, 1 there"
         expect(three.results(), 2, f"allattn: {found}")
     assert not workdir.exists()
+
+
+def test_different_texts(tmp_path: Path) -> None:
+    """Each process may have its data in a place of its own, but they must be the same data."""
+    folders = [tmp_path / "0", tmp_path / "1"]
+    texts = [write_texts(folder) for folder in folders if not folder.mkdir()]
+    (texts[1] / "valid.txt").write_bytes((texts[1] / "valid.txt").read_bytes()[::-1])
+    with train(texts[0], tmp_path / "run", 2, 1, each=lambda i: {"dataset__data_dir": texts[i]}) as two:
+        results = two.results()
+    line = results[0].err.strip().splitlines()[-1]
+    name = r"files/byte-\w+/1.0.0"
+    assert re.fullmatch(rf"allattn: process 1 has another data set than process 0: {name} in place of {name}", line)
+    expect(results, 2, line)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_mistake_that_process_0_finds(tmp_path: Path) -> None:

@@ -61,10 +61,13 @@ class Tokens:
 
 
 class Dataset:
-    """A prepared data set: `name`, `path` of its records, `vocabulary`, and the tokens of each split."""
+    """A prepared data set: `name`, `path` of its records, `vocabulary`, and the tokens of each split.
+
+    `full_name` tells it from all others, of `files` by the contents of the texts.
+    """
 
     def __init__(self, builder: "TextBuilder") -> None:
-        self.name = builder.name
+        self.name, self.full_name = builder.name, builder.info.full_name
         self.path = Path(builder.data_path)
         self.vocabulary = Vocabulary.from_json(builder.info.metadata["vocabulary"])
         self._builder = builder
