@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from command_line import Result, flags, write_texts
 
+from allattn import data
+
 ROOT = Path(__file__).resolve().parents[1]
 # Four devices or more share rows, heads and parameters; nothing depends on the number of steps.
 RUN = {"model__width": 32, "model__heads": 2, "train__batch": 8, "train__finetune_steps": 0, "checkpoint__every": 10}
@@ -28,6 +30,19 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("localhost", 0))
         return found.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes share what is prepared, and leave nothing behind."""
+    monkeypatch.setenv("ALLATTN_DATA_DIR", str(tmp_path / "prepared"))
+
+
+def prepared_texts(folder: Path) -> Path:
+    """Texts that are prepared already, so that a process has nothing to say of that."""
+    texts = write_texts(folder)
+    data.prepare("files", texts)
+    return texts
 
 
 class Processes:
@@ -92,7 +107,7 @@ def wait_for(path: Path, seconds: float = 150) -> None:
 
 def test_killed_and_resumed_on_other_meshes(tmp_path: Path) -> None:
     """2 processes x 4 devices are killed and go on as 4 x 2 and as 1 x 8: the losses of one process and one device."""
-    texts, workdir, other = write_texts(tmp_path), tmp_path / "run", tmp_path / "other"
+    texts, workdir, other = prepared_texts(tmp_path), tmp_path / "run", tmp_path / "other"
     with train(texts, workdir, 2, 4, train__steps=100_000, mesh__fsdp=2, mesh__tensor=2) as first:
         wait_for(workdir / "checkpoints" / "20")
         first.send(signal.SIGKILL)
@@ -114,7 +129,7 @@ def test_killed_and_resumed_on_other_meshes(tmp_path: Path) -> None:
 
 def test_a_machine_that_is_taken_away(tmp_path: Path) -> None:
     """SIGTERM to one of two processes: both save and exit with 75; the run goes on; only process 0 writes logs."""
-    texts, workdir = write_texts(tmp_path), tmp_path / "run"
+    texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
     with train(texts, workdir, 2, 1, train__steps=100_000, checkpoint__every=100_000) as both:
         wait_for(workdir / "metrics.jsonl")
         both.running[1].send_signal(signal.SIGTERM)
@@ -132,7 +147,7 @@ def test_a_machine_that_is_taken_away(tmp_path: Path) -> None:
 
 def test_a_single_process_that_is_taken_away_while_it_scores(tmp_path: Path) -> None:
     """The state is saved without a score on dev."""
-    texts, workdir = write_texts(tmp_path), tmp_path / "run"
+    texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
     (texts / "valid.txt").write_bytes((texts / "valid.txt").read_bytes() * 3000)
     changes = {"train__steps": 100_000, "evaluate__every": 3, "checkpoint__every": 100_000}
     with train(texts, workdir, 1, 1, **changes) as run:
@@ -151,7 +166,7 @@ def expect(results: list[Result], code: int, line: str) -> None:
 
 
 def test_different_configurations(tmp_path: Path) -> None:
-    texts, workdir = write_texts(tmp_path), tmp_path / "run"
+    texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
     with train(texts, workdir, 3, 1, each=lambda i: {"seed": int(i == 2), "train__batch": 6}) as three:
         found = "process 2 has another configuration than process 0: seed: 0 on process 0, 1 there"
         expect(three.results(), 2, f"allattn: {found}")
@@ -160,9 +175,10 @@ def test_different_configurations(tmp_path: Path) -> None:
 
 def test_different_texts(tmp_path: Path) -> None:
     """Each process may have its data in a place of its own, but they must be the same data."""
-    folders = [tmp_path / "0", tmp_path / "1"]
-    texts = [write_texts(folder) for folder in folders if not folder.mkdir()]
-    (texts[1] / "valid.txt").write_bytes((texts[1] / "valid.txt").read_bytes()[::-1])
+    texts = [prepared_texts(tmp_path), tmp_path / "other"]
+    shutil.copytree(*texts)
+    (texts[1] / "valid.txt").write_bytes((texts[0] / "valid.txt").read_bytes()[::-1])
+    data.prepare("files", texts[1])
     with train(texts[0], tmp_path / "run", 2, 1, each=lambda i: {"dataset__data_dir": texts[i]}) as two:
         results = two.results()
     line = results[0].err.strip().splitlines()[-1]
@@ -182,7 +198,7 @@ def test_a_mistake_that_process_0_finds(tmp_path: Path) -> None:
 
 
 def test_workdir_that_is_not_shared(tmp_path: Path) -> None:
-    texts = write_texts(tmp_path)
+    texts = prepared_texts(tmp_path)
 
     def words(i: int, started: Processes) -> list[str]:
         place = [f"--coordinator=localhost:{started.port}", "--processes=2", f"--process={i}"]
