@@ -221,7 +221,7 @@ class RunProgress:
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show how far the run is and its latest numbers."""
-        unit, form = self._unit, "{:.3f}" if self._unit == "bpc" else "{:.2f}"
+        unit, form = self._unit, "{:.3f}" if self._unit == "bpc" else "{:.6g}"  # e100 at the start
         names = ((unit, f"{form} {unit}"), ("tokens_per_s", "{:,.0f} tokens/s"), (f"dev_{unit}", f"dev {form} {unit}"))
         line = "  ".join(text.format(values[name]) for name, text in names if name in values)
         self._bar.update(self._task, completed=step, line=line)

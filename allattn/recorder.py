@@ -91,7 +91,7 @@ class Recorder:
         self._dev = {f"dev_{name}": scores[name] for name in ("nll", "bpc", "ppl", "ppl_words") if name in scores}
         self._writer.write_scalars(step, self._dev)
         protocol = self._config.evaluate.protocol
-        score = f"{scores['ppl']:.2f} ppl" if "ppl_words" in scores else f"{scores['bpc']:.4f} bpc"
+        score = f"{scores['ppl']:.6g} ppl" if "ppl_words" in scores else f"{scores['bpc']:.4f} bpc"
         self._progress.message(f"step {step}: dev {score}, {protocol}, {scores['tokens']} tokens")
         self._time += time.perf_counter() - began
         return scores

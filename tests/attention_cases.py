@@ -32,12 +32,16 @@ class Case:
     query_start: int | tuple[int, ...] | None = None
     key_start: int | tuple[int, ...] = 0
     dropout: float = 0.0
+    magnitude: float = 1.0  # of the queries
 
 
 CASES = {
     "plain": Case(),
     "no spans": Case(spans=None, ramp=0),
     "ties and full": Case(H=4, spans=(0.0, 3.0, 12.0, 11.25)),
+    "spans that hide large logits": Case(H=4, spans=(0.0, 3.0, 5.0, 3e-4), magnitude=15.0),
+    "the same with dropout": Case(H=4, spans=(0.0, 3.0, 5.0, 3e-4), magnitude=15.0, dropout=0.3, two_queries=True),
+    "nothing but ties": Case(T=8, N=0, spans=(0.0, 1.0), ramp=1, query_start=0, key_start=3),
     "one query": Case(T=1),
     "one head": Case(H=1, spans=(5.5,)),
     "several tiles": Case(T=21, S=60, L=30, spans=(9.0, 30.0)),
@@ -67,7 +71,7 @@ def arrays(case: Case, dtype: Any = np.float32, seed: int = 0) -> dict[str, Any]
         return jnp.asarray(rng.normal(size=shape).astype(np.float32), dtype)
 
     B, T, S, H, K, L, N = case.B, case.T, case.S, case.H, case.K, case.L, case.N
-    found = {"query": normal(B, T, H, K), "key": normal(B, S, H, K), "value": normal(B, S, H, K)}
+    found = {"query": case.magnitude * normal(B, T, H, K), "key": normal(B, S, H, K), "value": normal(B, S, H, K)}
     found["position_HLK"] = normal(case.position_heads, L, K)
     found["persistent_key_HNK"], found["persistent_value_HNK"] = normal(H, N, K), normal(H, N, K)
     if case.two_queries:

@@ -54,18 +54,29 @@ def test_bfloat16(name: str, implementation: str) -> None:
     assert error(found, expected) <= 2e-2
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the papers' code adds 1e-8 to the row's sum, which bounds this; ours does not yet"
-)
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
 def test_gradient_of_a_span_whose_end_hides_a_large_logit(implementation: str) -> None:
-    """As in WikiText-103's first layer, whose inputs are sqrt(D) times as large as those of the others."""
-    case = CASES["ties and full"]
-    inputs = arrays(case)
-    inputs["query"] = 100 * inputs["query"]
-    with jax.default_matmul_precision("highest"):
-        found = results(case, inputs, implementation)["span"]
-    assert np.abs(found).max() < 1e12
+    """As in WikiText-103's first layer, whose inputs are sqrt(D) times as large as those of the others: e^60 and more.
+
+    At the distance where m = 0 the derivative is min(exp(logit) / sum, 1e5) times what a weight there would add.
+    """
+    inputs = arrays(Case(B=1, T=1, S=8, H=1, K=4, L=8, N=0, magnitude=0), np.float32)
+    inputs["query"], inputs["span_H"] = jnp.ones_like(inputs["query"]), jnp.array([2.0])
+    value_S = np.arange(8.0)
+    inputs["value"] = inputs["value"].at[..., 0].set(value_S[:, None])
+
+    def first_of_output(span_H: jax.Array, excess: float) -> jax.Array:  # ramp 2: the tie is distance 5, key 2
+        key = jnp.zeros_like(inputs["key"]).at[:, 2].set(excess / 2)  # four lanes at a scale of 1 / 2
+        positionless = inputs | {"key": key, "position_HLK": jnp.zeros_like(inputs["position_HLK"]), "span_H": span_H}
+        return call(positionless, ramp=2, implementation=implementation)[0, 0, 0, 0]
+
+    mask_D = np.array([1, 1, 1, 0.5])  # distances 1 to 4: keys 6 to 3
+    mean = (mask_D * value_S[6:2:-1]).sum() / mask_D.sum()
+    for excess in (3.0, 60.0, 200.0):
+        found = jax.grad(first_of_output)(inputs["span_H"], excess)[0]
+        on_ramp = (value_S[3:5] - mean).sum() / mask_D.sum()  # distances 4 and 3, whose m is 1/2 and, tied, 1
+        at_tie = min(np.exp(excess) / mask_D.sum(), 1e5) * (value_S[2] - mean)
+        np.testing.assert_allclose(found, (on_ramp + at_tie) / 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

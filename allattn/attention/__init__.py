@@ -46,7 +46,8 @@ def all_attention(
     Query t sits at key index query_start + t, key j at distance d = query_start + t - j from it. The pair counts when
     first_distance <= d < first_distance + L and key_start <= j < S. Its weight is m(d) exp(scale (q.k_j + q'.p_d)),
     a persistent pair's exp(scale q.k_n), all divided by their sum (Sukhbaatar et al. 2019, arXiv 1907.01470, eq. 5 to
-    9; m(d) from arXiv 1905.07799, eq. 4). With no pair at all, output and gradients are 0.
+    9; m(d) from arXiv 1905.07799, eq. 4). With no pair at all, output and gradients are 0. A pair's exp(logit) over
+    the sum, the weight's derivative with regard to m, counts as 1e5 at most (it is larger only where m is almost 0).
 
     Args:
       query_BTHK: queries; float32, bfloat16 or (under x64) float64, which every other array shares.

@@ -37,7 +37,7 @@ from allattn.attention.gpu_units import (
     zeros,
 )
 from allattn.attention.kernels import dot, pair_gradients
-from allattn.attention.span import NOTHING, ramp_position
+from allattn.attention.span import LARGEST, NOTHING, ramp_position
 from allattn.attention.tiles import Static
 
 Array = jax.Array
@@ -84,7 +84,9 @@ class Softmax(NamedTuple):
         return Softmax(top_T1, total_T1, self.sum_TK * shrink_T1 + dot(weight_TX.astype(value_XK.dtype), value_XK))
 
     def log_sum(self) -> Array:
-        return self.top_T1 + jnp.log(jnp.where(self.total_T1 > 0, self.total_T1, 1))
+        """Of no pair, so much that the backward pass gives every weight 0."""
+        seen_T1 = self.total_T1 > 0
+        return jnp.where(seen_T1, self.top_T1 + jnp.log(jnp.where(seen_T1, self.total_T1, 1)), -NOTHING)
 
 
 def forward(static: Static, sizes: Sizes, *refs: Any) -> None:
@@ -174,7 +176,8 @@ def key_gradients(static: Static, sizes: Sizes, *refs: Any) -> None:
                 if exists_CT is not None:  # where m = 0 nothing bounds the logit, and inf x 0 is not a number
                     ramp_CT = ramp_position(distance_CT, unit.span, static.ramp)
                     bare_CT = jnp.where(exists_CT & (ramp_CT >= 0), jnp.minimum(weight_CT, 1e30), 0)
-                    d_span += jnp.sum(jnp.where((ramp_CT >= 0) & (ramp_CT <= 1), bare_CT * d_weight_CT, 0))
+                    d_mask_CT = jnp.minimum(bare_CT, LARGEST) * d_weight_CT
+                    d_span += jnp.sum(jnp.where((ramp_CT >= 0) & (ramp_CT <= 1), d_mask_CT, 0))
                     weight_CT = bare_CT * jnp.clip(ramp_CT, 0, 1)
                 d_logits_CT = (weight_CT * d_weight_CT).astype(by_position.dtype)
                 write(by_position, unit.place(query_1T, key_C1), exists_CT, d_logits_CT)

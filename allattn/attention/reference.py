@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from allattn.attention import dropout
-from allattn.attention.span import ramp_position
+from allattn.attention.span import LARGEST, ramp_position
 
 Array = jax.Array
 
@@ -86,9 +86,14 @@ def all_attention(
     top_BHT = jnp.max(jnp.where(weighed_BHTS, logits_BHTS, -jnp.inf), axis=-1, initial=-jnp.inf)
     top_BHT = jnp.maximum(top_BHT, jnp.max(persistent_BHTN, axis=-1, initial=-jnp.inf))
     top_BHT = jax.lax.stop_gradient(jnp.where(jnp.isfinite(top_BHT), top_BHT, 0))[..., None]
-    excess_BHTS = jnp.minimum(logits_BHTS - top_BHT, 80)  # where the ramp touches 0 it is unbounded, and inf 0 is NaN
-    context_BHTS = jnp.exp(jnp.where(counts_BHTS, excess_BHTS, 0)) * jnp.where(counts_BHTS, mask_BHTS, 0)
     persistent_BHTN = jnp.exp(persistent_BHTN - top_BHT)
+    excess_BHTS = jnp.minimum(logits_BHTS - top_BHT, 80)  # where the ramp touches 0 it is unbounded, and inf 0 is NaN
+    bare_BHTS = jnp.exp(jnp.where(counts_BHTS, excess_BHTS, 0))  # before the mask m
+    mask_BHTS = jnp.where(counts_BHTS, mask_BHTS, 0)
+    context_BHTS = bare_BHTS * jax.lax.stop_gradient(mask_BHTS)
+    total_BHT = jax.lax.stop_gradient(context_BHTS.sum(-1, keepdims=True) + persistent_BHTN.sum(-1, keepdims=True))
+    slope_BHTS = jax.lax.stop_gradient(jnp.minimum(bare_BHTS, LARGEST * total_BHT))
+    context_BHTS += slope_BHTS * (mask_BHTS - jax.lax.stop_gradient(mask_BHTS))  # 0, with the derivative for m
 
     total_BHT = context_BHTS.sum(-1, keepdims=True) + persistent_BHTN.sum(-1, keepdims=True)
     total_BHT = jnp.where(total_BHT > 0, total_BHT, 1)  # no key at all and N = 0: weights, output and gradients are 0

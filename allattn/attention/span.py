@@ -5,9 +5,9 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-# Stands for m = 0 where the ramp just touches zero: small enough to add nothing, large enough that its product with
-# exp(logit - max) stays a normal float32, so that d log m / d span = 1 / (R m) gives the tie its full gradient.
-TIE = 1e-30
+# A pair's exp(logit) over the row's sum is its derivative with regard to m. Nothing bounds it where m = 0, so it counts
+# as this at most, which it cannot exceed where m is 1e-5 or more: see docs/exactness.md.
+LARGEST = 1e5
 # The logit of a pair that does not count: far below any real one, yet finite, so that no inf - inf can arise.
 NOTHING = -1e30
 
@@ -27,9 +27,14 @@ def ramp_position(distance: Array, span: Array, ramp: int) -> Array:
 
 
 def log_span_mask(distance: Array, span: Array, ramp: int) -> Array:
-    """log m(d), finite everywhere: NOTHING beyond the ramp, log TIE where the ramp touches zero."""
+    """log m(d), finite everywhere: NOTHING where m = 0."""
     position = ramp_position(distance, span, ramp)
-    return jnp.where(position >= 0, jnp.log(jnp.clip(position, TIE, 1)), NOTHING)
+    return jnp.where(position > 0, jnp.log(jnp.where(position > 0, jnp.minimum(position, 1), 1)), NOTHING)
+
+
+def last_distance(span: Array, ramp: int) -> Array:
+    """The farthest distance within reach, int32: m is below 1 / ramp there, and 0 for a span of whole tokens."""
+    return jnp.floor(span).astype(jnp.int32) + ramp + 1
 
 
 def reach(span: Array, ramp: int, first_distance: int, limit: int) -> Array:
@@ -44,5 +49,4 @@ def reach(span: Array, ramp: int, first_distance: int, limit: int) -> Array:
     Returns:
       int32 of span's shape, in [0, limit].
     """
-    last = jnp.floor(span).astype(jnp.int32) + ramp + 1
-    return jnp.clip(last - first_distance + 1, 0, limit)
+    return jnp.clip(last_distance(span, ramp) - first_distance + 1, 0, limit)

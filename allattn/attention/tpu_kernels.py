@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from allattn.attention import dropout
 from allattn.attention.kernels import CallSizes, dot, dropout_factors, pair_gradients
-from allattn.attention.span import NOTHING, ramp_position
+from allattn.attention.span import LARGEST, NOTHING, ramp_position
 from allattn.attention.tiles import Static
 
 Array = jax.Array
@@ -211,7 +211,7 @@ def forward_kernel(static: Static, sizes: Sizes, *refs: Any) -> None:
         @pl.when(step == sizes.key_steps - 1)
         def _finish() -> None:
             total_T1 = jnp.where(total[p] > 0, total[p], 1)
-            lse_T1 = top[p] + jnp.log(total_T1)
+            lse_T1 = jnp.where(total[p] > 0, top[p] + jnp.log(total_T1), -NOTHING)  # backward, weights of 0
             out[:, lanes] = (sums[p] / total_T1).astype(out.dtype)
             lse[:, p : p + 1], mass[:, p : p + 1] = lse_T1, jnp.exp(persistent_lse[p] - lse_T1)
 
@@ -284,7 +284,8 @@ def backward_kernel(static: Static, sizes: Sizes, *refs: Any) -> None:
             if static.dropout_rate:
                 kept_TC = _kept(static, place, numbers, row, head, dropout.CONTEXT, distance_TC)
                 d_weight_TC, dropped_TC = d_weight_TC * kept_TC, weight_TC * kept_TC
-            d_mask_TC = jnp.where((ramp_TC >= 0) & (ramp_TC <= 1), bare_TC * (d_weight_TC - delta_T1), 0)
+            d_mask_TC = jnp.minimum(bare_TC, LARGEST) * (d_weight_TC - delta_T1)
+            d_mask_TC = jnp.where((ramp_TC >= 0) & (ramp_TC <= 1), d_mask_TC, 0)
             d_span[p : p + 1] += jnp.sum(d_mask_TC) / static.ramp
             d_logits_TC = weight_TC * (d_weight_TC - delta_T1) * static.scale
             d_window_TW = _unskew(d_logits_TC, offset, sizes.window).astype(dtype)

@@ -12,6 +12,7 @@ P the same padded to R + T + 1, A width and the span's bias.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 from allattn.attention import dropout
 from allattn.attention.first_order import first_order
-from allattn.attention.span import NOTHING, TIE, ramp_position, reach
+from allattn.attention.span import LARGEST, NOTHING, last_distance, ramp_position, reach
 from allattn.attention.tiles import (
     Dynamic,
     Head,
@@ -109,17 +110,22 @@ def _logits(tile: Tile, position_AP: Array, head: Head) -> tuple[Array, Array]:
     return context_GTC, _dot("gtk,kn->gtn", tile.query_GTK, head.persistent_key_KN)
 
 
-def _kept(static: Static, shape: Shape, R: int, tile: Tile, head: Head, dynamic: Dynamic) -> tuple[Array, Array]:
-    """Dropout's factors, 0 or 1 / (1 - rate), for the windows and for the persistent pairs."""
-    G, T, C = shape.rows(R), shape.tile(R), R + shape.tile(R)
+def _factors(static: Static, tile: Tile, head: Head, dynamic: Dynamic, domain: int, index_TX: Array) -> Array:
+    """Dropout's factors of weights that each query of a tile knows by an index, as factors_GTX."""
+    G, T = tile.query_GTK.shape[:2]
     row_G1 = (dynamic.row_offset + tile.first_row + jnp.arange(G))[:, None]
     place = (dynamic.dropout_seed, row_G1, dynamic.head_offset + head.number, tile.first_query + jnp.arange(T))
-    context_GT, persistent_GT = (dropout.query_key(*place, domain) for domain in (dropout.CONTEXT, dropout.PERSISTENT))
+    kept_GTX = dropout.keep(dropout.query_key(*place, domain)[..., None], index_TX, static.dropout_rate)
+    return kept_GTX / (1 - static.dropout_rate)
+
+
+def _kept(static: Static, shape: Shape, R: int, tile: Tile, head: Head, dynamic: Dynamic) -> tuple[Array, Array]:
+    """Dropout's factors, 0 or 1 / (1 - rate), for the windows and for the persistent pairs."""
+    T, C = shape.tile(R), R + shape.tile(R)
     distance_TC = static.first_distance + R - 1 + jnp.arange(T)[:, None] - jnp.arange(C)
-    rate = static.dropout_rate
     return (
-        dropout.keep(context_GT[..., None], distance_TC, rate) / (1 - rate),
-        dropout.keep(persistent_GT[..., None], jnp.arange(shape.N), rate) / (1 - rate),
+        _factors(static, tile, head, dynamic, dropout.CONTEXT, distance_TC),
+        _factors(static, tile, head, dynamic, dropout.PERSISTENT, jnp.arange(shape.N)[None]),
     )
 
 
@@ -136,13 +142,14 @@ def _head_forward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dyn
         context_GTC, persistent_GTN = jnp.exp(context_GTC - top_GT1), jnp.exp(persistent_GTN - top_GT1)
         persistent_GT1 = persistent_GTN.sum(2, keepdims=True)
         total_GT1 = context_GTC.sum(2, keepdims=True) + persistent_GT1
-        total_GT1 = jnp.where(total_GT1 > 0, total_GT1, 1)
+        seen_GT1 = total_GT1 > 0
+        total_GT1 = jnp.where(seen_GT1, total_GT1, 1)
         if static.dropout_rate:
             kept_GTC, kept_GTN = _kept(static, shape, R, tile, head, dynamic)
             context_GTC, persistent_GTN = context_GTC * kept_GTC, persistent_GTN * kept_GTN
         out_GTK = _dot("gtc,gkc->gtk", context_GTC, tile.value_GKC)
         out_GTK += _dot("gtn,kn->gtk", persistent_GTN, head.persistent_value_KN)
-        lse_GT1 = top_GT1 + jnp.log(total_GT1)
+        lse_GT1 = jnp.where(seen_GT1, top_GT1 + jnp.log(total_GT1), -NOTHING)  # for weights of 0 in the backward pass
         return out_GTK / total_GT1, (persistent_GT1 / total_GT1)[..., 0], lse_GT1[..., 0]
 
     results = jax.lax.map(one_tile, jnp.arange(shape.tiles(R)))
@@ -172,6 +179,7 @@ class Sums(NamedTuple):
     position_AP: Array
     persistent_key_KN: Array
     persistent_value_KN: Array
+    end: Array
 
 
 def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic, extra: tuple):
@@ -206,10 +214,11 @@ def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dy
             position_AP=sums.position_AP + _dot_rows(tile.position_query_GTA, d_position_GTP),
             persistent_key_KN=sums.persistent_key_KN + _dot_rows(tile.query_GTK, d_persistent_GTN),
             persistent_value_KN=sums.persistent_value_KN + _dot_rows(d_out_GTK, dropped_GTN),
+            end=sums.end + _end_gradient(static, R, tile, position_AP, head, dynamic, *taken[1]),
         )
         return sums, (d_query_GTK * static.scale, d_position_query_GTK * static.scale)
 
-    of = (head.key_BKS, head.value_BKS, position_AP, head.persistent_key_KN, head.persistent_value_KN)
+    of = (head.key_BKS, head.value_BKS, position_AP, head.persistent_key_KN, head.persistent_value_KN, head.span)
     zeros = Sums._make(jnp.zeros(x.shape, position_AP.dtype) for x in of)
     sums, d_queries = jax.lax.scan(one_tile, zeros, (jnp.arange(by_tile[0].shape[0]), by_tile))
     real = slice(shape.left, shape.left + shape.S)
@@ -220,7 +229,7 @@ def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dy
         jnp.pad(sums.position_AP[:-1, :R][:, ::-1].T, ((0, head.position_KL.shape[1] - R), (0, 0))),
         sums.persistent_key_KN.T,
         sums.persistent_value_KN.T,
-        _span_gradient(static, R, head.span, sums.position_AP[-1, :R]),
+        _span_gradient(static, R, head.span, sums.position_AP[-1, :R]) + sums.end / static.ramp,
     )
 
 
@@ -231,8 +240,31 @@ def _add_at(sum_BKS: Array, tile: Tile, window_GKC: Array) -> Array:
 
 
 def _span_gradient(static: Static, R: int, span: Array, d_bias_R: Array) -> Array:
-    """d loss / d span through log m: 1 / (ramp m) on the ramp, both of its ends included, 0 elsewhere."""
+    """d loss / d span through log m: 1 / (ramp m) on the ramp, its near end included, where m is not almost 0."""
     position_R = ramp_position(static.first_distance + R - 1 - jnp.arange(R), span, static.ramp)
-    on_ramp_R = (position_R >= 0) & (position_R <= 1)
-    slope_R = 1 / (static.ramp * jnp.clip(position_R, TIE, 1))
+    on_ramp_R = (position_R >= 1 / LARGEST) & (position_R <= 1)
+    slope_R = 1 / (static.ramp * jnp.where(on_ramp_R, position_R, 1))
     return jnp.sum(jnp.where(on_ramp_R, d_bias_R * slope_R, 0))
+
+
+def _end_gradient(static, R, tile: Tile, position_AP, head: Head, dynamic, d_out_GTK, lse_GT1, delta_GT1) -> Array:
+    """A tile's d loss / d m at the last distance, if m is almost 0: through log m nothing would limit it."""
+    T, K = d_out_GTK.shape[1:]
+    last = last_distance(head.span, static.ramp)
+    column = static.first_distance + R - 1 - last  # of query 0; below 0, the table ends before the ramp does
+
+    def at_last() -> Array:
+        key_GKT, value_GKT = (jax.lax.dynamic_slice_in_dim(x, column, T, 2) for x in (tile.key_GKC, tile.value_GKC))
+        position_K = jax.lax.dynamic_index_in_dim(position_AP, column, 1, keepdims=False)[:K]
+        logits_GT = _dot("gtk,gkt->gt", tile.query_GTK, key_GKT)
+        logits_GT += _dot("gtk,k->gt", tile.position_query_GTA[..., :K], position_K)
+        if tile.absent_C is not None:
+            logits_GT += jax.lax.dynamic_slice_in_dim(tile.absent_C, column, T)
+        d_weight_GT = _dot("gtk,gkt->gt", d_out_GTK, value_GKT)
+        if static.dropout_rate:
+            d_weight_GT *= _factors(static, tile, head, dynamic, dropout.CONTEXT, last[None, None])[..., 0]
+        bare_GT = jnp.exp(jnp.minimum(logits_GT - lse_GT1[..., 0], math.log(LARGEST)))
+        return jnp.sum(bare_GT * (d_weight_GT - delta_GT1[..., 0]))
+
+    almost_0 = ramp_position(last, head.span, static.ramp) < 1 / LARGEST
+    return jax.lax.cond(almost_0 & (column >= 0), at_last, lambda: jnp.zeros_like(head.span))
