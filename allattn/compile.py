@@ -139,8 +139,8 @@ def advice(found: Compiled, config: ml_collections.ConfigDict) -> str:
     if rows > 1:
         parts = next(n for n in range(2, rows + 1) if rows % n == 0)
         return f"--config.train.accumulation={train_config.accumulation * parts}"
-    if not train_config.remat:
-        return "--config.train.remat=true"
+    if train_config.remat != "layer":
+        return f"--config.train.remat={'layer' if train_config.remat else 'projections'}"
     if mesh["data"] > 1:
         return f"--config.mesh.fsdp={mesh['fsdp'] * mesh['data']}, which splits parameters and optimizer state"
     return "a chip with more memory"

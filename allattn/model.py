@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from allattn.attention import IMPLEMENTATIONS, all_attention
+from allattn.attention import IMPLEMENTATIONS, all_attention, residuals
 from allattn.baselines import TransformerXL
 from allattn.config import check_clusters, check_ranges
 from allattn.errors import UserError
@@ -24,6 +24,10 @@ Array = jax.Array
 Params = dict[str, Any]
 
 DTYPES = ("float32", "bfloat16", "float64")
+RECOMPUTED = {  # train.remat: what of a layer is kept for the backward pass, which computes the rest again
+    "projections": jax.checkpoint_policies.save_only_these_names(residuals.NAME),
+    "layer": jax.checkpoint_policies.nothing_saveable,
+}
 LAYERS = {"all_attention": AllAttention, "transformer": Transformer, "transformer_xl": TransformerXL}
 
 
@@ -54,7 +58,7 @@ class ModelConfig:
     pre_norm: bool = False
     same_length: bool = False  # Transformer-XL in evaluation: every query sees `limit` distances, wherever in the block
     clamp: int = 0  # and distances beyond it look like it; 0: none does
-    remat: bool = False  # config.train.remat
+    remat: str = ""  # config.train.remat
 
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict) -> "ModelConfig":
@@ -69,6 +73,8 @@ class ModelConfig:
         for name, known in choices.items():
             if model[name] not in known:
                 raise UserError(f"model.{name}: expected one of {known}, found {model[name]!r}")
+        if config.train.remat not in ("", *RECOMPUTED):
+            raise UserError(f"train.remat: expected one of {('', *RECOMPUTED)}, found {config.train.remat!r}")
         if model.width % model.heads:
             raise UserError(f"model.heads: expected a divisor of model.width {model.width}, found {model.heads}")
         if span.init > 1:
@@ -222,7 +228,7 @@ class Network(nnx.Module):
 
         seeds = None if seeds_X is None else seeds_X[: config.depth]
         h_BTD = drop(first, self.io.embed(tokens_BT, dtype), config.embedding_dropout)
-        body = jax.checkpoint(body) if config.remat else body
+        body = jax.checkpoint(body, policy=RECOMPUTED[config.remat]) if config.remat else body
         h_BTD, (new, mass_XBH) = jax.lax.scan(body, h_BTD, (state, cache, seeds))
         return Forward(drop(last, h_BTD, config.embedding_dropout), new, mass_XBH)
 

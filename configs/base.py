@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
     c.train.batch = 64  # rows of the stream, over all devices
     c.train.block = 512  # tokens of each row per step
     c.train.accumulation = 1  # parts that a batch is split into, for memory; changes nothing else
-    c.train.remat = False  # recompute each layer in the backward pass, for memory
+    c.train.remat = ""  # what the backward pass computes again, for memory: projections (all but attention), layer
     c.train.init_from = ""  # workdir whose newest parameters this run starts from; "": random ones
     c.train.steps = 450_000
     c.train.finetune_steps = 30_000  # further steps at a tenth of the rate

@@ -208,9 +208,10 @@ def test_no_compiler() -> None:
     [
         ((4, 1, 1), {}, "--config.train.accumulation=2"),
         ((4, 1, 1), {"train.accumulation": "8"}, "--config.train.accumulation=16"),
-        ((64, 1, 1), {}, "--config.train.remat=true"),
-        ((64, 1, 1), {"train.remat": "true"}, "--config.mesh.fsdp=64"),
-        ((1, 64, 1), {"train.remat": "true"}, "a chip with more memory"),
+        ((64, 1, 1), {}, "--config.train.remat=projections"),
+        ((64, 1, 1), {"train.remat": "projections"}, "--config.train.remat=layer"),
+        ((64, 1, 1), {"train.remat": "layer"}, "--config.mesh.fsdp=64"),
+        ((1, 64, 1), {"train.remat": "layer"}, "a chip with more memory"),
     ],
 )
 def test_what_to_change(mesh: tuple[int, ...], changes: dict[str, str], setting: str) -> None:

@@ -5,9 +5,11 @@ K head width, D model width, V vocabulary.
 """
 
 import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -285,3 +287,31 @@ def test_bfloat16() -> None:
         assert {x.dtype for x in jax.tree.leaves(trees)} == {jnp.dtype("float32")}
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.01)
     assert losses["bfloat16"] != losses["float32"]
+
+
+def occurrences(jaxpr: Any, name: str) -> int:
+    """How often a primitive stands in a program, in the programs inside it as well."""
+    inner = [x for eqn in jaxpr.eqns for x in jax.tree.leaves(list(eqn.params.values()))]
+    inner = [getattr(x, "jaxpr", x) for x in inner if hasattr(getattr(x, "jaxpr", x), "eqns")]
+    return sum(eqn.primitive.name == name for eqn in jaxpr.eqns) + sum(occurrences(x, name) for x in inner)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu", "pallas_gpu"])
+def test_what_is_recomputed(implementation: str) -> None:
+    """`layer` runs the forward pass of the operation twice, `projections` once, and keeps less than all."""
+    mark, tokens_BT = "reduce_max" if implementation == "xla" else "pallas_call", jnp.zeros((2, 8), jnp.int32)
+
+    def times_and_kept(remat: str) -> tuple[int, int]:
+        model = Model(geometry(remat=remat, implementation=implementation))
+        params, cache_XBSD = jax.eval_shape(model.init, jax.random.key(0)), model.empty_cache(2, 16)
+
+        def loss(params: Params) -> jax.Array:
+            return model.bind(params).train_forward(tokens_BT, cache_XBSD).hidden_BTD.sum()
+
+        _, back = jax.eval_shape(functools.partial(jax.vjp, loss), params)
+        times = occurrences(jax.make_jaxpr(jax.grad(loss))(params).jaxpr, mark)
+        return times, sum(x.size for x in jax.tree.leaves(back))
+
+    (all_times, all_kept), (times, kept), (layer_times, layer_kept) = map(times_and_kept, ("", "projections", "layer"))
+    assert layer_times > times == all_times > 0
+    assert layer_kept < kept < all_kept

@@ -21,8 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from allattn.attention import gpu_kernels
-from allattn.attention.first_order import first_order
 from allattn.attention.gpu_units import Scalars, Sizes
+from allattn.attention.residuals import first_order, kept
 from allattn.attention.span import reach
 from allattn.attention.tiles import Dynamic, Inputs, Static
 
@@ -163,7 +163,8 @@ def _attention_forward(static: Static, inputs: Inputs, dynamic: Dynamic):
     statistic = jnp.zeros(sizes.B * sizes.H * sizes.T, jnp.float32)
     results = (jnp.zeros_like(flat.query_BTHK), statistic, statistic)
     out_XE, lse, mass = call.for_each_chunk(inputs.query_BTHK.dtype, chunk, results, known=flat.query_BTHK)
-    out_BTHK, mass_BHT = out_XE.reshape(inputs.query_BTHK.shape), mass.reshape(sizes.B, sizes.H, sizes.T)
+    out_BTHK, lse = kept(out_XE.reshape(inputs.query_BTHK.shape), lse)
+    mass_BHT = mass.reshape(sizes.B, sizes.H, sizes.T)
     return (out_BTHK, mass_BHT.transpose(0, 2, 1)), (inputs, out_BTHK, lse, dynamic)
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from allattn.attention import dropout
-from allattn.attention.first_order import first_order
+from allattn.attention.residuals import first_order, kept
 from allattn.attention.span import LARGEST, NOTHING, last_distance, ramp_position, reach
 from allattn.attention.tiles import (
     Dynamic,
@@ -53,7 +53,7 @@ def _attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Array,
 
 def _attention_forward(static, inputs, dynamic):
     out_HBTK, mass_HBT, lse_HBT = _for_each_head(static, inputs, dynamic, _head_forward, ())
-    out_BTHK = out_HBTK.transpose(1, 2, 0, 3).astype(inputs.query_BTHK.dtype)
+    out_BTHK, lse_HBT = kept(out_HBTK.transpose(1, 2, 0, 3).astype(inputs.query_BTHK.dtype), lse_HBT)
     return (out_BTHK, mass_HBT.transpose(1, 2, 0)), (inputs, out_BTHK, lse_HBT, dynamic)
 
 

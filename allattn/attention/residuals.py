@@ -1,8 +1,17 @@
-"""A clear refusal of second derivatives, which the hand-written backward passes do not have."""
+"""What the hand-written backward passes start from: named for rematerialisation, and not differentiable again."""
 
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
+
+# The name of the operation's results, for `jax.checkpoint_policies.save_only_these_names`.
+NAME = "all_attention"
+
+
+def kept(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The same arrays: what a backward pass needs of its forward pass, besides the inputs."""
+    return tuple(checkpoint_name(x, NAME) for x in arrays)
 
 
 @jax.custom_jvp
