@@ -107,6 +107,12 @@ def activations(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def finished(file: Path, here: dict[str, str]) -> dict[tuple, dict[str, Any]]:
+    """The rows by case of an interrupted run with the same code and versions, with which this one goes on."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return {tuple(row["case"]): row for row in rows if all(row[name] == here[name] for name in ("commit", "jax"))}
+
+
 def main() -> int:
     """Compile all cases, write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -116,12 +122,13 @@ def main() -> int:
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # whatever is here
     file = arguments.output / f"{datetime.date.today()}-compile.jsonl"
-    done = {tuple(row["case"]): row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+    done = finished(file, provenance())
+    file.write_text("".join(json.dumps(row) + "\n" for row in done.values()))
     cases = [case for case in CASES if fnmatch.fnmatch(case.config, arguments.only) and case not in done]
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool, file.open("a") as out:
         for row in pool.imap_unordered(run, cases):
-            done[tuple(row["case"])] = row
-            out.write(json.dumps({**row, **provenance()}) + "\n")
+            done[tuple(row["case"])] = row = {**row, **provenance()}
+            out.write(json.dumps(row) + "\n")
             out.flush()
             state = "fits" if row["fits"] else "does not fit"
             print(row["name"], row["topology"], state, *row["violations"], f"{row['seconds']} s", flush=True)

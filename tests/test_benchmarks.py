@@ -16,7 +16,7 @@ import pytest
 from tiny_model import geometry
 
 from allattn.model import forward_flops
-from benchmarks import attention, gpu, peers, profile, table, vocabulary
+from benchmarks import attention, compile, gpu, peers, profile, table, vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -123,3 +123,12 @@ def test_profile_sums_by_kind_and_counts_nothing_twice(tmp_path: Path) -> None:
         run(x).block_until_ready()
     found = profile.events(str(tmp_path))
     assert found["products"][1] == 5 and "while" not in found and len(found) > 1
+
+
+def test_compiled_rows_of_other_code_are_not_taken_over(tmp_path: Path) -> None:
+    here, file = {"commit": "aaa", "jax": "1", "date": "d"}, tmp_path / "rows.jsonl"
+    assert compile.finished(file, here) == {}
+    others = ({}, {"commit": "bbb"}, {"jax": "2"})
+    rows = [{**here, "case": ["a", number], **other} for number, other in enumerate(others)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compile.finished(file, here) == {("a", 0): rows[0]}
