@@ -179,7 +179,6 @@ class Sums(NamedTuple):
     position_AP: Array
     persistent_key_KN: Array
     persistent_value_KN: Array
-    end: Array
 
 
 def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic, extra: tuple):
@@ -214,13 +213,13 @@ def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dy
             position_AP=sums.position_AP + _dot_rows(tile.position_query_GTA, d_position_GTP),
             persistent_key_KN=sums.persistent_key_KN + _dot_rows(tile.query_GTK, d_persistent_GTN),
             persistent_value_KN=sums.persistent_value_KN + _dot_rows(d_out_GTK, dropped_GTN),
-            end=sums.end + _end_gradient(static, R, tile, position_AP, head, dynamic, *taken[1]),
         )
         return sums, (d_query_GTK * static.scale, d_position_query_GTK * static.scale)
 
-    of = (head.key_BKS, head.value_BKS, position_AP, head.persistent_key_KN, head.persistent_value_KN, head.span)
+    of = (head.key_BKS, head.value_BKS, position_AP, head.persistent_key_KN, head.persistent_value_KN)
     zeros = Sums._make(jnp.zeros(x.shape, position_AP.dtype) for x in of)
     sums, d_queries = jax.lax.scan(one_tile, zeros, (jnp.arange(by_tile[0].shape[0]), by_tile))
+    d_mask = _end_gradient(static, shape, R, head, dynamic, position_AP, by_tile)
     real = slice(shape.left, shape.left + shape.S)
     return (
         *(_from_tiles(shape, x) for x in d_queries),
@@ -229,7 +228,7 @@ def _head_backward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dy
         jnp.pad(sums.position_AP[:-1, :R][:, ::-1].T, ((0, head.position_KL.shape[1] - R), (0, 0))),
         sums.persistent_key_KN.T,
         sums.persistent_value_KN.T,
-        _span_gradient(static, R, head.span, sums.position_AP[-1, :R]) + sums.end / static.ramp,
+        _span_gradient(static, R, head.span, sums.position_AP[-1, :R]) + d_mask / static.ramp,
     )
 
 
@@ -247,13 +246,16 @@ def _span_gradient(static: Static, R: int, span: Array, d_bias_R: Array) -> Arra
     return jnp.sum(jnp.where(on_ramp_R, d_bias_R * slope_R, 0))
 
 
-def _end_gradient(static, R, tile: Tile, position_AP, head: Head, dynamic, d_out_GTK, lse_GT1, delta_GT1) -> Array:
-    """A tile's d loss / d m at the last distance, if m is almost 0: through log m nothing would limit it."""
-    T, K = d_out_GTK.shape[1:]
+def _end_gradient(
+    static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic, position_AP: Array, by_tile: tuple
+) -> Array:
+    """d loss / d m at the last distance, if m is almost 0: through log m nothing would limit it."""
     last = last_distance(head.span, static.ramp)
     column = static.first_distance + R - 1 - last  # of query 0; below 0, the table ends before the ramp does
 
-    def at_last() -> Array:
+    def one_tile(taken: tuple) -> Array:
+        number, (d_out_GTK, lse_GT1, delta_GT1) = taken
+        tile, (T, K) = select_tile(static, shape, R, head, dynamic, number), d_out_GTK.shape[1:]
         key_GKT, value_GKT = (jax.lax.dynamic_slice_in_dim(x, column, T, 2) for x in (tile.key_GKC, tile.value_GKC))
         position_K = jax.lax.dynamic_index_in_dim(position_AP, column, 1, keepdims=False)[:K]
         logits_GT = _dot("gtk,gkt->gt", tile.query_GTK, key_GKT)
@@ -266,5 +268,8 @@ def _end_gradient(static, R, tile: Tile, position_AP, head: Head, dynamic, d_out
         bare_GT = jnp.exp(jnp.minimum(logits_GT - lse_GT1[..., 0], math.log(LARGEST)))
         return jnp.sum(bare_GT * (d_weight_GT - delta_GT1[..., 0]))
 
+    def all_tiles() -> Array:
+        return jax.lax.map(one_tile, (jnp.arange(by_tile[0].shape[0]), by_tile)).sum()
+
     almost_0 = ramp_position(last, head.span, static.ramp) < 1 / LARGEST
-    return jax.lax.cond(almost_0 & (column >= 0), at_last, lambda: jnp.zeros_like(head.span))
+    return jax.lax.cond(almost_0 & (column >= 0), all_tiles, lambda: jnp.zeros_like(head.span))
