@@ -168,7 +168,7 @@ class Checkpointer:
         if distributed.count() > 1:
             self._write(step, trees, meta, score)  # which makes the processes wait for each other on their devices
         else:
-            copies = jax.tree.map(np.array, trees)  # the loop gives its arrays away in the next step
+            copies = jax.tree.map(_copy, trees)  # the loop gives its arrays away in the next step
             self._pending = self._worker.submit(self._write, step, copies, meta, score)
 
     def _write(self, step: int, trees: dict[str, Any], meta: dict[str, Any], score: float | None) -> None:
@@ -284,6 +284,12 @@ class Checkpointer:
         except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds for a damaged file
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DamagedError(f"checkpoint {step} in {self.workdir} cannot be read: {first_line[:200]}") from error
+
+
+def _copy(array: jax.Array) -> np.ndarray:
+    """On the host, and not copied twice: one that is spread over devices is put together in memory of its own."""
+    host = np.asarray(array)
+    return host if host.flags.owndata else host.copy()
 
 
 def on_one_device(tree: Any) -> Any:

@@ -185,6 +185,7 @@ class Program:
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
         self.config, self.mesh = config, mesh
         self.model = Model(ModelConfig.from_config(config))
+        self._abstract: dict[int, TrainState] = {}
         self.optimizer = optim.optimizer(config)
 
     def init_state(self, bucket: int) -> Callable[[], TrainState]:
@@ -202,9 +203,12 @@ class Program:
 
     def abstract_state(self, bucket: int) -> TrainState:
         """Shapes, dtypes and shardings of the state with this bucket."""
-        state = jax.eval_shape(self.init_state(bucket))
-        places = sharding.shardings(self.mesh, state)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
+        if bucket not in self._abstract:
+            state = jax.eval_shape(self.init_state(bucket))
+            places = sharding.shardings(self.mesh, state)
+            placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, places)
+            self._abstract[bucket] = placed
+        return self._abstract[bucket]
 
     def jitted_step(self, bucket: int) -> jax.stages.Wrapped:
         """The step for this bucket, which takes the place of the state that it is given."""

@@ -2,8 +2,9 @@
 
 Command:  python -m benchmarks.overhead
 Prints JSON lines: seconds from the command to its first step, with nothing compiled before and with everything, and
-their ratio (asked: below 1/3); then the median time of a step, how long saving keeps the loop from its next step, that
-as a share of a step (asked: below 0.05), and the median time of the step after a save, while the files are written.
+their ratio (asked: below 1/3), medians of three; then the median time of a step, how long saving keeps the loop from
+its next step, that as a share of a step (asked: below 0.05), and the median time of the step after a save, while the
+files are written.
 """
 
 import json
@@ -20,7 +21,7 @@ import jax
 from allattn import checkpoint, config, data, sharding, train
 from benchmarks.machine import provenance
 
-SAVES, BETWEEN = 15, 6
+PAIRS, SAVES, BETWEEN = 3, 15, 6
 
 
 def start(programs: str, workdir: str) -> float:
@@ -39,9 +40,12 @@ def start(programs: str, workdir: str) -> float:
 
 
 def starts() -> dict[str, float]:
-    """The first start and the one after it."""
-    with tempfile.TemporaryDirectory() as folder:
-        first, second = (start(f"{folder}/programs", f"{folder}/run{i}") for i in range(2))
+    """The first start and the one after it: medians of several such pairs."""
+    pairs = []
+    for _ in range(PAIRS):
+        with tempfile.TemporaryDirectory() as folder:
+            pairs.append([start(f"{folder}/programs", f"{folder}/run{i}") for i in range(2)])
+    first, second = map(statistics.median, zip(*pairs, strict=True))
     return {"first_start_s": first, "second_start_s": second, "start_ratio": second / first}
 
 
