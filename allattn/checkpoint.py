@@ -25,6 +25,7 @@ Step = int | str | None  # a number, "best" or None for the newest
 Restored = tuple[Any, Any, Any, dict[str, Any]]  # params, optimizer, cache, meta
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of the libraries that decide what the stored numbers mean."""
     return {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint")}
@@ -115,6 +116,7 @@ class Checkpointer:
         )
         self._writes, self._worker = create, ThreadPoolExecutor(1)
         self._pending: Future | None = None
+        self._memory: list[np.ndarray] = []  # of the last copy
         self._manager = _Manager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpointer":
@@ -151,7 +153,13 @@ class Checkpointer:
           dev_nll: score on dev in nats, if this step has one; it decides which checkpoint is the best.
         """
         score = dev_nll if dev_nll is not None and math.isfinite(dev_nll) else None
-        self._save(step, dict(zip(ARRAYS, (params, optimizer, {"states": cache}), strict=True)), meta, score)
+        trees = dict(zip(ARRAYS, (params, optimizer, {"states": cache}), strict=True))
+        self._wait()
+        if distributed.count() > 1:
+            self._write(step, trees, meta, score)  # which makes the processes wait for each other on their devices
+        else:
+            copies = self._copy(trees)  # the loop gives its arrays away in the next step
+            self._pending = self._worker.submit(self._write, step, copies, meta, score, whole=True)
 
     def save_params(self, step: int, params: Any, meta: dict[str, Any]) -> None:
         """Write a checkpoint of parameters alone, from which a run can start.
@@ -161,20 +169,29 @@ class Checkpointer:
           params: tree of arrays.
           meta: what JSON can hold, with "params_only": True.
         """
-        self._save(step, {"params": params}, meta, None)
-
-    def _save(self, step: int, trees: dict[str, Any], meta: dict[str, Any], score: float | None) -> None:
         self._wait()
-        if distributed.count() > 1:
-            self._write(step, trees, meta, score)  # which makes the processes wait for each other on their devices
-        else:
-            copies = jax.tree.map(_copy, trees)  # the loop gives its arrays away in the next step
-            self._pending = self._worker.submit(self._write, step, copies, meta, score)
+        self._write(step, {"params": params}, meta, None)
 
-    def _write(self, step: int, trees: dict[str, Any], meta: dict[str, Any], score: float | None) -> None:
+    def _copy(self, trees: dict[str, Any]) -> dict[str, Any]:
+        """The arrays on the host, in the memory of the copy before: new pages would cost more than the copying."""
+        arrays, structure = jax.tree.flatten(trees)
+        if [(x.shape, x.dtype) for x in arrays] != [(x.shape, x.dtype) for x in self._memory]:
+            self._memory = [np.empty(x.shape, x.dtype) for x in arrays]
+        for array, memory in zip(arrays, self._memory, strict=True):
+            for shard in array.addressable_shards:
+                if shard.replica_id == 0:
+                    memory[shard.index] = shard.data
+        return jax.tree.unflatten(structure, self._memory)
+
+    def _write(
+        self, step: int, trees: dict[str, Any], meta: dict[str, Any], score: float | None, whole: bool = False
+    ) -> None:
+        """Hand a checkpoint to Orbax; `whole`: and see it written, for then its memory is free."""
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         composite = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
         self._manager.save(step, args=composite, metrics={"dev_nll": score})
+        if whole:
+            self._manager.wait_until_finished()
 
     def _wait(self) -> None:
         """Wait for what the loop has handed over; raises what went wrong there."""
@@ -284,12 +301,6 @@ class Checkpointer:
         except Exception as error:  # Orbax, TensorStore and JSON each raise their own kinds for a damaged file
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DamagedError(f"checkpoint {step} in {self.workdir} cannot be read: {first_line[:200]}") from error
-
-
-def _copy(array: jax.Array) -> np.ndarray:
-    """On the host, and not copied twice: one that is spread over devices is put together in memory of its own."""
-    host = np.asarray(array)
-    return host if host.flags.owndata else host.copy()
 
 
 def on_one_device(tree: Any) -> Any:

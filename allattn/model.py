@@ -5,6 +5,7 @@ E all heads side by side, D model width, V vocabulary.
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -58,7 +59,6 @@ class ModelConfig:
     pre_norm: bool = False
     same_length: bool = False  # Transformer-XL in evaluation: every query sees `limit` distances, wherever in the block
     clamp: int = 0  # and distances beyond it look like it; 0: none does
-    remat: str = ""  # config.train.remat
 
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict) -> "ModelConfig":
@@ -73,8 +73,6 @@ class ModelConfig:
         for name, known in choices.items():
             if model[name] not in known:
                 raise UserError(f"model.{name}: expected one of {known}, found {model[name]!r}")
-        if config.train.remat not in ("", *RECOMPUTED):
-            raise UserError(f"train.remat: expected one of {('', *RECOMPUTED)}, found {config.train.remat!r}")
         if model.width % model.heads:
             raise UserError(f"model.heads: expected a divisor of model.width {model.width}, found {model.heads}")
         if span.init > 1:
@@ -90,7 +88,6 @@ class ModelConfig:
             **{name: model.adaptive_io[name] for name in ("cutoffs", "division", "tied")},
             embedding_dropout=model.dropout if one_rate else model.embedding_dropout,
             implementation=model.implementation or None,
-            remat=config.train.remat,
         )
 
     @property
@@ -157,7 +154,7 @@ class Network(nnx.Module):
         self.layers = stack(nnx.Rngs(params=jax.random.split(rngs.params(), config.depth)))
 
     def train_forward(
-        self, tokens_BT, cache_XBSD, seeds_X=None, row_B=None, attention=all_attention, before=None
+        self, tokens_BT, cache_XBSD, seeds_X=None, row_B=None, attention=all_attention, before=None, remat=""
     ) -> Forward:
         """One block in training: keys and values are recomputed from the cached inputs of each layer.
 
@@ -169,6 +166,7 @@ class Network(nnx.Module):
           row_B: global index of every row, int32; None: 0, 1, ...
           attention: the operation, or the operation over a mesh.
           before: tokens of this text before the block, int32, may be traced; None: as many as the cache holds.
+          remat: what the backward pass computes again, of `RECOMPUTED`; "": nothing.
         """
         S, row_B = cache_XBSD.shape[2], jnp.arange(tokens_BT.shape[0]) if row_B is None else row_B
         starts, chosen_X = self._key_start(S, before), self.layers.choose_length(S)
@@ -179,7 +177,8 @@ class Network(nnx.Module):
             out_BTD, mass_BH = layer(h_BTD, key_BSHK, value_BSHK, positions, attention, draws=draws, **starts)
             return out_BTD, (h_BTD, mass_BH)
 
-        return self._scan(layer, tokens_BT, (cache_XBSD, chosen_X), (S, tokens_BT.shape[1]), seeds_X, row_B)
+        again = functools.partial(jax.checkpoint, policy=RECOMPUTED[remat]) if remat else None
+        return self._scan(layer, tokens_BT, (cache_XBSD, chosen_X), (S, tokens_BT.shape[1]), seeds_X, row_B, again)
 
     def cached_forward(
         self, tokens_BT, cache: KeyValue, position=None, attention=all_attention, before=None
@@ -215,7 +214,9 @@ class Network(nnx.Module):
             return {}
         return {"key_start": jnp.maximum(0, start - before)}
 
-    def _scan(self, layer: Callable, tokens_BT, cache, visible: tuple[int, int], seeds_X, row_B) -> Forward:
+    def _scan(
+        self, layer: Callable, tokens_BT, cache, visible: tuple[int, int], seeds_X, row_B, again: Callable | None = None
+    ) -> Forward:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         first, last = (None if seeds_X is None else Draws(seeds_X[i], row_B) for i in (-2, -1))
         positions = self.position.keys(*visible, dtype, first)
@@ -228,8 +229,7 @@ class Network(nnx.Module):
 
         seeds = None if seeds_X is None else seeds_X[: config.depth]
         h_BTD = drop(first, self.io.embed(tokens_BT, dtype), config.embedding_dropout)
-        body = jax.checkpoint(body, policy=RECOMPUTED[config.remat]) if config.remat else body
-        h_BTD, (new, mass_XBH) = jax.lax.scan(body, h_BTD, (state, cache, seeds))
+        h_BTD, (new, mass_XBH) = jax.lax.scan(again(body) if again else body, h_BTD, (state, cache, seeds))
         return Forward(drop(last, h_BTD, config.embedding_dropout), new, mass_XBH)
 
 

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from allattn import checkpoint, data, distributed, evaluate, metrics, optim, resume, sharding
 from allattn.config import changed_fields, check_ranges, from_json, to_json, with_vocabulary
 from allattn.errors import PreemptedError, RunError, UserError
-from allattn.model import Model, ModelConfig, Params
+from allattn.model import RECOMPUTED, Model, ModelConfig, Params
 from allattn.recorder import Recorder
 
 Array = jax.Array
@@ -115,7 +115,7 @@ def make_train_step(
 
     def loss(params: Params, cache_XBSD, inputs_BT, targets_BT, row_B, seeds_X, before):
         network = model.bind({**params, "io": sharding.gathered(mesh, params["io"])})
-        forward = network.train_forward(inputs_BT, cache_XBSD, seeds_X, row_B, attention, before)
+        forward = network.train_forward(inputs_BT, cache_XBSD, seeds_X, row_B, attention, before, config.train.remat)
         nll = nll_of(network.io, forward.hidden_BTD, targets_BT).mean()
         penalty = 0.0
         if span.adaptive:  # coefficient x limit x mean over heads of z, summed over layers
@@ -293,6 +293,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Refuse what cannot run, before anything is written."""
     span, train = config.model.span, config.train
     check_ranges(config)
+    if train.remat not in ("", *RECOMPUTED):
+        raise UserError(f"train.remat: expected one of {('', *RECOMPUTED)}, found {train.remat!r}")
     evaluate.check_protocol(config.evaluate.protocol, config.model.layer, "evaluate.")
     if span.adaptive and span.check_every * train.block < span.limit:
         least = -(-span.limit // train.block)

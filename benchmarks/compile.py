@@ -123,7 +123,6 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")  # whatever is here
     file = arguments.output / f"{datetime.date.today()}-compile.jsonl"
     done = finished(file, provenance())
-    file.write_text("".join(json.dumps(row) + "\n" for row in done.values()))
     cases = [case for case in CASES if fnmatch.fnmatch(case.config, arguments.only) and case not in done]
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool, file.open("a") as out:
         for row in pool.imap_unordered(run, cases):

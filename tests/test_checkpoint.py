@@ -82,6 +82,21 @@ def test_reading_waits_for_writing(tmp_path: Path) -> None:
         assert_same(checkpoints.restore(*abstract({})), trees(20))
 
 
+def test_saves_in_a_row_do_not_mix(tmp_path: Path) -> None:
+    """Their copies share memory, so each must be on disk before the next begins."""
+    with Checkpointer(str(tmp_path), keep=4) as checkpoints:
+        for step in range(1, 5):
+            large = {"w": jnp.full((2048, 2048), float(step))}
+            checkpoints.save(step, large, {"m": jnp.full((2048,), -float(step))}, jnp.ones(2), {})
+            assert {int(path.name) for path in checkpoints.folder.iterdir() if path.name.isdecimal()} >= set(
+                range(1, step)
+            )
+        for step in range(1, 5):
+            shapes = on_one_device((large, {"m": jnp.ones(2048)}, jnp.ones(2)))
+            params, optimizer, _ = checkpoints.restore(*shapes, step)
+            assert (np.asarray(params["w"]) == step).all() and (np.asarray(optimizer["m"]) == -step).all()
+
+
 OTHER_MESH = """
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P

@@ -1,5 +1,6 @@
 """Reading experiment files and settings, and refusing values that cannot run."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,15 @@ def start(config: ml_collections.ConfigDict) -> ModelConfig:
     geometry = ModelConfig.from_config(config)
     optim.optimizer(config)
     return geometry
+
+
+def test_rematerialisation() -> None:
+    """A mistake is refused at the start; the geometry of a workdir does not depend on how it was trained."""
+    with pytest.raises(UserError, match=r"train.remat: expected one of \('', 'projections', 'layer'\), found 'all'"):
+        start(changed(train__remat="all"))
+    stored = changed().to_dict()
+    stored["train"]["remat"] = False  # as workdirs from before it had names
+    assert ModelConfig.from_config(configuration.from_json(json.dumps(stored))) == start(changed(train__remat="layer"))
 
 
 def test_base_is_accepted() -> None:

@@ -302,11 +302,11 @@ def test_what_is_recomputed(implementation: str) -> None:
     mark, tokens_BT = "reduce_max" if implementation == "xla" else "pallas_call", jnp.zeros((2, 8), jnp.int32)
 
     def times_and_kept(remat: str) -> tuple[int, int]:
-        model = Model(geometry(remat=remat, implementation=implementation))
+        model = Model(geometry(implementation=implementation))
         params, cache_XBSD = jax.eval_shape(model.init, jax.random.key(0)), model.empty_cache(2, 16)
 
         def loss(params: Params) -> jax.Array:
-            return model.bind(params).train_forward(tokens_BT, cache_XBSD).hidden_BTD.sum()
+            return model.bind(params).train_forward(tokens_BT, cache_XBSD, remat=remat).hidden_BTD.sum()
 
         _, back = jax.eval_shape(functools.partial(jax.vjp, loss), params)
         times = occurrences(jax.make_jaxpr(jax.grad(loss))(params).jaxpr, mark)

@@ -36,7 +36,7 @@ from allattn.attention.gpu_units import (
     write,
     zeros,
 )
-from allattn.attention.kernels import dot, pair_gradients
+from allattn.attention.kernels import dot, log_sum, pair_gradients
 from allattn.attention.span import LARGEST, NOTHING, ramp_position
 from allattn.attention.tiles import Static
 
@@ -83,11 +83,6 @@ class Softmax(NamedTuple):
         weight_TX = weight_TX if factors_TX is None else weight_TX * factors_TX
         return Softmax(top_T1, total_T1, self.sum_TK * shrink_T1 + dot(weight_TX.astype(value_XK.dtype), value_XK))
 
-    def log_sum(self) -> Array:
-        """Of no pair, so much that the backward pass gives every weight 0."""
-        seen_T1 = self.total_T1 > 0
-        return jnp.where(seen_T1, self.top_T1 + jnp.log(jnp.where(seen_T1, self.total_T1, 1)), -NOTHING)
-
 
 def forward(static: Static, sizes: Sizes, *refs: Any) -> None:
     """Grid (query tile, unit): one softmax over the persistent pairs and every key within reach."""
@@ -121,9 +116,10 @@ def forward(static: Static, sizes: Sizes, *refs: Any) -> None:
         top_T1 = jnp.full((sizes.query_tile, 1), NOTHING / 10, jnp.float32)
         softmax = Softmax(top_T1, jnp.zeros_like(top_T1), zeros(sizes, sizes.query_tile))
         softmax = jax.lax.fori_loop(0, pl.cdiv(sizes.N, sizes.key_tile), persistent, softmax)
-        persistent_T1 = jnp.where(softmax.total_T1 > 0, softmax.log_sum(), NOTHING)
+        persistent_T1 = jnp.where(softmax.total_T1 > 0, log_sum(softmax.top_T1, softmax.total_T1), NOTHING)
         softmax = for_tiles(unit.keys_of(query_tile), unit.inside(query_tile), context, softmax)
-        lse_T1, total_T1 = softmax.log_sum(), jnp.where(softmax.total_T1 > 0, softmax.total_T1, 1)
+        lse_T1 = log_sum(softmax.top_T1, softmax.total_T1)
+        total_T1 = jnp.where(softmax.total_T1 > 0, softmax.total_T1, 1)
         row_T1, exists_T1 = unit.row * sizes.T + query_T1, query_T1 < sizes.T
         store(out, sizes, unit.head, row_T1, exists_T1, softmax.sum_TK / total_T1)
         place_T1 = unit.number * sizes.T + query_T1

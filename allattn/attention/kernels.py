@@ -1,4 +1,4 @@
-"""What the kernels of both kinds of accelerator compute alike.
+"""What several implementations compute alike.
 
 Dimension key: T query of the tile, N persistent pair, K head width, X any.
 """
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from allattn.attention import dropout
+from allattn.attention.span import NOTHING
 from allattn.attention.tiles import Static
 
 Array = jax.Array
@@ -34,6 +35,11 @@ class CallSizes:
 def dot(x: Array, y: Array, contract: tuple[int, int] = (1, 0)) -> Array:
     """A product over one axis of each, with float32 sums."""
     return jax.lax.dot_general(x, y, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def log_sum(top: Array, total: Array) -> Array:
+    """log of a sum of weights relative to `top`; of none, so much that the backward pass gives every weight 0."""
+    return jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1)), -NOTHING)
 
 
 def dropout_factors(static: Static, numbers: Any, row, head, query: Array, domain: int, index: Array) -> Array:

@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from allattn.attention import gpu_kernels
 from allattn.attention.gpu_units import Scalars, Sizes
-from allattn.attention.residuals import first_order, kept
+from allattn.attention.residuals import first_order, named
 from allattn.attention.span import reach
 from allattn.attention.tiles import Dynamic, Inputs, Static
 
@@ -163,7 +163,7 @@ def _attention_forward(static: Static, inputs: Inputs, dynamic: Dynamic):
     statistic = jnp.zeros(sizes.B * sizes.H * sizes.T, jnp.float32)
     results = (jnp.zeros_like(flat.query_BTHK), statistic, statistic)
     out_XE, lse, mass = call.for_each_chunk(inputs.query_BTHK.dtype, chunk, results, known=flat.query_BTHK)
-    out_BTHK, lse = kept(out_XE.reshape(inputs.query_BTHK.shape), lse)
+    out_BTHK, lse = named(out_XE.reshape(inputs.query_BTHK.shape), lse)
     mass_BHT = mass.reshape(sizes.B, sizes.H, sizes.T)
     return (out_BTHK, mass_BHT.transpose(0, 2, 1)), (inputs, out_BTHK, lse, dynamic)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from allattn.attention.residuals import first_order, kept
+from allattn.attention.residuals import first_order, named
 from allattn.attention.span import reach
 from allattn.attention.tiles import Dynamic, Inputs, Static
 from allattn.attention.tpu_kernels import LANES, Place, Sizes, backward_kernel, forward_kernel, group_reach, round_up
@@ -174,7 +174,7 @@ def _attention_forward(static: Static, inputs: Inputs, dynamic: Dynamic):
         *scalars,
         *_operands(sizes, inputs, scalars[0]),
     )
-    out_BTHK, lse_BGTP = kept(_apart(out_BTE, inputs.query_BTHK), lse_BGTP)
+    out_BTHK, lse_BGTP = named(_apart(out_BTE, inputs.query_BTHK), lse_BGTP)
     mass_BTH = mass_BGTP.transpose(0, 2, 1, 3).reshape(sizes.B, sizes.T, H)[:, : inputs.query_BTHK.shape[1]]
     return (out_BTHK, mass_BTH), (inputs, out_BTHK, lse_BGTP, dynamic)
 

@@ -9,7 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 NAME = "all_attention"
 
 
-def kept(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def named(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The same arrays: what a backward pass needs of its forward pass, besides the inputs."""
     return tuple(checkpoint_name(x, NAME) for x in arrays)
 

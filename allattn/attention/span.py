@@ -28,8 +28,7 @@ def ramp_position(distance: Array, span: Array, ramp: int) -> Array:
 
 def log_span_mask(distance: Array, span: Array, ramp: int) -> Array:
     """log m(d), finite everywhere: NOTHING where m = 0."""
-    position = ramp_position(distance, span, ramp)
-    return jnp.where(position > 0, jnp.log(jnp.where(position > 0, jnp.minimum(position, 1), 1)), NOTHING)
+    return jnp.maximum(jnp.log(jnp.clip(ramp_position(distance, span, ramp), 0, 1)), NOTHING)
 
 
 def last_distance(span: Array, ramp: int) -> Array:

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from allattn.attention import dropout
-from allattn.attention.kernels import CallSizes, dot, dropout_factors, pair_gradients
+from allattn.attention.kernels import CallSizes, dot, dropout_factors, log_sum, pair_gradients
 from allattn.attention.span import LARGEST, NOTHING, ramp_position
 from allattn.attention.tiles import Static
 
@@ -211,7 +211,7 @@ def forward_kernel(static: Static, sizes: Sizes, *refs: Any) -> None:
         @pl.when(step == sizes.key_steps - 1)
         def _finish() -> None:
             total_T1 = jnp.where(total[p] > 0, total[p], 1)
-            lse_T1 = jnp.where(total[p] > 0, top[p] + jnp.log(total_T1), -NOTHING)  # backward, weights of 0
+            lse_T1 = log_sum(top[p], total[p])
             out[:, lanes] = (sums[p] / total_T1).astype(out.dtype)
             lse[:, p : p + 1], mass[:, p : p + 1] = lse_T1, jnp.exp(persistent_lse[p] - lse_T1)
 

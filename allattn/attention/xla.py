@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from allattn.attention import dropout
-from allattn.attention.residuals import first_order, kept
+from allattn.attention.kernels import log_sum
+from allattn.attention.residuals import first_order, named
 from allattn.attention.span import LARGEST, NOTHING, last_distance, ramp_position, reach
 from allattn.attention.tiles import (
     Dynamic,
@@ -53,7 +54,7 @@ def _attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Array,
 
 def _attention_forward(static, inputs, dynamic):
     out_HBTK, mass_HBT, lse_HBT = _for_each_head(static, inputs, dynamic, _head_forward, ())
-    out_BTHK, lse_HBT = kept(out_HBTK.transpose(1, 2, 0, 3).astype(inputs.query_BTHK.dtype), lse_HBT)
+    out_BTHK, lse_HBT = named(out_HBTK.transpose(1, 2, 0, 3).astype(inputs.query_BTHK.dtype), lse_HBT)
     return (out_BTHK, mass_HBT.transpose(1, 2, 0)), (inputs, out_BTHK, lse_HBT, dynamic)
 
 
@@ -142,14 +143,13 @@ def _head_forward(static: Static, shape: Shape, R: int, head: Head, dynamic: Dyn
         context_GTC, persistent_GTN = jnp.exp(context_GTC - top_GT1), jnp.exp(persistent_GTN - top_GT1)
         persistent_GT1 = persistent_GTN.sum(2, keepdims=True)
         total_GT1 = context_GTC.sum(2, keepdims=True) + persistent_GT1
-        seen_GT1 = total_GT1 > 0
-        total_GT1 = jnp.where(seen_GT1, total_GT1, 1)
+        lse_GT1 = log_sum(top_GT1, total_GT1)
+        total_GT1 = jnp.where(total_GT1 > 0, total_GT1, 1)
         if static.dropout_rate:
             kept_GTC, kept_GTN = _kept(static, shape, R, tile, head, dynamic)
             context_GTC, persistent_GTN = context_GTC * kept_GTC, persistent_GTN * kept_GTN
         out_GTK = _dot("gtc,gkc->gtk", context_GTC, tile.value_GKC)
         out_GTK += _dot("gtn,kn->gtk", persistent_GTN, head.persistent_value_KN)
-        lse_GT1 = jnp.where(seen_GT1, top_GT1 + jnp.log(total_GT1), -NOTHING)  # for weights of 0 in the backward pass
         return out_GTK / total_GT1, (persistent_GT1 / total_GT1)[..., 0], lse_GT1[..., 0]
 
     results = jax.lax.map(one_tile, jnp.arange(shape.tiles(R)))
