@@ -54,6 +54,11 @@ def query_key(seed: Array | int, row: Array | int, head: Array | int, query: Arr
     return word
 
 
+def moved(key: Array, index: Array) -> Array:
+    """The key for which index 0 means what `index` means for this one."""
+    return key + jnp.asarray(index).astype(jnp.uint32) * jnp.uint32(_STEP)
+
+
 def keep(key: Array, index: Array, rate: float) -> Array:
     """Which weights stay.
 
@@ -67,7 +72,7 @@ def keep(key: Array, index: Array, rate: float) -> Array:
     """
     threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
     # a comparison looks at the upper bits, and this line runs for every weight
-    return _multiplied(key + jnp.asarray(index).astype(jnp.uint32) * jnp.uint32(_STEP)) >= threshold
+    return _multiplied(moved(key, index)) >= threshold
 
 
 def features(x_BTD: Array, seed: Array, row_B: Array, rate: float, site: int = 0) -> Array:

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from allattn.attention import dropout
 from allattn.attention.gpu_units import (
+    LOG2_E,
     SCALARS,
     Scalars,
     Sizes,
     Unit,
+    exp2,
     for_tiles,
     for_unit,
     iota,
@@ -36,11 +37,15 @@ from allattn.attention.gpu_units import (
     write,
     zeros,
 )
-from allattn.attention.kernels import dot, log_sum, pair_gradients
-from allattn.attention.span import LARGEST, NOTHING, ramp_position
+from allattn.attention.kernels import dot, log_sum
+from allattn.attention.span import LARGEST, NOTHING
 from allattn.attention.tiles import Static
 
 Array = jax.Array
+
+
+def allocate(static: Static, sizes: Sizes, *refs: Any) -> None:
+    """Grid (1,): nothing; its outputs are arrays that were not written yet."""
 
 
 # --- logits by position ------------------------------------------------------------------------------------------
@@ -48,7 +53,7 @@ Array = jax.Array
 
 def logits_by_position(static: Static, sizes: Sizes, *refs: Any) -> None:
     """Grid (query tile, unit): query times position key for all of the unit's distances."""
-    scalars, (position_query, position, _, logits) = Scalars(*refs[:SCALARS]), refs[SCALARS:]
+    scalars, (position_query, position, *_, logits) = Scalars(*refs[:SCALARS]), refs[SCALARS:]
 
     def work(unit: Unit, query_tile: Array) -> None:
         query_T1 = unit.queries(query_tile)
@@ -69,25 +74,29 @@ def logits_by_position(static: Static, sizes: Sizes, *refs: Any) -> None:
 
 
 class Softmax(NamedTuple):
-    """An online softmax: the running maximum, sum of weights, and weighted sum of values."""
+    """An online softmax: the running maximum, sum of weights, and weighted sum of values; logits are powers of two."""
 
     top_T1: Array
     total_T1: Array
     sum_TK: Array
 
-    def add(self, logits_TX: Array, mask_TX: Array | None, factors_TX: Array | None, value_XK: Array) -> "Softmax":
+    def add(self, sizes: Sizes, logits_TX: Array, mask_TX: Array | None, keeps_TX: Array | None, value_XK) -> "Softmax":
         top_T1 = jnp.maximum(self.top_T1, jnp.max(logits_TX, axis=1, keepdims=True))
-        weight_TX, shrink_T1 = jnp.exp(logits_TX - top_T1), jnp.exp(self.top_T1 - top_T1)
+        weight_TX, shrink_T1 = exp2(sizes, logits_TX - top_T1), exp2(sizes, self.top_T1 - top_T1)
         weight_TX = weight_TX if mask_TX is None else weight_TX * mask_TX
         total_T1 = self.total_T1 * shrink_T1 + jnp.sum(weight_TX, axis=1, keepdims=True)
-        weight_TX = weight_TX if factors_TX is None else weight_TX * factors_TX
+        weight_TX = weight_TX if keeps_TX is None else jnp.where(keeps_TX, weight_TX, 0)
         return Softmax(top_T1, total_T1, self.sum_TK * shrink_T1 + dot(weight_TX.astype(value_XK.dtype), value_XK))
+
+    def log_sum(self) -> Array:
+        return log_sum(self.top_T1 / LOG2_E, self.total_T1)
 
 
 def forward(static: Static, sizes: Sizes, *refs: Any) -> None:
     """Grid (query tile, unit): one softmax over the persistent pairs and every key within reach."""
     scalars = Scalars(*refs[:SCALARS])
     query, key, value, persistent_key, persistent_value, by_position, *_, out, lse, mass = refs[SCALARS:]
+    scale = static.scale * LOG2_E
 
     def work(unit: Unit, query_tile: Array) -> None:
         query_T1 = unit.queries(query_tile)
@@ -95,31 +104,28 @@ def forward(static: Static, sizes: Sizes, *refs: Any) -> None:
 
         def persistent(tile, softmax: Softmax) -> Softmax:
             pair_N1, pair_1N = (tile * sizes.key_tile + iota(sizes.key_tile, axis) for axis in (0, 1))
-            logits_TN = dot(query_TK, load_pairs(persistent_key, sizes, unit.head, pair_N1), (1, 1)) * static.scale
-            logits_TN = _only_pairs(sizes, pair_1N, logits_TN)
-            factors_TN = unit.factors(query_T1, pair_1N, dropout.PERSISTENT) if static.dropout_rate else None
-            return softmax.add(logits_TN, None, factors_TN, load_pairs(persistent_value, sizes, unit.head, pair_N1))
+            logits_TN = dot(query_TK, load_pairs(persistent_key, sizes, unit.head, pair_N1), (1, 1)) * scale
+            logits_TN, keeps_TN = _only_pairs(sizes, pair_1N, logits_TN), unit.keeps(query_T1, pair=pair_1N)
+            return softmax.add(sizes, logits_TN, None, keeps_TN, load_pairs(persistent_value, sizes, unit.head, pair_N1))
 
         def context(masked: bool, tile, softmax: Softmax) -> Softmax:
             key_C1, key_1C = (tile * sizes.key_tile + iota(sizes.key_tile, axis) for axis in (0, 1))
             exists_TC = unit.exists(query_T1, key_1C) if masked else None
             by_position_TC = load_diagonal(by_position, unit, query_T1, key_1C, exists_TC)
-            logits_TC = (dot(query_TK, load_keys(key, sizes, unit, key_C1), (1, 1)) + by_position_TC) * static.scale
-            distance_TC, mask_TC = unit.distance(query_T1, key_1C), None
+            logits_TC = (dot(query_TK, load_keys(key, sizes, unit, key_C1), (1, 1)) + by_position_TC) * scale
+            mask_TC, keeps_TC = None, unit.keeps(query_T1, key_1C)
             if exists_TC is not None:
-                ramp_TC = ramp_position(distance_TC, unit.span, static.ramp)
-                mask_TC = jnp.where(exists_TC, jnp.clip(ramp_TC, 0, 1), 0)
+                mask_TC = jnp.clip(unit.ramp(query_T1, key_1C, exists_TC), 0, 1)
                 logits_TC = jnp.where(mask_TC > 0, logits_TC, NOTHING)
-            factors_TC = unit.factors(query_T1, distance_TC, dropout.CONTEXT) if static.dropout_rate else None
-            return softmax.add(logits_TC, mask_TC, factors_TC, load_keys(value, sizes, unit, key_C1))
+            return softmax.add(sizes, logits_TC, mask_TC, keeps_TC, load_keys(value, sizes, unit, key_C1))
 
         top_T1 = jnp.full((sizes.query_tile, 1), NOTHING / 10, jnp.float32)
         softmax = Softmax(top_T1, jnp.zeros_like(top_T1), zeros(sizes, sizes.query_tile))
         softmax = jax.lax.fori_loop(0, pl.cdiv(sizes.N, sizes.key_tile), persistent, softmax)
-        persistent_T1 = jnp.where(softmax.total_T1 > 0, log_sum(softmax.top_T1, softmax.total_T1), NOTHING)
+        persistent_T1 = jnp.where(softmax.total_T1 > 0, softmax.log_sum(), NOTHING)
         softmax = for_tiles(unit.keys_of(query_tile), unit.inside(query_tile), context, softmax)
-        lse_T1 = log_sum(softmax.top_T1, softmax.total_T1)
-        total_T1 = jnp.where(softmax.total_T1 > 0, softmax.total_T1, 1)
+        lse_T1, kept = softmax.log_sum(), 1 - static.dropout_rate
+        total_T1 = jnp.where(softmax.total_T1 > 0, softmax.total_T1 * kept, 1)
         row_T1, exists_T1 = unit.row * sizes.T + query_T1, query_T1 < sizes.T
         store(out, sizes, unit.head, row_T1, exists_T1, softmax.sum_TK / total_T1)
         place_T1 = unit.number * sizes.T + query_T1
@@ -159,40 +165,48 @@ def key_gradients(static: Static, sizes: Sizes, *refs: Any) -> None:
                 query_T1, query_1T = (query_tile * sizes.query_tile + iota(sizes.query_tile, axis) for axis in (0, 1))
                 query_TK, d_out_TK = (load_queries(x, sizes, unit, query_T1) for x in (query, d_out))
                 lse_1T, delta_1T = (load_statistic(x, sizes, unit, query_1T) for x in (lse, delta))
+                keeps_CT = unit.keeps(query_1T, key_C1)
                 exists_CT = unit.exists(query_1T, key_C1) if masked else None
                 by_position_CT = load_diagonal(by_position, unit, query_1T, key_C1, exists_CT)
-                logits_CT = (dot(key_CK, query_TK, (1, 1)) + by_position_CT) * static.scale
-                distance_CT = unit.distance(query_1T, key_C1)
-                d_weight_CT = dot(value_CK, d_out_TK, (1, 1))
-                if static.dropout_rate:
-                    factors_CT = unit.factors(query_1T, distance_CT, dropout.CONTEXT)
-                    d_weight_CT *= factors_CT
-                d_weight_CT -= delta_1T
-                weight_CT = jnp.exp(logits_CT - lse_1T)
+                logits_CT = (dot(key_CK, query_TK, (1, 1)) + by_position_CT) * (static.scale * LOG2_E)
+                weight_CT = exp2(sizes, logits_CT - lse_1T * LOG2_E)
+                d_weight_CT = _kept(static, keeps_CT, dot(value_CK, d_out_TK, (1, 1))) - delta_1T
                 if exists_CT is not None:  # where m = 0 nothing bounds the logit, and inf x 0 is not a number
-                    ramp_CT = ramp_position(distance_CT, unit.span, static.ramp)
-                    bare_CT = jnp.where(exists_CT & (ramp_CT >= 0), jnp.minimum(weight_CT, 1e30), 0)
+                    ramp_CT = unit.ramp(query_1T, key_C1, exists_CT)
+                    bare_CT = jnp.where(ramp_CT >= 0, jnp.minimum(weight_CT, 1e30), 0)
                     d_mask_CT = jnp.minimum(bare_CT, LARGEST) * d_weight_CT
-                    d_span += jnp.sum(jnp.where((ramp_CT >= 0) & (ramp_CT <= 1), d_mask_CT, 0))
-                    weight_CT = bare_CT * jnp.clip(ramp_CT, 0, 1)
+                    d_span += jnp.sum(jnp.where(ramp_CT <= 1, d_mask_CT, 0))
+                    weight_CT = bare_CT * jnp.minimum(ramp_CT, 1)
                 d_logits_CT = (weight_CT * d_weight_CT).astype(by_position.dtype)
                 write(by_position, unit.place(query_1T, key_C1), exists_CT, d_logits_CT)
-                dropped_CT = weight_CT * factors_CT if static.dropout_rate else weight_CT
+                dropped_CT = weight_CT if keeps_CT is None else jnp.where(keeps_CT, weight_CT, 0)
                 d_key_CK += dot(d_logits_CT, query_TK)
                 d_value_CK += dot(dropped_CT.astype(d_out_TK.dtype), d_out_TK)
                 return d_key_CK, d_value_CK, d_span
 
             zeros_CK = zeros(sizes, sizes.key_tile)
             sums = for_tiles(unit.queries_of(tile), unit.queries_inside(tile), queries, (zeros_CK, zeros_CK, d_span))
-            row_C1, exists_C1 = unit.row * sizes.S + key_C1, (key_C1 >= unit.oldest) & (key_C1 <= unit.newest)
-            store(d_key, sizes, unit.head, row_C1, exists_C1, sums[0] * static.scale)
-            store(d_value, sizes, unit.head, row_C1, exists_C1, sums[1])
+            finish(tile, sums[0] * static.scale, sums[1] / (1 - static.dropout_rate))
             return sums[2]
 
+        def finish(tile, d_key_CK: Array, d_value_CK: Array) -> None:
+            key_C1 = tile * sizes.key_tile + iota(sizes.key_tile, 0)
+            for ref, value_CK in ((d_key, d_key_CK), (d_value, d_value_CK)):
+                store(ref, sizes, unit.head, unit.row * sizes.S + key_C1, key_C1 < sizes.S, value_CK)
+
+        def beyond_reach(i, _) -> None:
+            tile = program + i * programs
+
+            @pl.when((tile < first) | (tile > last))
+            def _() -> None:
+                finish(tile, *[zeros(sizes, sizes.key_tile)] * 2)
+
+        def share(tiles) -> Array:
+            return jax.lax.div(jnp.maximum(tiles - program + programs - 1, 0), programs)
+
         first, last = unit.tiles(unit.oldest, unit.newest)
-        own = jax.lax.div(jnp.maximum(last - first - program + programs, 0), programs)
-        total = jax.lax.fori_loop(0, own, keys, jnp.float32(0))
-        d_span[unit.number, program] = total
+        d_span[unit.number, program] = jax.lax.fori_loop(0, share(last - first + 1), keys, jnp.float32(0))
+        jax.lax.fori_loop(0, share(pl.cdiv(sizes.S, sizes.key_tile)), beyond_reach, None)
 
     for_unit(static, sizes, scalars, work)
 
@@ -240,30 +254,40 @@ def query_gradients(static: Static, sizes: Sizes, *refs: Any) -> None:
     for_unit(static, sizes, scalars, work)
 
 
+def _kept(static: Static, keeps: Array | None, d_weight: Array) -> Array:
+    """Gradients of weights from those of the weights after dropout."""
+    return d_weight if keeps is None else jnp.where(keeps, d_weight, 0) * (1 / (1 - static.dropout_rate))
+
+
 def _pairs(
     static, sizes, unit, tile, query_T1, query_TK, d_out_TK, statistics, key_NK, value_NK
 ) -> tuple[Array, Array]:
-    """Gradients of the logits of persistent pairs, before the scale, and the weights after dropout."""
+    """Gradients of the logits of persistent pairs, before the scale, and the weights that dropout keeps."""
     pair_1N = tile * sizes.key_tile + iota(sizes.key_tile, 1)
-    factors_TN = unit.factors(query_T1, pair_1N, dropout.PERSISTENT) if static.dropout_rate else None
-    lse_T1, delta_T1 = statistics
-    logits_TN = _only_pairs(sizes, pair_1N, dot(query_TK, key_NK, (1, 1)) * static.scale)
-    return pair_gradients(logits_TN, lse_T1, delta_T1, d_out_TK, value_NK, factors_TN)
+    keeps_TN, (lse_T1, delta_T1) = unit.keeps(query_T1, pair=pair_1N), statistics
+    logits_TN = dot(query_TK, key_NK, (1, 1)) * (static.scale * LOG2_E)
+    weight_TN = exp2(sizes, _only_pairs(sizes, pair_1N, logits_TN) - lse_T1 * LOG2_E)
+    d_logits_TN = weight_TN * (_kept(static, keeps_TN, dot(d_out_TK, value_NK, (1, 1))) - delta_T1)
+    kept_TN = weight_TN if keeps_TN is None else jnp.where(keeps_TN, weight_TN, 0)
+    return d_logits_TN.astype(value_NK.dtype), kept_TN.astype(value_NK.dtype)
 
 
 def position_gradients(static: Static, sizes: Sizes, *refs: Any) -> None:
-    """Grid (tile of distances, head): adds the gradient of the position table from the units in the scratch array."""
-    scalars = Scalars(*refs[:SCALARS])
-    position_query, d_logits, table, d_table = refs[SCALARS:]
-    tile, head = pl.program_id(0), pl.program_id(1)
-    first, units = scalars.chunk[0], scalars.chunk[1]
-    reach = scalars.reach_H[head]
+    """Grid (place for a sum, head): adds to sums over rows of the gradient of the position table.
 
-    @pl.when(tile * sizes.key_tile < reach)
+    The places are dealt out to the tiles of distances within reach: the fewer there are, the more take part in each.
+    """
+    scalars = Scalars(*refs[:SCALARS])
+    position_query, d_logits, sums, d_sums = refs[SCALARS:]
+    place, head = pl.program_id(0), pl.program_id(1)
+    first, units = scalars.chunk[0], scalars.chunk[1]
+    tiles = pl.cdiv(scalars.reach_H[head], sizes.key_tile)
+    parts = jax.lax.div(pl.num_programs(0), jnp.maximum(tiles, 1))
+
+    @pl.when(place < tiles * parts)
     def _() -> None:
-        column_D1, column_1D = (tile * sizes.key_tile + iota(sizes.key_tile, axis) for axis in (0, 1))
-        exists_D1 = column_D1 < reach
-        row_D1 = head * sizes.L + reach - 1 - column_D1
+        tile, part = jax.lax.rem(place, tiles), jax.lax.div(place, tiles)
+        column_1D = tile * sizes.key_tile + iota(sizes.key_tile, 1)
 
         def rows(row, sum_DK: Array) -> Array:
             unit = Unit(static, sizes, scalars, row * sizes.H + head)
@@ -273,13 +297,40 @@ def position_gradients(static: Static, sizes: Sizes, *refs: Any) -> None:
                 d_logits_TD = load_by_distance(masked, d_logits, unit, query_T1, column_1D)
                 return sum_DK + dot(d_logits_TD, load_queries(position_query, sizes, unit, query_T1), (0, 0))
 
-            tiles = 0, pl.cdiv(sizes.T, sizes.query_tile) - 1
-            return for_tiles(tiles, unit.queries_with_columns(tile), queries, sum_DK)
+            query_tiles = 0, pl.cdiv(sizes.T, sizes.query_tile) - 1
+            return for_tiles(query_tiles, unit.queries_with_columns(tile), queries, sum_DK)
 
         begin, end = (jax.lax.div(jnp.maximum(x - head + sizes.H - 1, 0), sizes.H) for x in (first, first + units))
+        begin, end = (begin + jax.lax.div((end - begin) * x, parts) for x in (part, part + 1))
         sum_DK = jax.lax.fori_loop(begin, end, rows, zeros(sizes, sizes.key_tile))
-        before_DK = load(table, sizes, 0, row_D1, exists_D1)
-        store(d_table, sizes, 0, row_D1, exists_D1, before_DK + sum_DK * static.scale)
+        row_D1, exists_D1 = _rows_of_place(sizes, head, place, pl.num_programs(0))
+        store(d_sums, sizes, 0, row_D1, exists_D1, load(sums, sizes, 0, row_D1, exists_D1) + sum_DK)
+
+
+def _rows_of_place(sizes: Sizes, head, place, places: int) -> tuple[Array, Array]:
+    """Where the sum of a place lies, one row for each distance of its tile."""
+    row_D1 = (head * places + place) * sizes.key_tile + iota(sizes.key_tile, 0)
+    return row_D1, row_D1 >= 0
+
+
+def position_sums(static: Static, sizes: Sizes, *refs: Any) -> None:
+    """Grid (tile of distances, head): the gradient of the position table from the sums over rows."""
+    scalars, (sums, *_, d_table) = Scalars(*refs[:SCALARS]), refs[SCALARS:]
+    tile, head = pl.program_id(0), pl.program_id(1)
+    places, reach = sums.shape[0] // sizes.H // sizes.key_tile, scalars.reach_H[head]
+    tiles = pl.cdiv(reach, sizes.key_tile)
+
+    def add(part, sum_DK: Array) -> Array:
+        return sum_DK + load(sums, sizes, 0, *_rows_of_place(sizes, head, part * tiles + tile, places))
+
+    parts = jnp.where(tile < tiles, jax.lax.div(places, jnp.maximum(tiles, 1)), 0)
+    sum_DK = jax.lax.fori_loop(0, parts, add, zeros(sizes, sizes.key_tile))
+    # the farthest distance within reach is column 0; the tiles beyond reach hold the distances from there on
+    column_D1 = tile * sizes.key_tile + iota(sizes.key_tile, 0)
+    beyond_D1 = column_D1 - tiles * sizes.key_tile + reach
+    distance_D1 = jnp.where(tile < tiles, reach - 1 - column_D1, beyond_D1)
+    exists_D1 = (distance_D1 >= 0) & (distance_D1 < sizes.L)
+    store(d_table, sizes, 0, head * sizes.L + distance_D1, exists_D1, sum_DK * static.scale)
 
 
 def persistent_gradients(static: Static, sizes: Sizes, *refs: Any) -> None:
@@ -307,4 +358,4 @@ def persistent_gradients(static: Static, sizes: Sizes, *refs: Any) -> None:
     d_key_NK, d_value_NK = jax.lax.fori_loop(begin, end, queries, (zeros_NK, zeros_NK))
     row_N1, exists_N1 = (group * sizes.H + head) * sizes.N + pair_N1, pair_N1 < sizes.N
     store(d_key, sizes, 0, row_N1, exists_N1, d_key_NK * static.scale)
-    store(d_value, sizes, 0, row_N1, exists_N1, d_value_NK)
+    store(d_value, sizes, 0, row_N1, exists_N1, d_value_NK / (1 - static.dropout_rate))

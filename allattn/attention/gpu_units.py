@@ -9,6 +9,7 @@ the tile, K head width, X any; B row, H head, U unit.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,10 +18,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from allattn.attention.kernels import CallSizes, dropout_factors
+from allattn.attention import dropout
+from allattn.attention.kernels import CallSizes
 from allattn.attention.tiles import Static
 
 Array = jax.Array
+
+AWAY = 2**30  # where a query or key is put that does not exist: so far from all others that it meets none
+LOG2_E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Sizes(CallSizes):
     """Static sizes of one call; a tile of keys is also one of distances and of persistent pairs."""
 
     length: int  # T, rounded up to whole tiles of every kernel
+    platform: str = ""  # that the kernel is compiled for; "": interpreted
 
     @property
     def lanes(self) -> int:
@@ -125,21 +131,36 @@ class Unit:
         return _whole_tiles(first, jnp.where(last_column < self.reach, last, -1), self.sizes.query_tile)
 
     def exists(self, query, key) -> Array:
-        """Whether a pair of query and key counts."""
-        column = key - query - self.origin
-        within = (column >= 0) & (column < self.reach) & (query < self.sizes.T)
-        return within & (key >= self.oldest) & (key <= self.newest)
+        """Whether a pair of query and key counts; each is a row or a column, so that a pair costs two instructions."""
+        place = jnp.where((key >= self.oldest) & (key <= self.newest), key - self.origin, -AWAY)
+        column = place - jnp.where(query < self.sizes.T, query, AWAY)
+        return column.astype(jnp.uint32) < self.reach.astype(jnp.uint32)  # a negative one is a large one
+
+    def holds(self, query, column) -> Array:
+        """Whether a column of the scratch array holds a pair of a query; each is a row or a column."""
+        place = jnp.where(query < self.sizes.T, query, AWAY) + jnp.where(column < self.reach, column, AWAY)
+        keys = jnp.maximum(self.newest - self.oldest + 1, 0)
+        return (place - (self.oldest - self.origin)).astype(jnp.uint32) < keys.astype(jnp.uint32)
+
+    def ramp(self, query, key, exists: Array) -> Array:
+        """`span.ramp_position` of a pair, -1 where there is none; the sum of whole numbers is exact."""
+        beyond = (self.static.ramp + 1 - self.begin - query).astype(jnp.float32) + key.astype(jnp.float32)
+        return jnp.where(exists, (beyond + self.span) * (1 / self.static.ramp), -1)
 
     def place(self, query, key) -> Array:
         """Where the logit of a pair lies in the scratch array."""
         return self.base + query * (self.stride - 1) + key - self.origin
 
-    def distance(self, query, key) -> Array:
-        return self.begin + query - key
-
-    def factors(self, query, index, domain: int) -> Array:
-        """Dropout's factors, 0 or 1 / (1 - rate)."""
-        return dropout_factors(self.static, self.scalars.numbers, self.row, self.head, query, domain, index)
+    def keeps(self, query, key=None, pair=None) -> Array | None:
+        """Which weights of keys or of persistent pairs dropout keeps; None: all."""
+        if not self.static.dropout_rate:
+            return None
+        seed, row, head = self.scalars.numbers[0], self.scalars.numbers[1] + self.row, self.scalars.numbers[2] + self.head
+        domain = dropout.CONTEXT if pair is None else dropout.PERSISTENT
+        word = dropout.query_key(seed, row, head, query, domain)
+        if pair is None:  # its index is the distance, the part of the query of which is added for all its keys at once
+            word, pair = dropout.moved(word, self.begin + query), -key
+        return dropout.keep(word, pair, self.static.dropout_rate)
 
 
 def _whole_tiles(first, last, tile: int) -> tuple[Array, Array]:
@@ -211,6 +232,16 @@ def load_statistic(ref: Any, sizes: Sizes, unit: Unit, query: Array) -> Array:
     return plgpu.load(ref.at[unit.number * sizes.T + query], mask=query < sizes.T, other=0.0)
 
 
+def exp2(sizes: Sizes, x: Array) -> Array:
+    """2 to the power of x in one instruction; results below the least normal number are 0."""
+    if sizes.platform != "cuda":
+        return jnp.exp2(x)
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return plgpu.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[like]
+    )[0]
+
+
 def zeros(sizes: Sizes, rows: int) -> Array:
     return jnp.zeros((rows, sizes.lanes), jnp.float32)
 
@@ -225,11 +256,6 @@ def for_unit(static: Static, sizes: Sizes, scalars: Scalars, work: Callable[[Uni
         work(Unit(static, sizes, scalars, first + slot), part)
 
 
-def _read(ref: Any, place: Array, exists: Array | None) -> Array:
-    """Numbers of the scratch array, 0 where there is no pair of query and key."""
-    return plgpu.load(ref.at[place], mask=exists, other=None if exists is None else jnp.zeros((), ref.dtype))
-
-
 def write(ref: Any, place: Array, exists: Array | None, value: Array) -> None:
     if exists is not None:  # interpreted, masked writes must not fall on the place of another pair
         place = jnp.where(exists, place, ref.shape[0])
@@ -237,9 +263,14 @@ def write(ref: Any, place: Array, exists: Array | None, value: Array) -> None:
 
 
 def load_diagonal(ref: Any, unit: Unit, query, key, exists: Array | None) -> Array:
-    return _read(ref, unit.place(query, key), exists)
+    """Numbers of pairs, 0 where there is none."""
+    other = None if exists is None else jnp.zeros((), ref.dtype)
+    return plgpu.load(ref.at[unit.place(query, key)], mask=exists, other=other)
 
 
 def load_by_distance(masked: bool, ref: Any, unit: Unit, query, column) -> Array:
-    exists = unit.exists(query, unit.origin + query + column) if masked else None
-    return _read(ref, unit.base + query * unit.stride + column, exists)
+    """Numbers of pairs by query and column, 0 where there is none."""
+    place = ref.at[unit.base + query * unit.stride + column]
+    if not masked:
+        return plgpu.load(place)
+    return plgpu.load(place, mask=unit.holds(query, column), other=jnp.zeros((), ref.dtype))

@@ -12,6 +12,7 @@ G group of rows, P program of a unit, X and Y any.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ Array = jax.Array
 
 SCRATCH = 2**28  # bytes
 PROGRAMS = 16  # that share one unit's tiles of keys
+PLACES = 64  # for sums over rows of the position table's gradient, of each head: at least as many as tiles of distances
 GROUPS = 4  # of rows, whose gradients of the persistent pairs are added at the end
 
 
@@ -75,6 +77,14 @@ def _heads_in_columns(x_BXHK: Array) -> Array:
     return _rows(x_BXHK.reshape(B * X, H * K))
 
 
+def _is_array(x: Array | jax.ShapeDtypeStruct) -> bool:
+    return not isinstance(x, jax.ShapeDtypeStruct)
+
+
+def _like(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
 class Call(NamedTuple):
     """The kernels of one call, and what they all read."""
 
@@ -82,24 +92,28 @@ class Call(NamedTuple):
     sizes: Sizes
     scalars: Scalars
 
-    def run(self, kernel: Callable, grid: tuple, *arrays: Array, changed: tuple[Array, ...]) -> tuple[Array, ...]:
-        """Call a kernel, compiled for a GPU, interpreted elsewhere; what it changes comes last, and back."""
-        operands = (*self.scalars, *arrays, *changed)
-        first, tiles = len(operands) - len(changed), self.static.tiles
+    def run(self, kernel: Callable, grid: tuple, *arrays: Array, changed: tuple[Any, ...]) -> tuple[Array, ...]:
+        """Call a kernel, compiled for a GPU, interpreted elsewhere; what it changes comes last, and back.
 
-        def call(interpret: bool, *operands: Array) -> list[Array]:
+        In place of an array that it writes as a whole, a ShapeDtypeStruct will do.
+        """
+        given = [i for i, x in enumerate(changed) if _is_array(x)]
+        operands = (*self.scalars, *arrays, *(changed[i] for i in given))
+        first, tiles = len(operands) - len(given), self.static.tiles
+
+        def call(platform: str, *operands: Array) -> list[Array]:
             return pl.pallas_call(
-                functools.partial(kernel, self.static, self.sizes),
+                functools.partial(kernel, self.static, dataclasses.replace(self.sizes, platform=platform)),
                 grid=grid,
                 out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed],
-                input_output_aliases={first + i: i for i in range(len(changed))},
+                input_output_aliases={first + n: i for n, i in enumerate(given)},
                 compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
-                interpret=interpret,
+                interpret=not platform,
                 name=kernel.__name__,
             )(*operands)
 
-        compiled, interpreted = (functools.partial(call, interpret) for interpret in (False, True))
-        return tuple(jax.lax.platform_dependent(*operands, cuda=compiled, default=interpreted))
+        compiled = {name: functools.partial(call, name) for name in ("cuda", "rocm")}
+        return tuple(jax.lax.platform_dependent(*operands, **compiled, default=functools.partial(call, "")))
 
     def query_grid(self) -> tuple[int, int]:
         return self.sizes.length // self.sizes.query_tile, self.sizes.B * self.sizes.H
@@ -107,7 +121,8 @@ class Call(NamedTuple):
     def for_each_chunk(self, dtype: Any, work: Callable, results: tuple, known: Array) -> tuple:
         """Carry results through chunks of units whose logits by position fit into the scratch array together.
 
-        The scratch array is made when `known` is: the two of a forward and a backward pass never exist at once.
+        ShapeDtypeStructs among the results are made here, as arrays that were not written yet, and the scratch array as
+        well. They are made when `known` is: those of a forward and a backward pass never exist at once.
         """
         sizes, base_U = self.sizes, self.scalars.base_U
         units = sizes.B * sizes.H
@@ -119,8 +134,9 @@ class Call(NamedTuple):
             call = self._replace(scalars=self.scalars._replace(chunk=jnp.stack([first, end - first])))
             return end, *work(call, logits, results)
 
-        nothing, _ = jax.lax.optimization_barrier((jnp.zeros((), dtype), known))
-        logits = jnp.broadcast_to(nothing, max(1, room * sizes.length))
+        leaves, structure = jax.tree.flatten((jax.ShapeDtypeStruct((max(1, room * sizes.length),), dtype), results))
+        made = iter(self.run(gpu_kernels.allocate, (1,), known, changed=tuple(x for x in leaves if not _is_array(x))))
+        logits, results = jax.tree.unflatten(structure, [x if _is_array(x) else next(made) for x in leaves])
         return jax.lax.while_loop(lambda carry: carry[0] < units, chunk, (jnp.int32(0), logits, results))[2]
 
 
@@ -160,8 +176,8 @@ def _attention_forward(static: Static, inputs: Inputs, dynamic: Dynamic):
         (logits,) = call.run(gpu_kernels.logits_by_position, grid, *positions, changed=(logits,))
         return logits, call.run(gpu_kernels.forward, grid, *context, logits, changed=results)
 
-    statistic = jnp.zeros(sizes.B * sizes.H * sizes.T, jnp.float32)
-    results = (jnp.zeros_like(flat.query_BTHK), statistic, statistic)
+    statistic = jax.ShapeDtypeStruct((sizes.B * sizes.H * sizes.T,), jnp.float32)
+    results = (_like(flat.query_BTHK), statistic, statistic)
     out_XE, lse, mass = call.for_each_chunk(inputs.query_BTHK.dtype, chunk, results, known=flat.query_BTHK)
     out_BTHK, lse = named(out_XE.reshape(inputs.query_BTHK.shape), lse)
     mass_BHT = mass.reshape(sizes.B, sizes.H, sizes.T)
@@ -175,12 +191,12 @@ def _attention_backward(static: Static, residuals: tuple, cotangents: tuple):
     delta_BTH = jnp.sum(d_out_BTHK.astype(jnp.float32) * out_BTHK.astype(jnp.float32), axis=-1)
     given = (d_out, lse, delta_BTH.transpose(0, 2, 1).reshape(-1))
     query, position_query, key, value, position, *pairs, _ = flat
-    by_unit, by_distance = (PROGRAMS, sizes.B * sizes.H), (max(1, pl.cdiv(sizes.L, sizes.key_tile)), sizes.H)
+    by_unit, by_distance = (PROGRAMS, sizes.B * sizes.H), (max(PLACES, pl.cdiv(sizes.L, sizes.key_tile)), sizes.H)
     # two sums in registers leave room for few queries
     few = dataclasses.replace(sizes, query_tile=min(sizes.query_tile, static.tiles.few))
 
     def chunk(call: Call, logits: Array, results: tuple) -> tuple:
-        d_keys, d_queries, d_table = results
+        d_keys, d_queries, sums = results
         grid = call.query_grid()
         (logits,) = call.run(gpu_kernels.logits_by_position, grid, position_query, position, changed=(logits,))
         with_few = call._replace(sizes=few)
@@ -188,15 +204,19 @@ def _attention_backward(static: Static, residuals: tuple, cotangents: tuple):
         d_keys, logits = changed[:-1], changed[-1]
         operands = (query, key, position, *pairs, *given, logits)
         d_queries = call.run(gpu_kernels.query_gradients, grid, *operands, changed=d_queries)
-        operands = (position_query, logits)
-        d_table = call.run(gpu_kernels.position_gradients, by_distance, *operands, changed=d_table)
-        return logits, (d_keys, d_queries, d_table)
+        sums = call.run(gpu_kernels.position_gradients, by_distance, position_query, logits, changed=sums)
+        return logits, (d_keys, d_queries, sums)
 
-    d_keys = (jnp.zeros_like(key), jnp.zeros_like(value), jnp.zeros((sizes.B * sizes.H, PROGRAMS), jnp.float32))
-    d_queries = (jnp.zeros_like(query),) * (1 if static.one_query else 2)
-    d_table = (jnp.zeros((sizes.H * max(1, sizes.L), sizes.K), jnp.float32),)
-    (d_key, d_value, d_span), d_queries, (d_table_XK,) = call.for_each_chunk(
-        query.dtype, chunk, (d_keys, d_queries, d_table), known=lse
+    d_span_UP = jax.ShapeDtypeStruct((sizes.B * sizes.H, PROGRAMS), jnp.float32)
+    d_queries = (_like(query),) * (1 if static.one_query else 2)
+    sums = (jnp.zeros((math.prod(by_distance) * sizes.key_tile, sizes.K), jnp.float32),)
+    (d_key, d_value, d_span), d_queries, sums = call.for_each_chunk(
+        query.dtype, chunk, ((_like(key), _like(value), d_span_UP), d_queries, sums), known=lse
+    )
+    table_XK = jax.ShapeDtypeStruct((sizes.H * max(1, sizes.L), sizes.K), jnp.float32)
+    # of the distances beyond a head's reach, which count as 0, up to a tile more than L has
+    (d_table_XK,) = call.run(
+        gpu_kernels.position_sums, (pl.cdiv(sizes.L, sizes.key_tile) + 1, sizes.H), *sums, changed=(table_XK,)
     )
     d_position_HLK = d_table_XK[: sizes.H * sizes.L].reshape(sizes.H, sizes.L, sizes.K)
     gradients = (
@@ -217,9 +237,9 @@ def _persistent_gradients(call: Call, inputs: Inputs, operands: tuple[Array, ...
     if not sizes.N:
         return pairs
     groups = min(GROUPS, sizes.B)
-    zeros_XK = jnp.zeros((groups * sizes.H * sizes.N, sizes.K), jnp.float32)
+    sums_XK = jax.ShapeDtypeStruct((groups * sizes.H * sizes.N, sizes.K), jnp.float32)
     grid = (pl.cdiv(sizes.N, sizes.key_tile), sizes.H, groups)
-    sums = call.run(gpu_kernels.persistent_gradients, grid, *operands, changed=(zeros_XK, zeros_XK))
+    sums = call.run(gpu_kernels.persistent_gradients, grid, *operands, changed=(sums_XK, sums_XK))
     return tuple(sum_XK.reshape(groups, *x_HNK.shape).sum(0) for sum_XK, x_HNK in zip(sums, pairs, strict=True))
 
 
