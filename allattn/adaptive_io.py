@@ -18,8 +18,35 @@ from flax import nnx
 Array = jax.Array
 
 LOGITS = 1 << 25  # most logits that exist at once: 128 MiB of them in float32
+SMALL_VOCABULARY = 1024
 XL_DEVIATION = 0.02  # of Transformer-XL's initial weights
 TAIL_SHARE = 1 / 32  # of a block's tokens, that a tail takes per round: about as many as it has in running text
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def lookup(dtype: jnp.dtype, table_VD: Array, tokens_BT: Array) -> Array:
+    """Rows of a table in dtype; the gradient of the table is summed in the table's own dtype.
+
+    A block has a symbol such as the space thousands of times: sums in bfloat16 would stand still at 256 times the
+    summand. A small table's gradient is a product, which unlike a scatter on a GPU does not depend on an order.
+    """
+    return table_VD[tokens_BT].astype(dtype)
+
+
+def _lookup_forward(dtype: jnp.dtype, table_VD: Array, tokens_BT: Array) -> tuple[Array, tuple[Array, Array]]:
+    return lookup(dtype, table_VD, tokens_BT), (table_VD, tokens_BT)
+
+
+def _lookup_backward(dtype: jnp.dtype, given: tuple[Array, Array], d_h_BTD: Array) -> tuple[Array, None]:
+    table_VD, tokens_BT = given
+    if len(table_VD) > SMALL_VOCABULARY:
+        return jnp.zeros_like(table_VD).at[tokens_BT].add(d_h_BTD.astype(table_VD.dtype)), None
+    chosen_BTV = jax.nn.one_hot(tokens_BT, len(table_VD), dtype=dtype)
+    sums: dict[str, Any] = {"precision": "highest", "preferred_element_type": table_VD.dtype}
+    return jnp.einsum("btv,btd->vd", chosen_BTV, d_h_BTD, **sums), None
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def _uniform(rngs: nnx.Rngs, shape: Sequence[int], fan_in: int) -> nnx.Param:
@@ -37,7 +64,7 @@ class TokenIO(nnx.Module):
 
     def embed(self, tokens_BT: Array, dtype: jnp.dtype) -> Array:
         """Vectors of tokens, as h_BTD in dtype."""
-        return self.embedding[...].astype(dtype)[tokens_BT]
+        return lookup(jnp.dtype(dtype), self.embedding[...], tokens_BT)
 
     def logits(self, h_BTD: Array) -> Array:
         """Unnormalised log-probabilities of the next token, as logits_BTV, at least in float32."""

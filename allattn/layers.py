@@ -132,15 +132,15 @@ class AllAttention(Sublayer):
         states_BSD = self.enter(states_BSD)
         return project(self.key[...], states_BSD), project(self.value[...], states_BSD)
 
-    def choose_length(self, S: int) -> Array | None:
-        """Index in `buckets(S)` of the least length that holds the reach of a layer's spans; None if it is fixed.
+    def choose_length(self, S: int, T: int) -> Array | None:
+        """Index in `lengths(S, T)` of the least that holds the reach of a layer's spans; None if it is fixed.
 
         Of a stack of layers: of each, which on a mesh costs one look at all heads in place of one per layer.
         """
         if not self.config.adaptive:
             return None
         needed = reach(jnp.max(self.span_tokens(), axis=-1), self.config.ramp, 1, S)
-        return jnp.searchsorted(jnp.array(buckets(S)), needed)
+        return jnp.searchsorted(jnp.array(lengths(S, T)), needed)
 
     def project_reach(self, cache_BSD: Array, h_BTD: Array, chosen: Array | None) -> tuple[Array, Array]:
         """Keys and values of cache and block, computed only for the cached states within reach of this layer's spans.
@@ -151,7 +151,7 @@ class AllAttention(Sublayer):
         S, kernels = cache_BSD.shape[1], (self.key[...], self.value[...])
         if chosen is None:
             return project_last(S, kernels, self.enter(jax.lax.stop_gradient(cache_BSD)), self.enter(h_BTD))
-        return _project_one_of(buckets(S), chosen, kernels, cache_BSD, h_BTD)
+        return _project_one_of(lengths(S, h_BTD.shape[1]), chosen, kernels, cache_BSD, h_BTD)
 
     def span_tokens(self) -> Array:
         """Learned spans z L in tokens, as (H,)."""
@@ -265,6 +265,11 @@ def project(kernel_DHK: Array, states_BSD: Array) -> Array:
     return (states_BSD @ kernel_DE).reshape(*states_BSD.shape[:2], H, K)
 
 
+def lengths(S: int, T: int) -> tuple[int, ...]:
+    """Numbers of cached states to project before a block of T; a few more beside a long block cost less than a choice."""
+    return tuple(size for size in buckets(S) if size >= T // 4 or size == S)
+
+
 def project_last(length: int, kernels: tuple, cache_BSD: Array, h_BTD: Array) -> tuple:
     """Both projections of the last `length` cached states and of the block, behind zeros.
 
@@ -326,6 +331,7 @@ def softmax(x_BTF: Array) -> Array:
     return jax.nn.softmax(x_BTF.astype(jnp.promote_types(x_BTF.dtype, jnp.float32))).astype(x_BTF.dtype)
 
 
+@functools.partial(jax.checkpoint, prevent_cse=False)  # only the input is kept for the backward pass
 def layer_norm(h_BTD: Array, scale_D: Array, bias_D: Array) -> Array:
     """Layer normalisation with epsilon 1e-5, statistics at least in float32, result in the input's dtype."""
     x_BTD = h_BTD.astype(jnp.promote_types(h_BTD.dtype, jnp.float32))

@@ -168,8 +168,9 @@ class Network(nnx.Module):
           before: tokens of this text before the block, int32, may be traced; None: as many as the cache holds.
           remat: what the backward pass computes again, of `RECOMPUTED`; "": nothing.
         """
-        S, row_B = cache_XBSD.shape[2], jnp.arange(tokens_BT.shape[0]) if row_B is None else row_B
-        starts, chosen_X = self._key_start(S, before), self.layers.choose_length(S)
+        (B, T), S = tokens_BT.shape, cache_XBSD.shape[2]
+        row_B = jnp.arange(B) if row_B is None else row_B
+        starts, chosen_X = self._key_start(S, before), self.layers.choose_length(S, T)
 
         def layer(layer: AllAttention, h_BTD, cache, positions, draws):
             cache_BSD, chosen = cache
@@ -178,7 +179,7 @@ class Network(nnx.Module):
             return out_BTD, (h_BTD, mass_BH)
 
         again = functools.partial(jax.checkpoint, policy=RECOMPUTED[remat]) if remat else None
-        return self._scan(layer, tokens_BT, (cache_XBSD, chosen_X), (S, tokens_BT.shape[1]), seeds_X, row_B, again)
+        return self._scan(layer, tokens_BT, (cache_XBSD, chosen_X), (S, T), seeds_X, row_B, again)
 
     def cached_forward(
         self, tokens_BT, cache: KeyValue, position=None, attention=all_attention, before=None
