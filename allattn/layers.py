@@ -142,16 +142,18 @@ class AllAttention(Sublayer):
         needed = reach(jnp.max(self.span_tokens(), axis=-1), self.config.ramp, 1, S)
         return jnp.searchsorted(jnp.array(lengths(S, T)), needed)
 
-    def project_reach(self, cache_BSD: Array, h_BTD: Array, chosen: Array | None) -> tuple[Array, Array]:
-        """Keys and values of cache and block, computed only for the cached states within reach of this layer's spans.
+    def project_reach(self, cache_XBSD: Array, x: Array | int, h_BTD: Array, chosen: Array | None) -> tuple:
+        """Keys and values of layer x's cache and block, computed only for the states within reach of its spans.
 
         The others are zeros that no head looks at. The reach is known at run time, so code for each of a few
-        lengths is compiled and the one that `choose_length` gave runs. The gradient does not enter the cached states.
+        lengths is compiled and the one that `choose_length` gave runs; it reads no more of the cache of all layers than
+        it needs. The gradient does not enter the cached states.
         """
-        S, kernels = cache_BSD.shape[1], (self.key[...], self.value[...])
+        S, T, kernels = cache_XBSD.shape[2], h_BTD.shape[1], (self.key[...], self.value[...])
         if chosen is None:
-            return project_last(S, kernels, self.enter(jax.lax.stop_gradient(cache_BSD)), self.enter(h_BTD))
-        return _project_one_of(lengths(S, h_BTD.shape[1]), chosen, kernels, cache_BSD, h_BTD)
+            cache_BSD = jax.lax.stop_gradient(last_states(cache_XBSD, x, S))
+            return project_last(S, kernels, self.enter(cache_BSD), self.enter(h_BTD))
+        return _project_one_of(lengths(S, T), chosen, x, kernels, cache_XBSD, h_BTD)
 
     def span_tokens(self) -> Array:
         """Learned spans z L in tokens, as (H,)."""
@@ -270,28 +272,42 @@ def lengths(S: int, T: int) -> tuple[int, ...]:
     return tuple(size for size in buckets(S) if size >= T // 4 or size == S)
 
 
-def project_last(length: int, kernels: tuple, cache_BSD: Array, h_BTD: Array) -> tuple:
-    """Both projections of the last `length` cached states and of the block, behind zeros.
+def last_states(cache_XBSD: Array, x: Array | int, length: int) -> Array:
+    """The last `length` cached states of layer x, as cache_BSD."""
+    _, B, S, D = cache_XBSD.shape
+    return jax.lax.dynamic_slice(cache_XBSD, (x, 0, S - length, 0), (1, B, length, D))[0]
+
+
+def project_last(S: int, kernels: tuple, cache_BSD: Array, h_BTD: Array) -> tuple:
+    """Both projections of cached states and of the block, behind so many zeros that S states come before the block.
 
     Two products each: the backward pass needs the gradient of the block alone, not of the longer cache.
     """
-    before = cache_BSD.shape[1] - length
+    before = S - cache_BSD.shape[1]
 
     def linear(kernel_DHK: Array) -> Array:
-        parts = [project(kernel_DHK, cache_BSD[:, before:]), project(kernel_DHK, h_BTD)]
+        parts = [project(kernel_DHK, cache_BSD), project(kernel_DHK, h_BTD)]
         return jnp.pad(jnp.concatenate(parts, axis=1), ((0, 0), (before, 0), (0, 0), (0, 0)))
 
     return tuple(linear(kernel_DHK) for kernel_DHK in kernels)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _project_one_of(sizes: tuple[int, ...], which: Array, kernels: tuple, cache_BSD: Array, h_BTD: Array) -> tuple:
-    """`project_last` with the chosen one of some lengths.
+def _project_one_of(
+    sizes: tuple[int, ...], which: Array, x: Array, kernels: tuple, cache_XBSD: Array, h_BTD: Array
+) -> tuple:
+    """`project_last` with the chosen one of some lengths of layer x's cache.
 
     Its gradient is another choice, from the same inputs: differentiating a switch keeps the residuals of all branches.
     """
-    branches = [functools.partial(project_last, size) for size in sizes]
-    return jax.lax.switch(which, branches, kernels, cache_BSD, h_BTD)
+
+    def of(size: int) -> Callable:
+        def branch(x: Array, kernels: tuple, cache_XBSD: Array, h_BTD: Array) -> tuple:
+            return project_last(cache_XBSD.shape[2], kernels, last_states(cache_XBSD, x, size), h_BTD)
+
+        return branch
+
+    return jax.lax.switch(which, [of(size) for size in sizes], x, kernels, cache_XBSD, h_BTD)
 
 
 def _project_forward(sizes: tuple[int, ...], *inputs: Any) -> tuple[tuple, tuple]:
@@ -300,9 +316,9 @@ def _project_forward(sizes: tuple[int, ...], *inputs: Any) -> tuple[tuple, tuple
 
 def _project_backward(sizes: tuple[int, ...], inputs: tuple, cotangents: tuple) -> tuple:
     def gradient_of(size: int) -> Callable:
-        def branch(kernels: tuple, cache_BSD: Array, h_BTD: Array, cotangents: tuple) -> tuple:
-            S = cache_BSD.shape[1]
-            states_BSD = jnp.concatenate([cache_BSD[:, S - size :], h_BTD], axis=1)
+        def branch(x: Array, kernels: tuple, cache_XBSD: Array, h_BTD: Array, cotangents: tuple) -> tuple:
+            S = cache_XBSD.shape[2]
+            states_BSD = jnp.concatenate([last_states(cache_XBSD, x, size), h_BTD], axis=1)
 
             def gradient(linear: Callable, of: Any, first: int) -> Any:
                 return jax.vjp(linear, of)[1](tuple(d_BSHK[:, first:] for d_BSHK in cotangents))[0]
@@ -315,7 +331,7 @@ def _project_backward(sizes: tuple[int, ...], inputs: tuple, cotangents: tuple) 
 
     which, *arrays = inputs
     kernels, h_BTD = jax.lax.switch(which, [gradient_of(size) for size in sizes], *arrays, cotangents)
-    return None, kernels, None, h_BTD
+    return None, None, kernels, None, h_BTD
 
 
 _project_one_of.defvjp(_project_forward, _project_backward)

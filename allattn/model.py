@@ -173,13 +173,13 @@ class Network(nnx.Module):
         starts, chosen_X = self._key_start(S, before), self.layers.choose_length(S, T)
 
         def layer(layer: AllAttention, h_BTD, cache, positions, draws):
-            cache_BSD, chosen = cache
-            key_BSHK, value_BSHK = layer.project_reach(cache_BSD, h_BTD, chosen)
+            x, chosen = cache
+            key_BSHK, value_BSHK = layer.project_reach(cache_XBSD, x, h_BTD, chosen)
             out_BTD, mass_BH = layer(h_BTD, key_BSHK, value_BSHK, positions, attention, draws=draws, **starts)
             return out_BTD, (h_BTD, mass_BH)
 
         again = functools.partial(jax.checkpoint, policy=RECOMPUTED[remat]) if remat else None
-        return self._scan(layer, tokens_BT, (cache_XBSD, chosen_X), (S, T), seeds_X, row_B, again)
+        return self._scan(layer, tokens_BT, (jnp.arange(self.config.depth), chosen_X), (S, T), seeds_X, row_B, again)
 
     def cached_forward(
         self, tokens_BT, cache: KeyValue, position=None, attention=all_attention, before=None

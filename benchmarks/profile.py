@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--geometry", choices=tuple(train.GEOMETRIES), default="small-8")
     parser.add_argument("--spans", default="full", help="full, zero or mixed")
     parser.add_argument("--rows", type=int, default=8)
-    parser.set_defaults(dropout=0.0, dtype="float32", implementation="")
+    parser.set_defaults(dropout=0.0, dtype="float32", implementation="", remat="")
     arguments = parser.parse_args()
     sharding.use_cores(arguments.rows)
     c = train.configuration(arguments)

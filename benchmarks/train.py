@@ -40,6 +40,7 @@ def configuration(arguments: argparse.Namespace) -> ml_collections.ConfigDict:
     m = c.model
     m.depth, m.width, m.heads, m.span.limit, c.train.block, m.persistent = GEOMETRIES[arguments.geometry]
     c.train.batch, m.vocab_size, m.dropout = arguments.rows, VOCABULARY, arguments.dropout
+    c.train.remat = arguments.remat
     m.dtype, m.implementation = arguments.dtype, arguments.implementation
     c.optimizer.learning_rate, m.span.loss = 0.0, 0.0
     return c
@@ -123,6 +124,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "mode": arguments.mode,
         "dropout": arguments.dropout,
         "dtype": arguments.dtype,
+        "remat": arguments.remat,
         "tokens_per_s": round(tokens / second, 1),
         "matmul_gflops": [round(before, 1), round(after, 1)],
         "share": round(flops / second / 1e9 / ((before + after) / 2), 4),
@@ -142,6 +144,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--implementation", default="", help="of the attention operation")
+    parser.add_argument("--remat", default="", help="train.remat")
     parser.add_argument("--seconds", type=float, default=20.0, help="least time to measure")
     print(json.dumps(measure(parser.parse_args())))
 

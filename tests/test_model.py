@@ -185,7 +185,7 @@ def test_projections_follow_the_reach(span: float) -> None:
     def loss(params: Params, cache_BSD: jax.Array, h_BTD: jax.Array, reaching: bool) -> tuple:
         layer = one_layer(model, params)
         if reaching:
-            key_BSHK, value_BSHK = layer.project_reach(cache_BSD, h_BTD, layer.choose_length(160, h_BTD.shape[1]))
+            key_BSHK, value_BSHK = layer.project_reach(cache_BSD[None], 0, h_BTD, layer.choose_length(160, 7))
         else:
             states_BSD = jnp.concatenate([jax.lax.stop_gradient(cache_BSD), h_BTD], axis=1)
             here_S = (jnp.arange(167) >= 160 - visible)[:, None, None]

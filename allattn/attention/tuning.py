@@ -34,7 +34,7 @@ class GpuTiles(NamedTuple):
     keys: int = 64
     few: int = 32  # queries in a tile of the kernel whose sums over queries take most registers
     warps: int = 4
-    stages: int = 2
+    stages: int = 3
 
 
 DEFAULTS: dict[str, Any] = {"xla": XlaTiles(), "pallas_tpu": TpuTiles(), "pallas_gpu": GpuTiles()}
