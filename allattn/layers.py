@@ -268,7 +268,7 @@ def project(kernel_DHK: Array, states_BSD: Array) -> Array:
 
 
 def lengths(S: int, T: int) -> tuple[int, ...]:
-    """Numbers of cached states to project before a block of T; a few more beside a long block cost less than a choice."""
+    """Numbers of cached states to project before a block of T, beside which a few more cost less than a choice."""
     return tuple(size for size in buckets(S) if size >= T // 4 or size == S)
 
 
@@ -347,10 +347,36 @@ def softmax(x_BTF: Array) -> Array:
     return jax.nn.softmax(x_BTF.astype(jnp.promote_types(x_BTF.dtype, jnp.float32))).astype(x_BTF.dtype)
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)  # only the input is kept for the backward pass
+@jax.custom_vjp
 def layer_norm(h_BTD: Array, scale_D: Array, bias_D: Array) -> Array:
-    """Layer normalisation with epsilon 1e-5, statistics at least in float32, result in the input's dtype."""
+    """Layer normalisation with epsilon 1e-5, statistics at least in float32, result in the input's dtype.
+
+    Nothing but the input is kept for the backward pass.
+    """
+    x_BTD, _ = _normalised(h_BTD)
+    return (x_BTD * scale_D.astype(x_BTD.dtype) + bias_D.astype(x_BTD.dtype)).astype(h_BTD.dtype)
+
+
+def _normalised(h_BTD: Array) -> tuple[Array, Array]:
+    """(h - mean) / sqrt(variance + 1e-5) and the divisor's inverse."""
     x_BTD = h_BTD.astype(jnp.promote_types(h_BTD.dtype, jnp.float32))
     x_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
-    x_BTD = x_BTD * jax.lax.rsqrt(jnp.square(x_BTD).mean(-1, keepdims=True) + 1e-5)
-    return (x_BTD * scale_D.astype(x_BTD.dtype) + bias_D.astype(x_BTD.dtype)).astype(h_BTD.dtype)
+    inverse_BT1 = jax.lax.rsqrt(jnp.square(x_BTD).mean(-1, keepdims=True) + 1e-5)
+    return x_BTD * inverse_BT1, inverse_BT1
+
+
+def _layer_norm_forward(h_BTD: Array, scale_D: Array, bias_D: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    return layer_norm(h_BTD, scale_D, bias_D), (h_BTD, scale_D, bias_D)
+
+
+def _layer_norm_backward(given: tuple[Array, Array, Array], d_out_BTD: Array) -> tuple[Array, Array, Array]:
+    h_BTD, scale_D, bias_D = given
+    x_BTD, inverse_BT1 = _normalised(h_BTD)
+    d_out_BTD = d_out_BTD.astype(x_BTD.dtype)
+    d_x_BTD = d_out_BTD * scale_D.astype(x_BTD.dtype)
+    d_h_BTD = d_x_BTD - d_x_BTD.mean(-1, keepdims=True) - x_BTD * (d_x_BTD * x_BTD).mean(-1, keepdims=True)
+    d_scale_D, d_bias_D = (d_out_BTD * x_BTD).sum((0, 1)), d_out_BTD.sum((0, 1))
+    return (d_h_BTD * inverse_BT1).astype(h_BTD.dtype), d_scale_D.astype(scale_D.dtype), d_bias_D.astype(bias_D.dtype)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)

@@ -63,9 +63,10 @@ def logits_by_position(static: Static, sizes: Sizes, *refs: Any) -> None:
             column_D1 = tile * sizes.key_tile + iota(sizes.key_tile, 0)
             product_TD = dot(query_TK, load_positions(position, sizes, unit, column_D1), (1, 1))
             column_1D = tile * sizes.key_tile + iota(sizes.key_tile, 1)
-            logits[unit.base + query_T1 * unit.stride + column_1D] = product_TD.astype(logits.dtype)
+            place = unit.place_of_column(query_T1, column_1D)
+            write(logits, place, jnp.broadcast_to(column_1D < unit.reach, place.shape), product_TD.astype(logits.dtype))
 
-        jax.lax.fori_loop(0, jax.lax.div(unit.stride, sizes.key_tile), step, None)
+        jax.lax.fori_loop(0, unit.columns, step, None)
 
     for_unit(static, sizes, scalars, work)
 
@@ -106,7 +107,9 @@ def forward(static: Static, sizes: Sizes, *refs: Any) -> None:
             pair_N1, pair_1N = (tile * sizes.key_tile + iota(sizes.key_tile, axis) for axis in (0, 1))
             logits_TN = dot(query_TK, load_pairs(persistent_key, sizes, unit.head, pair_N1), (1, 1)) * scale
             logits_TN, keeps_TN = _only_pairs(sizes, pair_1N, logits_TN), unit.keeps(query_T1, pair=pair_1N)
-            return softmax.add(sizes, logits_TN, None, keeps_TN, load_pairs(persistent_value, sizes, unit.head, pair_N1))
+            return softmax.add(
+                sizes, logits_TN, None, keeps_TN, load_pairs(persistent_value, sizes, unit.head, pair_N1)
+            )
 
         def context(masked: bool, tile, softmax: Softmax) -> Softmax:
             key_C1, key_1C = (tile * sizes.key_tile + iota(sizes.key_tile, axis) for axis in (0, 1))
@@ -194,11 +197,11 @@ def key_gradients(static: Static, sizes: Sizes, *refs: Any) -> None:
             for ref, value_CK in ((d_key, d_key_CK), (d_value, d_value_CK)):
                 store(ref, sizes, unit.head, unit.row * sizes.S + key_C1, key_C1 < sizes.S, value_CK)
 
-        def beyond_reach(i, _) -> None:
+        def beyond_reach(i, _: Any) -> None:
             tile = program + i * programs
 
             @pl.when((tile < first) | (tile > last))
-            def _() -> None:
+            def nothing_there() -> None:
                 finish(tile, *[zeros(sizes, sizes.key_tile)] * 2)
 
         def share(tiles) -> Array:
@@ -244,8 +247,7 @@ def query_gradients(static: Static, sizes: Sizes, *refs: Any) -> None:
         sum_TK = jax.lax.fori_loop(0, pl.cdiv(sizes.N, sizes.key_tile), persistent, zeros(sizes, sizes.query_tile))
         sum_TK = for_tiles(unit.keys_of(query_tile), unit.inside(query_tile), context, sum_TK)
         other_TK = sum_TK if static.one_query else jnp.zeros_like(sum_TK)
-        columns = 0, jax.lax.div(unit.stride, sizes.key_tile) - 1
-        other_TK = for_tiles(columns, unit.columns_inside(query_tile), positions, other_TK)
+        other_TK = for_tiles((0, unit.columns - 1), unit.columns_inside(query_tile), positions, other_TK)
         row_T1, exists_T1 = unit.row * sizes.T + query_T1, query_T1 < sizes.T
         if not static.one_query:
             store(d_query, sizes, unit.head, row_T1, exists_T1, sum_TK * static.scale)
@@ -307,7 +309,7 @@ def position_gradients(static: Static, sizes: Sizes, *refs: Any) -> None:
         store(d_sums, sizes, 0, row_D1, exists_D1, load(sums, sizes, 0, row_D1, exists_D1) + sum_DK)
 
 
-def _rows_of_place(sizes: Sizes, head, place, places: int) -> tuple[Array, Array]:
+def _rows_of_place(sizes: Sizes, head, place, places) -> tuple[Array, Array]:
     """Where the sum of a place lies, one row for each distance of its tile."""
     row_D1 = (head * places + place) * sizes.key_tile + iota(sizes.key_tile, 0)
     return row_D1, row_D1 >= 0

@@ -1,7 +1,9 @@
 """Units of the GPU's work, one head of one row each: what they can reach, and how tiles of them are read and written.
 
 Programs see whole arrays, with batch and position in rows, heads and their width in columns, and load tiles of them.
-In the scratch array, column c of query t is the key that lies c places after the oldest key within t's reach.
+Column c of query t is the key that lies c places after the oldest key within t's reach. In the scratch array the keys
+of all queries are aligned to ALIGNED numbers, so that they can be loaded and stored in pieces of that many: a row
+begins up to twice as many places early.
 
 Dimension key: T query of the tile, C key of the tile, D distance of the tile (farthest first), N persistent pair of
 the tile, K head width, X any; B row, H head, U unit.
@@ -24,6 +26,7 @@ from allattn.attention.tiles import Static
 
 Array = jax.Array
 
+ALIGNED = 8  # numbers: 16 bytes of bfloat16, the most that one instruction moves
 AWAY = 2**30  # where a query or key is put that does not exist: so far from all others that it meets none
 LOG2_E = math.log2(math.e)
 
@@ -34,6 +37,10 @@ class Sizes(CallSizes):
 
     length: int  # T, rounded up to whole tiles of every kernel
     platform: str = ""  # that the kernel is compiled for; "": interpreted
+
+    def width(self, reach: Any) -> Any:
+        """Columns of the scratch array that a unit's rows take, in whole tiles."""
+        return pl.cdiv(reach + (reach > 0) * 2 * (ALIGNED - 1), self.key_tile) * self.key_tile
 
     @property
     def lanes(self) -> int:
@@ -70,8 +77,10 @@ class Unit:
         oldest, newest = jnp.maximum(self.origin, 0), self.begin + sizes.T - 1 - static.first_distance
         self.oldest = jnp.maximum(oldest, scalars.key_start_B[self.row])
         self.newest = jnp.where(self.reach > 0, jnp.minimum(newest, sizes.S - 1), -1)
-        self.stride = pl.multiple_of(sizes.key_tile * pl.cdiv(self.reach, sizes.key_tile), sizes.key_tile)
-        self.base = (scalars.base_U[number] - scalars.base_U[scalars.chunk[0]]) * sizes.length
+        self.columns = pl.cdiv(self.reach, sizes.key_tile)  # tiles of them
+        self.stride = pl.multiple_of(sizes.width(self.reach), sizes.key_tile)
+        base = (scalars.base_U[number] - scalars.base_U[scalars.chunk[0]]) * sizes.length
+        self.base = pl.multiple_of(base, sizes.key_tile)
 
     def queries(self, tile) -> Array:
         """Numbers of the queries of a tile, as (T, 1)."""
@@ -148,19 +157,29 @@ class Unit:
         return jnp.where(exists, (beyond + self.span) * (1 / self.static.ramp), -1)
 
     def place(self, query, key) -> Array:
-        """Where the logit of a pair lies in the scratch array."""
-        return self.base + query * (self.stride - 1) + key - self.origin
+        """Where the logit of a pair lies in the scratch array: as far from an aligned place as the key from one."""
+        return self.base + query * self.stride - _aligned(query) - (_aligned(self.origin + AWAY) - AWAY) + key
+
+    def place_of_column(self, query, column) -> Array:
+        """The same for a pair given by its column."""
+        early = query - _aligned(query) + (self.origin + AWAY) - _aligned(self.origin + AWAY)
+        return self.base + query * self.stride + early + column
 
     def keeps(self, query, key=None, pair=None) -> Array | None:
         """Which weights of keys or of persistent pairs dropout keeps; None: all."""
         if not self.static.dropout_rate:
             return None
-        seed, row, head = self.scalars.numbers[0], self.scalars.numbers[1] + self.row, self.scalars.numbers[2] + self.head
+        seed, first_row, first_head = (self.scalars.numbers[i] for i in range(3))
         domain = dropout.CONTEXT if pair is None else dropout.PERSISTENT
-        word = dropout.query_key(seed, row, head, query, domain)
+        word = dropout.query_key(seed, first_row + self.row, first_head + self.head, query, domain)
         if pair is None:  # its index is the distance, the part of the query of which is added for all its keys at once
             word, pair = dropout.moved(word, self.begin + query), -key
         return dropout.keep(word, pair, self.static.dropout_rate)
+
+
+def _aligned(number: Array) -> Array:
+    """Rounded down; the number is not negative."""
+    return jax.lax.div(number, ALIGNED) * ALIGNED
 
 
 def _whole_tiles(first, last, tile: int) -> tuple[Array, Array]:
@@ -270,7 +289,7 @@ def load_diagonal(ref: Any, unit: Unit, query, key, exists: Array | None) -> Arr
 
 def load_by_distance(masked: bool, ref: Any, unit: Unit, query, column) -> Array:
     """Numbers of pairs by query and column, 0 where there is none."""
-    place = ref.at[unit.base + query * unit.stride + column]
+    place = ref.at[unit.place_of_column(query, column)]
     if not masked:
         return plgpu.load(place)
     return plgpu.load(place, mask=unit.holds(query, column), other=jnp.zeros((), ref.dtype))

@@ -40,7 +40,7 @@ def all_attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Arr
     if inputs.query_BTHK.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"pallas_gpu: expected dtype float32 or bfloat16, found {inputs.query_BTHK.dtype}")
     sizes = _sizes(static, inputs)
-    needed = sizes.length * _tiled(sizes, sizes.L) * inputs.query_BTHK.dtype.itemsize
+    needed = sizes.length * sizes.width(sizes.L) * inputs.query_BTHK.dtype.itemsize
     if needed > SCRATCH:
         raise NotImplementedError(
             f"pallas_gpu: expected at most {SCRATCH} bytes for the logits by position of one head of one row, "
@@ -59,11 +59,6 @@ def _sizes(static: Static, inputs: Inputs) -> Sizes:
     N, shared = inputs.persistent_key_HNK.shape[1], inputs.position_HLK.shape[0] == 1
     query_tile = min(static.tiles.queries, max(16, pl.next_power_of_2(T)))
     return Sizes(B, T, S, L, N, H, K, query_tile, static.tiles.keys, shared, pl.cdiv(T, query_tile) * query_tile)
-
-
-def _tiled(sizes: Sizes, distances: Any) -> Any:
-    """Distances, rounded up to whole tiles."""
-    return pl.cdiv(distances, sizes.key_tile) * sizes.key_tile
 
 
 def _rows(x: Array) -> Array:
@@ -126,7 +121,7 @@ class Call(NamedTuple):
         """
         sizes, base_U = self.sizes, self.scalars.base_U
         units = sizes.B * sizes.H
-        room = min(units * _tiled(sizes, sizes.L), SCRATCH // jnp.dtype(dtype).itemsize // sizes.length)
+        room = min(units * sizes.width(sizes.L), SCRATCH // jnp.dtype(dtype).itemsize // sizes.length)
 
         def chunk(carry: tuple) -> tuple:
             first, logits, results = carry
@@ -144,7 +139,7 @@ def _call(static: Static, inputs: Inputs, dynamic: Dynamic) -> Call:
     sizes = _sizes(static, inputs)
     limit = sizes.L if sizes.S else 0
     reach_H = reach(inputs.span_H, static.ramp, static.first_distance, limit).astype(jnp.int32)
-    base_U = jnp.cumsum(jnp.tile(_tiled(sizes, reach_H), sizes.B))
+    base_U = jnp.cumsum(jnp.tile(sizes.width(reach_H), sizes.B))
     seed = jax.lax.bitcast_convert_type(dynamic.dropout_seed.astype(jnp.uint32), jnp.int32)
     scalars = Scalars(
         chunk=jnp.array([0, sizes.B * sizes.H], jnp.int32),
