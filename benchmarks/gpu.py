@@ -47,7 +47,8 @@ def run(module: str, options: list[str], limit: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"error": f"no result in {limit:.0f} s"}
     if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1][:300]}
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        return {"error": next((line for line in reversed(lines) if "Error" in line), lines[-1])[:300]}
     return json.loads(done.stdout.splitlines()[-1])
 
 

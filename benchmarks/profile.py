@@ -1,8 +1,9 @@
-"""Where a training step's time goes on a CPU, by kind of operation.
+"""Where a training step's time goes, by kind of operation.
 
 Command:  python -m benchmarks.profile --geometry=small-8 --spans=full
-Each line: thread time of one step, share, number of calls, kind. Products are the operations that XLA runs as matrix
-products, whatever it calls them; nested scopes (loops, calls) are left out, so that nothing counts twice.
+Each line: time of one step (on a CPU of all its threads), share, number of calls, kind. On a CPU, products are the
+operations that XLA runs as matrix products, whatever it calls them; nested scopes (loops, calls) are left out, so that
+nothing counts twice. On a GPU a kind is a kernel, and its own are named as in `gpu_kernels`.
 """
 
 import argparse
@@ -26,10 +27,13 @@ def events(folder: str) -> dict[str, tuple[float, int]]:
     """Milliseconds and calls of every kind of operation in a trace."""
     found: dict[str, tuple[float, int]] = collections.defaultdict(lambda: (0.0, 0))
     path = next(Path(folder).rglob("*.xplane.pb"))
+    on_gpu = jax.default_backend() == "gpu"
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-        for event in (event for line in plane.lines for event in line.events):
-            kind = "products" if PRODUCTS.match(event.name) else event.name.split(".")[0]
-            if not SCOPES.match(kind):
+        lines = [line for line in plane.lines if not on_gpu or ("GPU" in plane.name and "Stream" in line.name)]
+        for event in (event for line in lines for event in line.events):
+            kind = event.name.split(".")[0]
+            kind = "products" if PRODUCTS.match(event.name) and not on_gpu else kind
+            if on_gpu or not SCOPES.match(kind):
                 spent, calls = found[kind]
                 found[kind] = spent + event.duration_ns / 1e6, calls + 1
     return found
@@ -39,9 +43,12 @@ def main() -> None:
     """Trace one step after two, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=tuple(train.GEOMETRIES), default="small-8")
-    parser.add_argument("--spans", default="full", help="full, zero or mixed")
+    parser.add_argument("--spans", default="full", help="full, zero, mixed, or a JSON file")
     parser.add_argument("--rows", type=int, default=8)
-    parser.set_defaults(dropout=0.0, dtype="float32", implementation="", remat="")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--remat", default="", help="train.remat")
+    parser.set_defaults(implementation="")
     arguments = parser.parse_args()
     sharding.use_cores(arguments.rows)
     c = train.configuration(arguments)
@@ -55,7 +62,7 @@ def main() -> None:
             jax.block_until_ready(run())
         found = events(folder)
     total = sum(spent for spent, _ in found.values())
-    for kind, (spent, calls) in sorted(found.items(), key=lambda item: -item[1][0])[:20]:
+    for kind, (spent, calls) in sorted(found.items(), key=lambda item: -item[1][0])[:30]:
         print(f"{spent:9.1f} ms {spent / total:6.1%} {calls:7} {kind}")
 
 

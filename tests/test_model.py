@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from flax import nnx
 from tiny_model import geometry, random_params
 
 from allattn import config as configuration
+from allattn.adaptive_io import SMALL_VOCABULARY, lookup
 from allattn.attention import all_attention
 from allattn.layers import AllAttention, layer_norm
 from allattn.model import Model, ModelConfig, Params
@@ -220,6 +222,37 @@ def test_layer_norm_epsilon() -> None:
     expected = [size, 1 - size, 2 * size, 1 - 2 * size]
     np.testing.assert_allclose(layer_norm(x_BTD, scale_D, bias_D)[0, 0], expected, rtol=1e-4)
     assert layer_norm(x_BTD.astype(jnp.bfloat16), scale_D, bias_D).dtype == jnp.bfloat16
+
+
+def test_layer_norm_gradient() -> None:
+    """The hand-written backward pass gives what differentiating the definition gives, in float64."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        h_BTD, weight_BTD, scale_D, bias_D = (jnp.asarray(rng.normal(size=s)) for s in ((2, 3, 8), (2, 3, 8), 8, 8))
+
+        def plain(h_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
+            centred_BTD = h_BTD - h_BTD.mean(-1, keepdims=True)
+            return centred_BTD / jnp.sqrt((centred_BTD**2).mean(-1, keepdims=True) + 1e-5) * scale_D + bias_D
+
+        def gradients(norm: Callable) -> tuple[jax.Array, ...]:
+            return jax.grad(lambda *inputs: (norm(*inputs) * weight_BTD).sum(), argnums=(0, 1, 2))(
+                h_BTD, scale_D, bias_D
+            )
+
+        for ours, expected in zip(gradients(layer_norm), gradients(plain), strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("vocabulary", [7, SMALL_VOCABULARY + 1])
+def test_gradient_of_a_frequent_symbol(vocabulary: int) -> None:
+    """In bfloat16 the sum of 3,000 ones would stay at 256; vectors are rows of the table in the asked dtype."""
+    table_VD = jnp.asarray(np.random.default_rng(0).normal(size=(vocabulary, 4)), jnp.float32)
+    tokens_BT = jnp.array([[3] * 3000 + [5] * 7])
+    found_BTD, pull = jax.vjp(lambda table_VD: lookup(jnp.dtype("bfloat16"), table_VD, tokens_BT), table_VD)
+    np.testing.assert_array_equal(found_BTD, table_VD.astype(jnp.bfloat16)[tokens_BT])
+    expected_V = np.zeros(vocabulary)
+    expected_V[3], expected_V[5] = 3000, 7
+    np.testing.assert_array_equal(pull(jnp.ones_like(found_BTD))[0], np.repeat(expected_V[:, None], 4, axis=1))
 
 
 def dropped(model: Model, params: Params, tokens_BT: np.ndarray, seeds_X: jax.Array, row_offset: int = 0) -> tuple:

@@ -31,7 +31,7 @@ Array = jax.Array
 
 SCRATCH = 2**28  # bytes
 PROGRAMS = 16  # that share one unit's tiles of keys
-PLACES = 64  # for sums over rows of the position table's gradient, of each head: at least as many as tiles of distances
+PLACES = 32  # for sums over rows of the position table's gradient, of each head: at least as many as tiles of distances
 GROUPS = 4  # of rows, whose gradients of the persistent pairs are added at the end
 
 
