@@ -154,7 +154,7 @@ class Unit:
     def ramp(self, query, key, exists: Array) -> Array:
         """`span.ramp_position` of a pair, -1 where there is none; the sum of whole numbers is exact."""
         beyond = (self.static.ramp + 1 - self.begin - query).astype(jnp.float32) + key.astype(jnp.float32)
-        return jnp.where(exists, (beyond + self.span) * (1 / self.static.ramp), -1)
+        return jnp.where(exists, (beyond + self.span) / self.static.ramp, -1)
 
     def place(self, query, key) -> Array:
         """Where the logit of a pair lies in the scratch array: as far from an aligned place as the key from one."""

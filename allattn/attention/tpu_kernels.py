@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from allattn.attention import dropout
-from allattn.attention.kernels import CallSizes, dot, dropout_factors, log_sum, pair_gradients
+from allattn.attention.kernels import CallSizes, dot, log_sum
 from allattn.attention.span import LARGEST, NOTHING, ramp_position
 from allattn.attention.tiles import Static
 
@@ -149,8 +149,19 @@ def _logits(static: Static, query_TK, position_query_TK, key_CK, position_KW, pl
 
 
 def _kept(static: Static, place: Place, numbers, row, head, domain: int, index_TX: Array) -> Array:
+    """Dropout's factors, 0 or 1 / (1 - rate)."""
     query_T1 = place.first_query + jax.lax.broadcasted_iota(jnp.int32, (index_TX.shape[0], 1), 0)
-    return dropout_factors(static, numbers, row, head, query_T1, domain, index_TX)
+    key_T1 = dropout.query_key(numbers[0], numbers[1] + row, numbers[2] + head, query_T1, domain)
+    return jnp.where(dropout.keep(key_T1, index_TX, static.dropout_rate), 1 / (1 - static.dropout_rate), 0.0)
+
+
+def _pair_gradients(logits_TN, lse_T1, delta_T1, d_out_TK, value_NK, kept_TN) -> tuple[Array, Array]:
+    """From the logits of persistent pairs: their gradients and the weights after dropout, in the values' dtype."""
+    weight_TN = jnp.exp(logits_TN - lse_T1)
+    d_weight_TN, dropped_TN = dot(d_out_TK, value_NK, (1, 1)), weight_TN
+    if kept_TN is not None:
+        d_weight_TN, dropped_TN = d_weight_TN * kept_TN, weight_TN * kept_TN
+    return (weight_TN * (d_weight_TN - delta_T1)).astype(value_NK.dtype), dropped_TN.astype(value_NK.dtype)
 
 
 def _lanes(sizes: Sizes, p: int) -> slice:
@@ -259,7 +270,7 @@ def backward_kernel(static: Static, sizes: Sizes, *refs: Any) -> None:
             kept_TN = None
             if static.dropout_rate:
                 kept_TN = _kept(static, place, numbers, row, head, dropout.PERSISTENT, _pair_index(sizes))
-            gradients = pair_gradients(logits_TN, lse_T1, delta_T1, d_out[:, lanes], persistent_value[p], kept_TN)
+            gradients = _pair_gradients(logits_TN, lse_T1, delta_T1, d_out[:, lanes], persistent_value[p], kept_TN)
             d_logits_TN, dropped_TN = gradients
             d_query[rows, lanes] += dot(d_logits_TN, persistent_key[p]) * static.scale
             d_persistent_key[p] += dot(d_logits_TN, query[:, lanes], (0, 0)) * static.scale
