@@ -67,6 +67,18 @@ def test_work_follows_the_spans() -> None:
     np.testing.assert_array_equal(found["query"], clean["query"])
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_training_geometry(dtype: Any, tolerance: float) -> None:
+    """Tiles, block, pairs and width of `enwik8_small` at its first bucket; on a GPU with all heads, and more rows."""
+    rows, heads = (16, 8) if jax.default_backend() == "gpu" else (1, 2)
+    spans = (0.0, 2.5, 50.0, 96.0, 0.0, 31.0, 10.25, 64.0)[:heads]
+    case = Case(B=rows, T=512, S=640, H=heads, K=64, L=128, N=1024, spans=spans, ramp=32, dropout=0.3)
+    inputs = arrays(case, dtype)
+    with jax.default_matmul_precision("highest"):
+        expected = results(case, jax.tree.map(lambda x: x.astype(jnp.float32), inputs), "xla")
+        assert error(results(case, inputs, "pallas_gpu"), expected) <= tolerance
+
+
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(draw=st.data())
 def test_any_spans(draw: st.DataObject) -> None:
