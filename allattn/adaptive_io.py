@@ -29,6 +29,14 @@ def lookup(dtype: jnp.dtype, table_VD: Array, tokens_BT: Array) -> Array:
 
     A block has a symbol such as the space thousands of times: sums in bfloat16 would stand still at 256 times the
     summand. A small table's gradient is a product, which unlike a scatter on a GPU does not depend on an order.
+
+    Args:
+      dtype: of the result.
+      table_VD: a vector for each symbol.
+      tokens_BT: int32.
+
+    Returns:
+      The tokens' vectors, as h_BTD.
     """
     return table_VD[tokens_BT].astype(dtype)
 
@@ -42,8 +50,8 @@ def _lookup_backward(dtype: jnp.dtype, given: tuple[Array, Array], d_h_BTD: Arra
     if len(table_VD) > SMALL_VOCABULARY:
         return jnp.zeros_like(table_VD).at[tokens_BT].add(d_h_BTD.astype(table_VD.dtype)), None
     chosen_BTV = jax.nn.one_hot(tokens_BT, len(table_VD), dtype=dtype)
-    sums: dict[str, Any] = {"precision": "highest", "preferred_element_type": table_VD.dtype}
-    return jnp.einsum("btv,btd->vd", chosen_BTV, d_h_BTD, **sums), None
+    sums: dict[str, Any] = {"precision": "highest", "preferred_element_type": jnp.promote_types(dtype, table_VD.dtype)}
+    return jnp.einsum("btv,btd->vd", chosen_BTV, d_h_BTD, **sums).astype(table_VD.dtype), None
 
 
 lookup.defvjp(_lookup_forward, _lookup_backward)

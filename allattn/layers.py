@@ -268,7 +268,10 @@ def project(kernel_DHK: Array, states_BSD: Array) -> Array:
 
 
 def lengths(S: int, T: int) -> tuple[int, ...]:
-    """Numbers of cached states to project before a block of T, beside which a few more cost less than a choice."""
+    """The numbers of cached states for whose projection code is compiled: none below a quarter of the block but S.
+
+    Beside a long block a few states more cost less than a choice.
+    """
     return tuple(size for size in buckets(S) if size >= T // 4 or size == S)
 
 

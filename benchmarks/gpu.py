@@ -18,6 +18,7 @@ from typing import Any
 HERE = Path(__file__).parent
 SPANS = str(HERE / "paper_like_spans.json")
 
+PLAIN = ["--dropout=0.3", "--repeats=1"]
 AGAIN = ["--dropout=0.3", "--seconds=5", "--remat=projections"]
 
 # name, module, its options, the field to report, asked
@@ -34,7 +35,13 @@ LINES: tuple[tuple[str, str, list[str], str, float | None], ...] = (
     ("training step, paper-like spans", "train", [f"--spans={SPANS}", "--dropout=0.3", "--seconds=5"], "share", 0.25),
     ("the same, remat projections", "train", [f"--spans={SPANS}", *AGAIN], "share", 0.25),
     ("zero spans, remat projections", "train", ["--spans=zero", *AGAIN], "share", 0.40),
-    ("operation, full spans, plain XLA", "attention", ["--implementation=xla", "--repeats=1"], "share_both", None),
+    (
+        "operation, full spans, plain XLA",
+        "attention",
+        ["--implementation=xla", "--dropout=0.3", "--repeats=1"],
+        "share_both",
+        None,
+    ),
     ("FlexAttention, full spans", "flex", ["--spans=full"], "share_both", None),  # needs torch
 )
 

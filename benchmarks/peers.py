@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--python", default=str(ROOT / ".venv-peers/bin/python"), help="has torch and x-transformers")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
-    parser.set_defaults(dropout=0.0, dtype="float32", implementation="")
+    parser.set_defaults(dropout=0.0, dtype="float32", implementation="", remat="")
     arguments = parser.parse_args()
     if not Path(arguments.python).exists():
         parser.error(

@@ -16,7 +16,7 @@ import pytest
 from tiny_model import geometry
 
 from allattn.model import forward_flops
-from benchmarks import attention, compile, gpu, peers, profile, table, vocabulary
+from benchmarks import attention, compile, gpu, peers, profile, table, train, vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,6 +40,19 @@ def test_required_flops_are_those_of_the_model() -> None:
     others = 8 * config.width**2 + 2 * config.width * config.vocab_size
     expected = 3 * T * (forward_flops(config, reach, T, cached=True) - others)
     assert attention.required_flops(arguments(geometry="small-8", rows=3), span_XH) == pytest.approx(expected)
+
+
+def test_peers_name_all_that_a_step_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    taken: list[str] = []
+
+    def measure(arguments: argparse.Namespace) -> list:
+        taken.append(train.configuration(arguments).model.dtype)
+        return []
+
+    monkeypatch.setattr(peers, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["peers", f"--python={sys.executable}", f"--results={tmp_path}"])
+    peers.main()
+    assert taken == ["float32", "float32"]
 
 
 def test_required_flops_of_the_peers() -> None:

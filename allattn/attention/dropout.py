@@ -55,7 +55,15 @@ def query_key(seed: Array | int, row: Array | int, head: Array | int, query: Arr
 
 
 def moved(key: Array, index: Array) -> Array:
-    """The key for which index 0 means what `index` means for this one."""
+    """Count a key's indices from another origin.
+
+    Args:
+      key: uint32 from `query_key`.
+      index: integers that broadcast with key.
+
+    Returns:
+      uint32 of the broadcast shape: keys for which index 0 means what `index` means for the given ones.
+    """
     return key + jnp.asarray(index).astype(jnp.uint32) * jnp.uint32(_STEP)
 
 

@@ -66,7 +66,7 @@ def logits_by_position(static: Static, sizes: Sizes, *refs: Any) -> None:
             place = unit.place_of_column(query_T1, column_1D)
             write(logits, place, jnp.broadcast_to(column_1D < unit.reach, place.shape), product_TD.astype(logits.dtype))
 
-        jax.lax.fori_loop(0, unit.columns, step, None)
+        jax.lax.fori_loop(0, unit.column_tiles, step, None)
 
     for_unit(static, sizes, scalars, work)
 
@@ -75,7 +75,7 @@ def logits_by_position(static: Static, sizes: Sizes, *refs: Any) -> None:
 
 
 class Softmax(NamedTuple):
-    """An online softmax: the running maximum, sum of weights, and weighted sum of values; logits are powers of two."""
+    """An online softmax: the running maximum, sum of weights, and weighted sum of values; weights are 2^logit."""
 
     top_T1: Array
     total_T1: Array
@@ -247,7 +247,7 @@ def query_gradients(static: Static, sizes: Sizes, *refs: Any) -> None:
         sum_TK = jax.lax.fori_loop(0, pl.cdiv(sizes.N, sizes.key_tile), persistent, zeros(sizes, sizes.query_tile))
         sum_TK = for_tiles(unit.keys_of(query_tile), unit.inside(query_tile), context, sum_TK)
         other_TK = sum_TK if static.one_query else jnp.zeros_like(sum_TK)
-        other_TK = for_tiles((0, unit.columns - 1), unit.columns_inside(query_tile), positions, other_TK)
+        other_TK = for_tiles((0, unit.column_tiles - 1), unit.columns_inside(query_tile), positions, other_TK)
         row_T1, exists_T1 = unit.row * sizes.T + query_T1, query_T1 < sizes.T
         if not static.one_query:
             store(d_query, sizes, unit.head, row_T1, exists_T1, sum_TK * static.scale)

@@ -77,7 +77,7 @@ class Unit:
         oldest, newest = jnp.maximum(self.origin, 0), self.begin + sizes.T - 1 - static.first_distance
         self.oldest = jnp.maximum(oldest, scalars.key_start_B[self.row])
         self.newest = jnp.where(self.reach > 0, jnp.minimum(newest, sizes.S - 1), -1)
-        self.columns = pl.cdiv(self.reach, sizes.key_tile)  # tiles of them
+        self.column_tiles = pl.cdiv(self.reach, sizes.key_tile)
         self.stride = pl.multiple_of(sizes.width(self.reach), sizes.key_tile)
         base = (scalars.base_U[number] - scalars.base_U[scalars.chunk[0]]) * sizes.length
         self.base = pl.multiple_of(base, sizes.key_tile)
@@ -252,7 +252,7 @@ def load_statistic(ref: Any, sizes: Sizes, unit: Unit, query: Array) -> Array:
 
 
 def exp2(sizes: Sizes, x: Array) -> Array:
-    """2 to the power of x in one instruction; results below the least normal number are 0."""
+    """2 to the power of x; with CUDA one instruction, which gives 0 for what is below the least normal number."""
     if sizes.platform != "cuda":
         return jnp.exp2(x)
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)

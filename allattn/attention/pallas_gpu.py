@@ -4,7 +4,7 @@ Triton cannot skew a tile in registers. The logits by position are therefore one
 one row), written to a scratch array of bounded size and read along its diagonals. Units go through it in chunks: each
 takes as much of it as its span can reach, so that short spans need one chunk, and full ones many. The backward pass
 recomputes the logits; their gradients take their place in the scratch array. Here are the calls, grids and chunks; the
-kernels are in `gpu_kernels`. On a CPU they run interpreted.
+kernels are in `gpu_kernels`. On a CPU they run interpreted; on AMD's GPUs they are compiled but were never run.
 
 Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K head width, U unit,
 G group of rows, P program of a unit, X and Y any.
@@ -102,7 +102,10 @@ class Call(NamedTuple):
                 grid=grid,
                 out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed],
                 input_output_aliases={first + n: i for n, i in enumerate(given)},
-                compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+                compiler_params=plgpu.CompilerParams(
+                    num_warps=tiles.warps,
+                    num_stages=tiles.stages if platform == "cuda" else None,  # AMD's have less memory for stages
+                ),
                 interpret=not platform,
                 name=kernel.__name__,
             )(*operands)
@@ -117,7 +120,7 @@ class Call(NamedTuple):
         """Carry results through chunks of units whose logits by position fit into the scratch array together.
 
         ShapeDtypeStructs among the results are made here, as arrays that were not written yet, and the scratch array as
-        well. They are made when `known` is: those of a forward and a backward pass never exist at once.
+        well, when `known` is: the scratch arrays of a forward and a backward pass never exist at once.
         """
         sizes, base_U = self.sizes, self.scalars.base_U
         units = sizes.B * sizes.H
@@ -209,7 +212,7 @@ def _attention_backward(static: Static, residuals: tuple, cotangents: tuple):
         query.dtype, chunk, ((_like(key), _like(value), d_span_UP), d_queries, sums), known=lse
     )
     table_XK = jax.ShapeDtypeStruct((sizes.H * max(1, sizes.L), sizes.K), jnp.float32)
-    # of the distances beyond a head's reach, which count as 0, up to a tile more than L has
+    # one tile more than L has: those of the distances beyond a head's reach begin right behind it, wherever that is
     (d_table_XK,) = call.run(
         gpu_kernels.position_sums, (pl.cdiv(sizes.L, sizes.key_tile) + 1, sizes.H), *sums, changed=(table_XK,)
     )
