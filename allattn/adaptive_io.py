@@ -18,7 +18,7 @@ from flax import nnx
 Array = jax.Array
 
 LOGITS = 1 << 25  # most logits that exist at once: 128 MiB of them in float32
-SMALL_VOCABULARY = 1024
+SMALL_VOCABULARY = 1024  # symbols of a table whose gradient is a product
 XL_DEVIATION = 0.02  # of Transformer-XL's initial weights
 TAIL_SHARE = 1 / 32  # of a block's tokens, that a tail takes per round: about as many as it has in running text
 

@@ -18,7 +18,6 @@ from typing import Any
 HERE = Path(__file__).parent
 SPANS = str(HERE / "paper_like_spans.json")
 
-PLAIN = ["--dropout=0.3", "--repeats=1"]
 AGAIN = ["--dropout=0.3", "--seconds=5", "--remat=projections"]
 
 # name, module, its options, the field to report, asked

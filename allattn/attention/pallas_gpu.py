@@ -76,7 +76,7 @@ def _is_array(x: Array | jax.ShapeDtypeStruct) -> bool:
     return not isinstance(x, jax.ShapeDtypeStruct)
 
 
-def _like(x: Array) -> jax.ShapeDtypeStruct:
+def _like(x: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
@@ -100,7 +100,7 @@ class Call(NamedTuple):
             return pl.pallas_call(
                 functools.partial(kernel, self.static, dataclasses.replace(self.sizes, platform=platform)),
                 grid=grid,
-                out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed],
+                out_shape=[_like(x) for x in changed],
                 input_output_aliases={first + n: i for n, i in enumerate(given)},
                 compiler_params=plgpu.CompilerParams(
                     num_warps=tiles.warps,
