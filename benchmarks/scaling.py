@@ -2,7 +2,8 @@
 
 Command:  python -m benchmarks.scaling [--config=enwik8_large] [--chip=v5e]
 Reads the newest benchmarks/results/*-compile.jsonl, and writes DATE-scaling.md and .png beside it. Measured here is one
-thing, that a device has no more work to do where there are more of them. `ASSUMED` says what the rest stands on.
+thing, that a process has no more to do where there are more of them (benchmarks/processes.py). `ASSUMED` says what the
+rest stands on.
 """
 
 import argparse
@@ -13,13 +14,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib
 import ml_collections
 import numpy as np
 
-from allattn import compile, config, sharding, topology, traffic, train
+from allattn import config, topology, traffic
 from allattn.model import ModelConfig, forward_flops
+from benchmarks import processes
 
 matplotlib.use("Agg")  # no screen
 
@@ -140,20 +141,6 @@ def mean_reach(c: ml_collections.ConfigDict) -> float:
     return float(np.minimum(spans_XH + c.model.span.ramp, c.model.span.limit).mean())
 
 
-def work_per_device() -> list[float]:
-    """FLOPs of the program of one of 1, 2 and 4 devices with 8 rows each, by the compiler's count, over those of one.
-
-    The compiler counts a loop's body once, in all three alike.
-    """
-    c = config.load(str(ROOT / "configs" / "demo.py"), {"model.vocab_size": "96"}).unlock()
-    counts = []
-    for devices in (1, 2, 4):
-        c.train.batch = 8 * devices
-        program = train.Program(c, sharding.make_mesh(c, jax.devices()[:devices]))
-        counts.append((compile.lower_step(program).compile().cost_analysis() or {})["flops"])
-    return [count / counts[0] for count in counts]
-
-
 # --- saying it ---------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +159,15 @@ def table(rows: list[dict[str, Any]]) -> str:
                 cells += ["-"] * 3
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def measured(found: dict[str, Any]) -> str:
+    """What several processes really did, as a Markdown table."""
+    lines = ["Of a process that trains the demo's network with others, 8 rows each, over one by itself, per token:", ""]
+    lines += ["| processes | FLOPs of its program | CPU seconds of the threads that compute |", "|---|---|---|"]
+    rows = zip(found["processes"], found["flops_ratio"], found["cpu_s_ratio"], strict=True)
+    lines += [f"| {count} | {flops:.4f} | {seconds:.2f} |" for count, flops, seconds in rows]
+    return "\n".join([*lines, "", f"CPU seconds are over those of as many processes at once; {found['cores']} cores."])
 
 
 def plot(curves: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
@@ -197,7 +193,6 @@ def main() -> None:
     parser.add_argument("--chip", default="v5e", choices=[n for n, c in topology.CHIPS.items() if c.platform == "tpu"])
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", 4)
     files = sorted(RESULTS.glob("*-compile.jsonl"))
     if not files:
         sys.exit(f"expected a file *-compile.jsonl in {RESULTS}, found none; run python -m benchmarks.compile")
@@ -211,8 +206,7 @@ def main() -> None:
     for name, rows in curves.items():
         ends = f"A row for each chip: {stops(rows, 'weak')}. Batch kept at {c.train.batch}: {stops(rows, 'strong')}."
         parts.append(f"## With {name} (mean reach {reaches[name]:.0f} tokens)\n\n{ends}\n\n{table(rows)}")
-    work = ", ".join(f"{ratio:.4f}" for ratio in work_per_device())
-    parts.append(f"## Measured\n\nFLOPs of one device's program with 1, 2 and 4 devices, over those with 1: {work}")
+    parts.append(f"## Measured\n\n{measured(processes.measure())}")
     text, path = "\n\n".join(parts) + "\n", arguments.output / f"{datetime.date.today()}-scaling.md"
     path.write_text(text)
     plot(curves, title, path.with_suffix(".png"))

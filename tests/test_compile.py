@@ -262,3 +262,12 @@ def test_scaling_by_hand() -> None:
     assert [row["strong"] and row["strong"]["seconds"] for row in rows[:5]] == pytest.approx([4, 2, 1, 0.5, None])
     assert scaling.stops(rows, "strong") == "100% at 8 chips, where rows and heads are used up"
     assert scaling.stops(rows, "weak") == "100% at 4096 chips"
+
+
+def test_what_processes_did_as_a_table() -> None:
+    found = {"processes": (1, 2), "cores": 2, "flops_ratio": [1.0, 1.0003], "cpu_s_ratio": [1.0, 0.987]}
+    assert scaling.measured(found).splitlines()[3:6] == [
+        "|---|---|---|",
+        "| 1 | 1.0000 | 1.00 |",
+        "| 2 | 1.0003 | 0.99 |",
+    ]

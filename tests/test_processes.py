@@ -19,6 +19,7 @@ import pytest
 from command_line import Result, flags, write_texts
 
 from allattn import data
+from benchmarks import processes
 
 ROOT = Path(__file__).resolve().parents[1]
 # Four devices or more share rows, heads and parameters; nothing depends on the number of steps.
@@ -262,3 +263,11 @@ def test_rows_of_a_process_with_others_between() -> None:
     """On a mesh that takes the devices of two processes in turn, each reads its own rows and they land in place."""
     with Processes(2, 2, lambda i, started: ["-c", ROWS, str(i), str(started.port)]) as two:
         assert [result.code for result in two.results()] == [0, 0]
+
+
+def test_no_process_has_more_to_do_where_there_are_more() -> None:
+    """2 and 4 processes train together, 8 rows each: the program of each has the FLOPs of one by itself."""
+    words = ["--config.model.depth=1", "--steps=1"]
+    alone = processes.at_once(1, ["--alone", *words])["flops"]
+    assert alone > 1e5
+    assert [processes.at_once(count, words)["flops"] / alone for count in (2, 4)] == pytest.approx([1, 1], rel=1e-3)

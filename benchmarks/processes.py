@@ -1,0 +1,105 @@
+"""Weak scaling, measured: what a process has to do where 1, 2 and 4 of them train together, with as many rows each.
+
+Command:  python -m benchmarks.processes [--steps=40] [--config.a.b=value ...]
+Real processes on this machine, started by launch/local.sh, with one device each, train the demo's network over gloo.
+Last line: JSON with the FLOPs per token of a process's program, by the compiler's count (of a loop's body once, however
+many processes there are), and the CPU seconds per token of the threads that compute. Processes on one machine slow each
+other down, so the seconds of those that train together are divided by those of as many that train at once, each by
+itself: medians of three such pairs, five minutes in all. Needs Linux.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from allattn import config, data, distributed, sharding, train
+from benchmarks.machine import provenance
+
+ROOT = Path(__file__).resolve().parents[1]
+COUNTS, ROWS, VOCABULARY = (1, 2, 4), 8, 96  # processes; rows of each
+WARM, STEPS, REPEATS = 3, 40, 3
+
+
+def work(words: Sequence[str], processes: int, steps: int) -> dict[str, float]:
+    """What this process does for a token: FLOPs of its compiled step, and CPU seconds of steps that it makes."""
+    changes = dict(word.removeprefix("--config.").split("=", 1) for word in words)
+    changes |= {"train.batch": str(ROWS * processes), "model.vocab_size": str(VOCABULARY)}
+    c = config.load(str(ROOT / "configs" / "demo.py"), changes)
+    program, bucket = train.Program(c, sharding.make_mesh(c)), c.model.span.limit
+    places = jax.tree.map(lambda x: x.sharding, program.abstract_state(bucket))
+    state = jax.jit(program.init_state(bucket), out_shardings=places)()
+    rows = sharding.Rows(program.mesh, c.train.batch)
+    rng = np.random.default_rng(distributed.index())
+    tokens_BT = rng.integers(VOCABULARY, size=(len(rows.local), c.train.block + 1), dtype=np.int32)
+    batch = data.Batch(rows.place(tokens_BT[:, :-1]), rows.place(tokens_BT[:, 1:]), np.int32(bucket))
+    step = program.jitted_step(bucket).lower(state, batch).compile()
+    began = 0.0
+    for number in range(WARM + steps):
+        if number == WARM:
+            began = computing()
+        state, values = step(state, batch)
+        jax.block_until_ready(values)
+    tokens = ROWS * c.train.block
+    flops = (step.cost_analysis() or {})["flops"]
+    return {"flops": flops / tokens, "cpu_s": (computing() - began) / steps / tokens}
+
+
+def computing() -> float:
+    """CPU seconds, in user mode, of the threads that compute; what talks to other processes and waits has its own."""
+    threads = Path("/proc/self/task").iterdir()
+    stats = [(thread / "stat").read_text() for thread in threads if (thread / "comm").read_text().startswith("tf_XLA")]
+    return sum(int(stat.rpartition(")")[2].split()[11]) for stat in stats) / os.sysconf("SC_CLK_TCK")
+
+
+def at_once(processes: int, words: Sequence[str]) -> dict[str, float]:
+    """The most that one of so many processes has to do."""
+    program = [sys.executable, "-m", "benchmarks.processes", *words]
+    command = ["launch/local.sh", f"--processes={processes}", "--tries=1", *program]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or len(found) != processes:
+        raise RuntimeError(f"{processes} processes: expected a line of each, found {found}: {done.stderr[-2000:]}")
+    return {name: max(one[name] for one in found) for name in found[0]}
+
+
+def measure(words: Sequence[str] = ()) -> dict[str, Any]:
+    """Work per token where 1, 2 and 4 processes train together, and over that of processes that train by themselves."""
+    pairs = [[(at_once(n, words), at_once(n, ["--alone", *words])) for n in COUNTS] for _ in range(REPEATS)]
+    found: dict[str, Any] = {"processes": COUNTS, "cores": os.cpu_count()}
+    for name in ("flops", "cpu_s"):
+        of_count = [[(joined[name], alone[name]) for joined, alone in column] for column in zip(*pairs, strict=True)]
+        found[f"{name}_per_token"] = [statistics.median(joined for joined, _ in column) for column in of_count]
+        found[f"{name}_ratio"] = [round(statistics.median(a / b for a, b in column), 4) for column in of_count]
+    return found
+
+
+def main() -> None:
+    """Without flags the parent; with them one of the processes that it starts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, kind in (("coordinator", str), ("processes", int), ("process", int)):
+        parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=STEPS, help="that are timed")
+    arguments, words = parser.parse_known_args()
+    if arguments.processes is None:
+        found = measure([f"--steps={arguments.steps}", *words])
+        print(json.dumps({"benchmark": "processes", **found, **provenance()}))
+        return
+    if not arguments.alone:
+        distributed.start(arguments.coordinator, arguments.processes, arguments.process)
+    print(json.dumps(work(words, distributed.count(), arguments.steps)), flush=True)
+    distributed.stop(0)
+
+
+if __name__ == "__main__":
+    main()
