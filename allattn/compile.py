@@ -110,18 +110,19 @@ def _memory(compiled: jax.stages.Compiled | None) -> dict[str, float]:
     return {"arguments": sizes.argument_size_in_bytes, "temporaries": sizes.temp_size_in_bytes, "outputs": outputs}
 
 
-def lower_step(program: train.Program, platform: str | None = None) -> jax.stages.Lowered:
-    """The step of the largest bucket, traced for the devices of the program's mesh.
+def lower_step(program: train.Program, platform: str | None = None, bucket: int | None = None) -> jax.stages.Lowered:
+    """The step of a context bucket, traced for the devices of the program's mesh.
 
     Args:
       program: the run's program.
       platform: tpu or cuda, of devices that are not here; None: those are.
+      bucket: in tokens; None: the largest.
     """
     train_config, mesh = program.config.train, program.mesh
     row = sharding.row_sharding(mesh)
     tokens_BT = jax.ShapeDtypeStruct((train_config.batch, train_config.block), jnp.int32, sharding=row)
     batch = data.Batch(tokens_BT, tokens_BT, jax.ShapeDtypeStruct((), jnp.int32))
-    bucket = program.config.model.span.limit
+    bucket = bucket or program.config.model.span.limit
     # the kind of device decides which kernels are traced
     described = jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if platform else contextlib.nullcontext()
     with described:

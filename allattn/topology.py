@@ -6,6 +6,20 @@ from typing import Any, NamedTuple
 from allattn.errors import UserError
 
 
+class Gpu(NamedTuple):
+    """What XLA needs to know of a GPU that is not there."""
+
+    kind: str  # its name
+    capability: tuple[int, int]
+    cores: int
+    lanes: int  # float32 units of a core
+    threads: int  # that a core holds
+    shared: int  # KiB of a core's shared memory; a block may have all but one
+    cache: int  # MiB of the L2
+    clock: float  # GHz
+    bandwidth: float  # of memory, bytes/s
+
+
 class Chip(NamedTuple):
     """One device as JAX counts them, from its maker's public tables."""
 
@@ -15,7 +29,7 @@ class Chip(NamedTuple):
     ici: float  # bytes/s out of a chip to its neighbours, all links together (GPU: NVLink)
     dcn: float  # bytes/s out of a chip to other slices (GPU: to other nodes)
     shapes: tuple[str, ...]  # topologies of one slice
-    kind: str = ""  # name of a GPU
+    gpu: Gpu | None = None
 
 
 GiB, GB, Gbit = 2.0**30, 1e9, 1e9 / 8
@@ -23,34 +37,42 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16", "16x16x16")
 
 # Google: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; half of the bidirectional ICI; the network cards of a host
-# divided among its chips. A tpu7x chip is two devices, and a v4 chip one. NVIDIA: data sheets of H100 SXM and H200;
-# half of the bidirectional NVLink, and one 400 Gbit/s card for each GPU, as in a DGX.
+# divided among its chips. A tpu7x chip is two devices, and a v4 chip one. NVIDIA: data sheets of H200, H100 SXM, A100
+# SXM of 40 GB, and L4; shared memory and threads: CUDA's programming guide, by compute capability. Half of the
+# bidirectional NVLink (L4: PCIe), and one network card for each GPU, as in a DGX (L4: its share of a Google Cloud
+# machine's).
+_NODE = ("1", "2", "4", "8")
+_H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 128, 2048, 228, 50, 1.98, 3352e9)
+_H200 = _H100._replace(kind="NVIDIA H200", bandwidth=4800e9)
+_A100 = Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 108, 64, 2048, 164, 40, 1.41, 1555e9)
+_L4 = Gpu("NVIDIA L4", (8, 9), 58, 128, 1536, 100, 48, 2.04, 300e9)
 CHIPS = {
     "v4": Chip("tpu", 32 * GiB, 275e12, 150 * GB, 50 * Gbit, _CUBES),
     "v5e": Chip("tpu", 16 * GiB, 197e12, 200 * GB, 25 * Gbit, _FLAT),
     "v5p": Chip("tpu", 95 * GiB, 459e12, 600 * GB, 50 * Gbit, _CUBES),
     "v6e": Chip("tpu", 32 * GiB, 918e12, 400 * GB, 100 * Gbit, _FLAT),
     "tpu7x": Chip("tpu", 96 * GiB, 1153e12, 300 * GB, 50 * Gbit, _CUBES[:8]),
-    "h100": Chip("gpu", 79 * GiB, 989e12, 450 * GB, 400 * Gbit, ("1", "2", "4", "8"), "NVIDIA H100 80GB HBM3"),
-    "h200": Chip("gpu", 140 * GiB, 989e12, 450 * GB, 400 * Gbit, ("1", "2", "4", "8"), "NVIDIA H200"),
+    "l4": Chip("gpu", 22 * GiB, 121e12, 32 * GB, 12.5 * Gbit, _NODE, _L4),
+    "a100": Chip("gpu", 39 * GiB, 312e12, 300 * GB, 200 * Gbit, _NODE, _A100),
+    "h100": Chip("gpu", 79 * GiB, 989e12, 450 * GB, 400 * Gbit, _NODE, _H100),
+    "h200": Chip("gpu", 140 * GiB, 989e12, 450 * GB, 400 * Gbit, _NODE, _H200),
 }
 NEEDED = {"tpu": "libtpu (pip install -e '.[tpu]')", "gpu": "CUDA's compiler (as make test-gpu-compile does)"}
 
-# What XLA needs to know of a GPU that is not there, from public data sheets.
-_GPU = """
+_TARGET = """
 gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536 core_count: 132 fpus_per_core: 128
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: {gpu.threads}
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared} shared_memory_per_block_optin: {block}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536 core_count: {gpu.cores} fpus_per_core: {gpu.lanes}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: {bandwidth} l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: {memory:.0f}
-  cuda_compute_capability {{ major: 9 }}
+  memory_bandwidth: {gpu.bandwidth:.0f} l2_cache_size: {cache} clock_rate_ghz: {gpu.clock}
+  device_memory_size: {memory:.0f}
+  cuda_compute_capability {{ major: {gpu.capability[0]} minor: {gpu.capability[1]} }}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 }}
-device_description_str: "{kind}"
+device_description_str: "{gpu.kind}"
 """
-_BANDWIDTH = {"h100": 3352320000000, "h200": 4800000000000}  # of memory, bytes/s
 
 
 def chip(topology: str) -> Chip:
@@ -105,6 +127,9 @@ def _gpu_devices(topology: str, slices: int) -> list[Any]:
     from jax.experimental import topologies
 
     name, _, count = topology.partition(":")
-    target = _GPU.format(bandwidth=_BANDWIDTH[name], memory=CHIPS[name].memory, kind=CHIPS[name].kind)
+    gpu, memory = CHIPS[name].gpu, CHIPS[name].memory
+    assert gpu
+    sizes = {"shared": gpu.shared * 1024, "block": (gpu.shared - 1) * 1024, "cache": gpu.cache * 2**20}
+    target = _TARGET.format(gpu=gpu, memory=memory, **sizes)
     options = {"target_config": target, "topology": f"{slices}x1x{count}"}
     return list(topologies.get_topology_desc(name, platform="cuda", **options).devices)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import notebook_programs
 import pytest
 from attention_cases import GEOMETRIES, arrays, call, options
 from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -18,7 +19,7 @@ from allattn.attention import pallas_gpu
 from allattn.layers import project
 
 pytest.importorskip("jax_plugins.xla_cuda12", reason="no CUDA compiler is installed: make test-gpu-compile installs it")
-KIND = topology.CHIPS["h100"].kind
+KIND = topology.CHIPS["h100"].gpu.kind
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -60,3 +61,13 @@ def test_a_step_on_a_node() -> None:
     found = compile.compile_step(c, "enwik8_small", "h100:8")
     print(compile.report(found, c))
     assert found.fits and found.uses and not traffic.violations(found.uses)
+
+
+@pytest.mark.parametrize("machine", ["l4:1", "a100:1", "h100:1"])
+def test_the_notebook_on_one_gpu(machine: str) -> None:
+    """All that launch/colab.ipynb computes fits GPUs that Colab lends, kernels included. A T4 has none: plain XLA."""
+    programs = list(notebook_programs.compiled(machine))
+    assert len(programs) == 21
+    for name, text, memory in programs:
+        assert memory < topology.chip(machine).memory, name
+        assert ("logits_by_position" in text) == notebook_programs.attends(name), name

@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import notebook_programs
 import pytest
 from attention_cases import GEOMETRIES, arrays, call, options
 from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from allattn.layers import project
+from allattn.topology import chip as known
 from allattn.topology import devices
 
 pytest.importorskip("libtpu", reason="libtpu is not installed: make test-tpu-compile installs it")
@@ -85,3 +87,13 @@ def test_compiles(name: str, topology: str) -> None:
     layout = dict(re.findall(rf"(%[\w.]+) = {shape}{{([\d,]+)", text))
     moved = re.findall(rf"(%[\w.]+) = {shape}\S+ (?:copy|transpose)\((%[\w.]+)", text)
     assert layout and not [names for names in moved if layout[names[0]] != layout.get(names[1])]
+
+
+@pytest.mark.parametrize("machine", ["v5e:1x1", "v6e:1x1"])
+def test_the_notebook_on_one_tpu(machine: str) -> None:
+    """All that launch/colab.ipynb computes fits the TPUs that Colab lends, with the kernels in it."""
+    programs = list(notebook_programs.compiled(machine))
+    assert len(programs) == 21
+    for name, text, memory in programs:
+        assert memory < known(machine).memory, name
+        assert bool(re.search(r"%all_attention_\w+\.\d+ = ", text)) == notebook_programs.attends(name), name
