@@ -93,10 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config", required=True, type=_PATH, help="experiment file; --config.a.b=value changes one field"
     )
     train.add_argument("--workdir", required=True, type=_PATH, help="folder or bucket URL of the run")
-    train.add_argument("--coordinator", help="HOST:PORT of process 0, where the processes are not found by themselves")
-    train.add_argument("--processes", type=int, help="how many processes train together")
-    train.add_argument("--process", type=int, help="which of them this is, from 0")
-    train.add_argument("--wait", type=int, default=300, help="seconds until all of them must be there")
+    _add_process_flags(train)
 
     evaluate = command("evaluate", _evaluate, "score a checkpoint; prints one JSON line last")
     _add_checkpoint_flags(evaluate)
@@ -104,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--protocol", choices=("authors", "full", "xl"), help="the configuration's if left out")
     evaluate.add_argument("--text", type=_PATH, help="score this file, which may lie in a bucket, instead of a split")
     evaluate.add_argument("--data_dir", help="folder or bucket URL of prepared data, if not where training had it")
+    _add_process_flags(evaluate)
 
     generate = command("generate", _generate, "continue a prompt")
     _add_checkpoint_flags(generate)
@@ -148,6 +146,13 @@ def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", default=None, help="a step or `best`; the newest if left out")
 
 
+def _add_process_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--coordinator", help="HOST:PORT of process 0, where the processes are not found by themselves")
+    parser.add_argument("--processes", type=int, help="how many processes work together")
+    parser.add_argument("--process", type=int, help="which of them this is, from 0")
+    parser.add_argument("--wait", type=int, default=300, help="seconds until all of them must be there")
+
+
 # The imports are late so that `--help` and mistakes in the flags answer at once.
 
 
@@ -161,13 +166,19 @@ def _quiet() -> None:
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs a traceback of what it raises as well
 
 
+def _join(arguments: argparse.Namespace) -> None:
+    from allattn import distributed
+
+    distributed.start(arguments.coordinator, arguments.processes, arguments.process, arguments.wait)
+
+
 def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from allattn import config, distributed, programs, sharding, train
 
     c = config.load(arguments.config, overrides)
     config.check_ranges(c, "train.")  # which the number of devices depends on
     programs.keep()
-    distributed.start(arguments.coordinator, arguments.processes, arguments.process, arguments.wait)
+    _join(arguments)
     sharding.use_cores_for(c)
     scores = train.train_and_evaluate(c, arguments.workdir)
     if not distributed.index():
@@ -176,13 +187,15 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
-    from allattn import evaluate, programs, run, sharding
+    from allattn import distributed, evaluate, programs, run, sharding
 
     programs.keep()
-    sharding.use_cores(evaluate.AUTHORS_ROWS)
+    _join(arguments)
+    sharding.use_cores(evaluate.AUTHORS_ROWS, processes=distributed.count())
     a = arguments
     scores = run.evaluate(a.workdir, a.split, a.protocol, a.text, a.data_dir, a.step)
-    print(json.dumps(scores), flush=True)
+    if not distributed.index():
+        print(json.dumps(scores), flush=True)
 
 
 def _generate(arguments: argparse.Namespace, _: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from allattn import bucket, checkpoint, data, sharding
+from allattn import bucket, checkpoint, data, distributed, sharding
 from allattn import evaluate as protocols
 from allattn import generate as sampler
 from allattn.config import from_json
@@ -34,7 +34,7 @@ class Run:
     def evaluate(
         self, split: str = "test", protocol: str | None = None, text: str | None = None, data_dir: str | None = None
     ) -> dict[str, Any]:
-        """Score a split of the run's data set, or a text file.
+        """Score a split of the run's data set, or a text file; of several processes each reads its share of the rows.
 
         Args:
           split: train, valid or test.
@@ -46,15 +46,18 @@ class Run:
           split, protocol, step, nll, bpc, ppl and tokens; of words also ppl_words.
 
         Raises:
-          UserError: a missing file, a symbol outside the vocabulary, or too short a text.
+          UserError: a missing file, a symbol outside the vocabulary, too short a text, or processes that differ.
+          PreemptedError: this machine is being taken away.
         """
-        tokens = self._tokens(split, text, data_dir)
         protocol = protocol or self.config.evaluate.protocol
+        task = {"split": text or split, "protocol": protocol, "step": self.step}
+        distributed.agree("task", str(task))
+        tokens = self._tokens(split, text, data_dir)
         mesh, options = sharding.mesh_over_rows(), {"protocol": protocol, **protocols.options(self.config)}
-        options["vocabulary"] = self.vocabulary
-        params = jax.device_put(self.params, sharding.shardings(mesh, self.params))
-        scores = protocols.evaluate_tokens(self.model, params, tokens, mesh=mesh, **options)
-        return {"split": text or split, "protocol": protocol, "step": self.step, **scores}
+        params = sharding.place(mesh, self.params)
+        with distributed.Preemption() as stop:
+            options |= {"mesh": mesh, "vocabulary": self.vocabulary, "stop": stop}
+            return task | protocols.evaluate_tokens(self.model, params, tokens, **options)
 
     def _tokens(self, split: str, text: str | None, data_dir: str | None) -> Any:
         if text is not None:

@@ -171,6 +171,17 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def place(mesh: Mesh, tree: Any) -> Any:
+    """Arrays that every process holds whole, on the mesh by the table."""
+
+    def placed(x: Array, sharding: NamedSharding) -> Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
+
+    return jax.tree.map(placed, tree, shardings(mesh, tree))
+
+
 def constrain(mesh: Mesh, tree: Any) -> Any:
     """Place values inside jitted code by the table."""
     return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))

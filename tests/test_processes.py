@@ -24,6 +24,7 @@ from benchmarks import processes
 ROOT = Path(__file__).resolve().parents[1]
 # Four devices or more share rows, heads and parameters; nothing depends on the number of steps.
 RUN = {"model__width": 32, "model__heads": 2, "train__batch": 8, "train__finetune_steps": 0, "checkpoint__every": 10}
+LONG = 10_000  # repetitions of a text that make it take ten seconds to score, or longer
 RUN |= {"evaluate__every": 100_000, "optimizer__schedule": "constant", "model__dropout": 0.2}
 
 
@@ -99,10 +100,11 @@ def losses(workdir: Path) -> dict[int, float]:
     return {row["step"]: row["nll"] for row in rows if "nll" in row}
 
 
-def wait_for(path: Path, seconds: float = 150) -> None:
+def wait_for(folder: Path, pattern: str, ready: Any = lambda _: True, seconds: float = 150) -> None:
+    """Until a file of the folder that has this name is ready."""
     deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, path
+    while not any(map(ready, folder.glob(pattern))):
+        assert time.monotonic() < deadline, pattern
         time.sleep(0.05)
 
 
@@ -110,7 +112,7 @@ def test_killed_and_resumed_on_other_meshes(tmp_path: Path) -> None:
     """2 processes x 4 devices are killed and go on as 4 x 2 and as 1 x 8: the losses of one process and one device."""
     texts, workdir, other = prepared_texts(tmp_path), tmp_path / "run", tmp_path / "other"
     with train(texts, workdir, 2, 4, train__steps=100_000, mesh__fsdp=2, mesh__tensor=2) as first:
-        wait_for(workdir / "checkpoints" / "20")
+        wait_for(workdir, "checkpoints/20")
         first.send(signal.SIGKILL)
         first.results()
     saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
@@ -132,7 +134,7 @@ def test_a_machine_that_is_taken_away(tmp_path: Path) -> None:
     """SIGTERM to one of two processes: both save and exit with 75; the run goes on; only process 0 writes logs."""
     texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
     with train(texts, workdir, 2, 1, train__steps=100_000, checkpoint__every=100_000) as both:
-        wait_for(workdir / "metrics.jsonl")
+        wait_for(workdir, "metrics.jsonl")
         both.running[1].send_signal(signal.SIGTERM)
         results = both.results()
     assert [result.code for result in results] == [75, 75]
@@ -149,15 +151,77 @@ def test_a_machine_that_is_taken_away(tmp_path: Path) -> None:
 def test_a_single_process_that_is_taken_away_while_it_scores(tmp_path: Path) -> None:
     """The state is saved without a score on dev."""
     texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
-    (texts / "valid.txt").write_bytes((texts / "valid.txt").read_bytes() * 3000)
+    (texts / "valid.txt").write_bytes((texts / "valid.txt").read_bytes() * LONG)
     changes = {"train__steps": 100_000, "evaluate__every": 3, "checkpoint__every": 100_000}
     with train(texts, workdir, 1, 1, **changes) as run:
-        wait_for(workdir / "metrics.jsonl")
-        time.sleep(3)  # three steps are over by then; half a minute of scoring is not
+        wait_for(workdir, "metrics.jsonl", lambda path: path.read_text().count("\n") == 3)  # written before scoring
         run.send(signal.SIGTERM)
         (result,) = run.results(60)
     assert result.code == 75 and "stopped at step 3" in result.err
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
+
+
+def evaluate(workdir: Path, processes: int, devices: int, each: Any = lambda _: [], *flags: str) -> Processes:
+    """A score of a run's newest checkpoint; `each` gives the flags of one process."""
+
+    def words(i: int, started: Processes) -> list[str]:
+        place = [f"--coordinator=localhost:{started.port}", f"--processes={processes}", f"--process={i}", "--wait=150"]
+        return [
+            "-m",
+            "allattn",
+            "evaluate",
+            f"--workdir={workdir}",
+            *flags,
+            *each(i),
+            *(place if processes > 1 else []),
+        ]
+
+    return Processes(processes, devices, words)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of one process; its texts are beside it."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALLATTN_DATA_DIR", str(folder / "prepared"))
+        with train(prepared_texts(folder), folder / "run", 1, 1, train__steps=4) as run:
+            assert run.results()[0].code == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("protocol", ["authors", "full"])
+def test_several_processes_score_a_checkpoint(trained: Path, protocol: str) -> None:
+    """2 processes x 2 devices find what one finds, by the rows that each reads; only process 0 says it."""
+    words = ("--split=valid", f"--protocol={protocol}")
+    with evaluate(trained, 1, 1, lambda _: [], *words) as alone:
+        (expected,) = alone.results()
+    with evaluate(trained, 2, 2, lambda _: [], *words) as both:
+        results = both.results()
+    assert [result.code for result in (expected, *results)] == [0, 0, 0], results[0].err[-2000:]
+    found, score = results[0].last(), expected.last()
+    assert found == score | {name: pytest.approx(score[name], rel=1e-6) for name in ("nll", "bpc", "ppl")}
+    assert results[1].out == ""
+
+
+def test_processes_that_would_score_different_things(trained: Path) -> None:
+    with evaluate(trained, 2, 1, lambda i: [f"--split={('test', 'valid')[i]}"]) as two:
+        results = two.results()
+    line = results[0].err.strip().splitlines()[-1]
+    assert line.startswith("allattn: process 1 has another task than process 0: ") and "valid" in line
+    expect(results, 2, line)
+
+
+def test_a_score_that_is_interrupted(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM to one of two processes that score: both end with 75."""
+    (tmp_path / "long.txt").write_bytes((trained.parent / "texts" / "valid.txt").read_bytes() * LONG)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    with evaluate(trained, 2, 1, lambda _: [], f"--text={tmp_path}/long.txt") as two:
+        wait_for(tmp_path, "programs/jit_score_block*")
+        two.running[1].send_signal(signal.SIGTERM)
+        results = two.results(60)
+    expect(results, 75, "allattn: stopped while scoring: this machine is being taken away; run again to go on")
 
 
 def expect(results: list[Result], code: int, line: str) -> None:
