@@ -41,7 +41,7 @@ def start(
       wait: seconds until all must be there; after that every process that is there says so and exits with code 1.
 
     Raises:
-      UserError: arguments that do not go together.
+      UserError: arguments that do not go together, or an MPI whose processes cannot be found.
     """
     given = (coordinator, processes, process)
     if given != (None, None, None):
@@ -63,6 +63,16 @@ def start(
         raise RunError(f"process {process} of {processes}, coordinator {coordinator}: {_first_line(error)}") from error
     finally:
         watch.cancel()
+    if count() == 1 and not processes:
+        _refuse_strangers()
+
+
+def _refuse_strangers() -> None:
+    """Each of several processes that took itself for the only one would write into the same workdir."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if int(os.environ.get(name, 1)) > 1:
+            expected = "the processes of an Open MPI before 5, or --coordinator, --processes and --process"
+            raise UserError(f"{name}={os.environ[name]}: expected {expected}, found none of them")
 
 
 def _check(coordinator: str | None, processes: int | None, process: int | None) -> None:

@@ -3,6 +3,7 @@
 Dimension key: B row of the batch.
 """
 
+import http.server
 import json
 import os
 import re
@@ -11,7 +12,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +308,97 @@ def test_flags_that_do_not_go_together(tmp_path: Path, words: tuple[str, ...], l
     line_of = [sys.executable, "-m", "allattn", "train", "--config=configs/demo.py", f"--workdir={tmp_path}/run"]
     done = subprocess.run([*line_of, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith(f"allattn: {line}") and done.stderr.count("\n") == 1
+
+
+# --- found by themselves -----------------------------------------------------------------------------------------
+
+FOUND = """
+import os, sys
+import jax
+from jax._src.clusters import cloud_tpu_cluster
+cloud_tpu_cluster.running_in_cloud_tpu_vm = {tpu}
+os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # which is set where there are no chips
+os.environ.update({surroundings})
+from allattn import distributed
+distributed.start(wait=100)
+jax.config.update("jax_num_cpu_devices", 1)
+assert (distributed.count(), distributed.index()) == (jax.process_count(), jax.process_index())
+print(distributed.index(), "of", distributed.count(), flush=True)
+distributed.stop(0)
+"""
+
+
+class Metadata(http.server.BaseHTTPRequestHandler):
+    """What Google's metadata server says to each worker of a slice of two; the port tells which of them asks."""
+
+    def do_GET(self) -> None:
+        found = {"agent-worker-number": str(self.server.worker), "worker-network-endpoints": "localhost,localhost"}
+        found["tpu-env"] = "TYPE: 'V5LITE_POD'\n"
+        text = found[self.path.rpartition("/")[2]].encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def metadata() -> Iterator[list[str]]:
+    """Addresses of the metadata servers of two workers."""
+    servers = [http.server.ThreadingHTTPServer(("localhost", 0), Metadata) for _ in range(2)]
+    for number, server in enumerate(servers):
+        server.worker = number  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield [f"localhost:{server.server_port}" for server in servers]
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def found_by(surroundings: Any) -> list[Result]:
+    """Two processes without flags, each in surroundings (environment variables) of its own, as on a TPU's machines."""
+
+    def words(i: int, started: Processes) -> list[str]:
+        values = {"JAX_COORDINATOR_PORT": str(started.port), **surroundings(i)}
+        return ["-c", FOUND.format(surroundings=values, tpu=True)]
+
+    with Processes(2, 1, words) as two:
+        return two.results(100)
+
+
+def test_a_cloud_tpu_slice(metadata: list[str]) -> None:
+    results = found_by(lambda i: {"GCE_METADATA_IP": metadata[i]})
+    assert [(result.code, result.out) for result in results] == [(0, "0 of 2\n"), (0, "1 of 2\n")], results
+
+
+def test_a_tpu_slice_of_kubernetes() -> None:
+    names = {"TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_SKIP_MDS_QUERY": "1"}
+    slice_ = {"MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
+    results = found_by(lambda i: {**names, **slice_, "TPU_WORKER_ID": str(i)})
+    assert [(result.code, result.out) for result in results] == [(0, "0 of 2\n"), (0, "1 of 2\n")], results
+
+
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="Open MPI is not installed (Debian: openmpi-bin)")
+def test_open_mpi() -> None:
+    program = FOUND.format(surroundings={}, tpu=False)
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-c", program]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert sorted(said(done.stdout).splitlines()) == ["0 of 2", "1 of 2"]
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_an_mpi_that_jax_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Processes that each took themselves for the only one would all write into one workdir."""
+    monkeypatch.setenv(name, "4")
+    with train(prepared_texts(tmp_path), tmp_path / "run", 1, 1) as run:
+        (result,) = run.results()
+    expected = "the processes of an Open MPI before 5, or --coordinator, --processes and --process"
+    expect([result], 2, f"allattn: {name}=4: expected {expected}, found none of them")
+    assert not (tmp_path / "run").exists()
 
 
 ROWS = """
