@@ -68,8 +68,8 @@ def _folder(workdir: str, create: bool) -> epath.Path:
         expected = "a folder or a URL such as gs://bucket/run, since Orbax writes into no other kind of bucket"
         raise UserError(f"workdir: expected {expected}; found {workdir}")
     folder = (epath.Path(workdir) if remote else epath.Path(workdir).absolute()) / "checkpoints"
-    if create and distributed.index():
-        return folder  # process 0 makes it
+    if distributed.index():
+        return folder  # process 0 makes it, or finds it
     with bucket.reached(folder):
         if create and remote:
             bucket.check_writable(folder.parent)
@@ -81,7 +81,7 @@ def _folder(workdir: str, create: bool) -> epath.Path:
 
 
 def _unshared(theirs: str, mine: str) -> str:
-    """What is wrong with the folder of a process beside that of process 0, which has made it."""
+    """What is wrong with the folder of a process beside that of process 0, which has made or found it."""
     there = bucket.is_url(theirs) or epath.Path(theirs).exists()
     return distributed.other(theirs, mine) or (
         "" if there else f"expected a folder that all processes share, found no {theirs} there"
@@ -103,8 +103,7 @@ class Checkpointer:
     def __init__(self, workdir: str | os.PathLike[str], keep: int = 3, create: bool = True):
         self.workdir = os.fspath(workdir)
         self.folder = distributed.lead("workdir", functools.partial(_folder, self.workdir, create))
-        if create:
-            distributed.agree("workdir", str(self.folder), _unshared)
+        distributed.agree("workdir", str(self.folder), _unshared)
         policies = ocp.checkpoint_managers
         best = policies.BestN(get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(

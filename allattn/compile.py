@@ -79,7 +79,7 @@ def compile_step(config: ml_collections.ConfigDict, name: str, machine: str, sli
     else:  # there the compiler has rewritten the sums beyond recognition; one slice is judged in their place
         uses = traffic.between_slices(found) + compile_step(_of_one(config, mesh, slices), name, machine).uses
     known = (name, machine, slices, dict(mesh.shape), config.train.batch, parameters)
-    return Compiled(*known, _memory(compiled), chip.memory, flops, uses, overflow)
+    return Compiled(*known, memory(compiled), chip.memory, flops, uses, overflow)
 
 
 def _of_one(config: ml_collections.ConfigDict, mesh: Mesh, slices: int) -> ml_collections.ConfigDict:
@@ -101,7 +101,7 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, s
         return None, needed[0] if needed else " ".join(str(error).split())[:200]
 
 
-def _memory(compiled: jax.stages.Compiled | None) -> dict[str, float]:
+def memory(compiled: jax.stages.Compiled | None) -> dict[str, float]:
     """Bytes of one device."""
     sizes = compiled.memory_analysis() if compiled else None
     if sizes is None:

@@ -1,4 +1,4 @@
-"""Several processes that train one model: how they find each other, agree, wait for each other and stop together.
+"""Several processes that work on one model: how they find each other, agree, wait for each other and stop together.
 
 The coordination service of `jax.distributed` carries short texts between them, before any device is used.
 """
@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from jax._src.distributed import global_state as _state  # the key-value store has no public name
@@ -24,6 +24,7 @@ T = TypeVar("T")
 FOREVER_MS = 7 * 24 * 3600 * 1000  # a lead that dies ends the others through the service, so this is never waited out
 SHUTDOWN_SECONDS = 60
 _calls = itertools.count()  # every process asks the same questions in the same order
+_asked = itertools.count(1)  # and as often whether to stop; never the same number twice
 
 
 def start(
@@ -31,8 +32,9 @@ def start(
 ) -> None:
     """Join the other processes of this run; to be called before JAX is first used.
 
-    Without arguments the processes of a Cloud TPU slice, of SLURM, Open MPI and of a Kubernetes job are found by
-    `jax.distributed`; where there are none of these, this process is alone and nothing happens.
+    Without arguments the processes of a Cloud TPU slice, of SLURM, of Open MPI before 5 and of a Kubernetes job are
+    found by `jax.distributed`; where there are none of these, this process is alone and nothing happens. `processes` 1
+    without a coordinator is alone wherever it runs.
 
     Args:
       coordinator: "host:port" at which process 0 can be reached; process 0 opens the port.
@@ -44,6 +46,8 @@ def start(
       UserError: arguments that do not go together, or an MPI whose processes cannot be found.
     """
     given = (coordinator, processes, process)
+    if given in ((None, 1, None), (None, 1, 0)):
+        return
     if given != (None, None, None):
         _check(*given)
     options: dict[str, Any] = {"cluster_detection_method": "deactivate"} if processes else {}
@@ -68,16 +72,19 @@ def start(
 
 
 def _refuse_strangers() -> None:
-    """Each of several processes that took itself for the only one would write into the same workdir."""
+    """Each of several processes of one command would take itself for the only one, and do all of the work."""
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if int(os.environ.get(name, 1)) > 1:
-            expected = "the processes of an Open MPI before 5, or --coordinator, --processes and --process"
-            raise UserError(f"{name}={os.environ[name]}: expected {expected}, found none of them")
+        size = os.environ.get(name, "")
+        if size.isdecimal() and int(size) > 1:
+            expected = "an Open MPI before 5, or --coordinator, --processes and --process (alone: --processes=1)"
+            raise UserError(f"{name}={size}: expected {expected}, found none of them")
 
 
 def _check(coordinator: str | None, processes: int | None, process: int | None) -> None:
     if coordinator is None or processes is None or process is None:
-        raise UserError("expected --coordinator, --processes and --process together, found only some of them")
+        raise UserError(
+            "expected --coordinator, --processes and --process together, or --processes=1, found only some of them"
+        )
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
         raise UserError(f"--coordinator: expected HOST:PORT, found {coordinator!r}")
@@ -90,8 +97,9 @@ def _give_up(given: tuple, wait: int) -> None:
     coordinator, processes, process = given
     who = "this process" if process is None else f"process {process} of {processes}"
     where = f" at {coordinator}" if coordinator else ""
-    expected = f"expected all processes at the coordinator{where} within {wait} s"
-    print(f"allattn: {who}: {expected}, found some missing; start those, or raise --wait", file=sys.stderr, flush=True)
+    expected = f"expected all processes at the coordinator{where} within {wait} s, found some missing"
+    advice = "start those, raise --wait, or work alone with --processes=1"
+    print(f"allattn: {who}: {expected}; {advice}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -156,14 +164,44 @@ def agree(name: str, mine: str, differences: Callable[[str, str], str] = other) 
     Raises:
       UserError: names a process that differs, and in what.
     """
+    _agree(f"allattn/{next(_calls)}/{name}", name, mine, differences)
+
+
+def same(name: str, action: Callable[[], T], text: Callable[[T], str]) -> T:
+    """Do something on every process, and refuse on all of them to go on if one fails or finds something else.
+
+    Args:
+      name: of what is found, as in "checkpoint".
+      action: what every process does.
+      text: what must be the same of its result.
+
+    Returns:
+      What the action gives on this process.
+
+    Raises:
+      UserError: on every process; what this process met if all met the same, else which process differs, and in what.
+    """
+    key, error, found = f"allattn/{next(_calls)}/{name}", None, None  # before the action, which may fail between calls
+    try:
+        found = action()
+        mine = text(found)
+    except UserError as met:
+        error, mine = met, str(met)
+    _agree(key, name, mine, other)
+    if error:
+        raise error
+    return cast(T, found)
+
+
+def _agree(key: str, name: str, mine: str, differences: Callable[[str, str], str]) -> None:
     if count() == 1:
         return
-    key, client = f"allattn/{next(_calls)}/{name}", _client()
+    client = _client()
     if index():
-        theirs = client.blocking_key_value_get(f"{key}/0", FOREVER_MS)
+        theirs = client.blocking_key_value_get(f"{key}/0", FOREVER_MS)[1:]
         client.key_value_set(f"{key}/{index()}", f":{differences(theirs, mine)}")
     else:
-        client.key_value_set(f"{key}/0", mine)
+        client.key_value_set(f"{key}/0", f":{mine}")
         found = [client.blocking_key_value_get(f"{key}/{i}", FOREVER_MS)[1:] for i in range(1, count())]
         odd = next((i for i, differs in enumerate(found) if differs), None)
         where = "" if odd is None else f"process {odd + 1} has another {name} than process 0: {found[odd]}"
@@ -181,7 +219,6 @@ class Preemption:
 
     def __init__(self) -> None:
         self.reached = False
-        self._calls = itertools.count(1)
         self._alone = count() == 1
         self._before: Any = None
 
@@ -197,7 +234,7 @@ class Preemption:
     def __call__(self) -> bool:
         """Ask once more; once true, it stays true."""
         if not self._alone and not self.reached:
-            self.reached = multihost_utils.reached_preemption_sync_point(next(self._calls))
+            self.reached = multihost_utils.reached_preemption_sync_point(next(_asked))
         return self.reached
 
 

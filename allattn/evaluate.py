@@ -203,7 +203,7 @@ def score(
     pending = total
     for number in range(plan.blocks):
         if stop():
-            raise PreemptedError("stopped while scoring: this machine is being taken away; run again to go on")
+            raise PreemptedError("stopped while scoring: this machine is being taken away; run again to score")
         arrays = (spread.place(x_RT) for x_RT in read_block(tokens, mine, block, number))
         cache, sums = score_block(model, mesh, end_of_line, params, cache, number * block, *arrays)
         total, pending = _add(total, pending), sums  # read one block late, so that the device never waits

@@ -4,6 +4,8 @@ Dimension key: X layer, H head.
 """
 
 import dataclasses
+import functools
+import hashlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -47,26 +49,28 @@ class Run:
 
         Raises:
           UserError: a missing file, a symbol outside the vocabulary, too short a text, or processes that differ.
-          PreemptedError: this machine is being taken away.
+          PreemptedError: SIGTERM, for which this call takes the place of a handler, came while it scored.
         """
         protocol = protocol or self.config.evaluate.protocol
-        task = {"split": text or split, "protocol": protocol, "step": self.step}
-        distributed.agree("task", str(task))
-        tokens = self._tokens(split, text, data_dir)
+        found = functools.partial(self._tokens, split, text, data_dir)
+        tokens, _ = distributed.same("task", found, lambda found: f"{protocol}, step {self.step}, {found[1]}")
         mesh, options = sharding.mesh_over_rows(), {"protocol": protocol, **protocols.options(self.config)}
         params = sharding.place(mesh, self.params)
         with distributed.Preemption() as stop:
             options |= {"mesh": mesh, "vocabulary": self.vocabulary, "stop": stop}
-            return task | protocols.evaluate_tokens(self.model, params, tokens, **options)
+            scores = protocols.evaluate_tokens(self.model, params, tokens, **options)
+        return {"split": text or split, "protocol": protocol, "step": self.step, **scores}
 
-    def _tokens(self, split: str, text: str | None, data_dir: str | None) -> Any:
+    def _tokens(self, split: str, text: str | None, data_dir: str | None) -> tuple[Any, str]:
+        """What to score, and a name that nothing else has."""
         if text is not None:
-            return self.vocabulary.encode(_read(text), close=True)
+            read = _read(text)
+            return self.vocabulary.encode(read, close=True), f"text {hashlib.sha256(read).hexdigest()[:16]}"
         c = self.config.dataset
         dataset = data.prepare(c.name, data_dir or c.data_dir or None, unit=c.unit)
         if dataset.vocabulary != self.vocabulary:
             raise UserError(f"{dataset.path}: expected the vocabulary of the checkpoint, found another")
-        return dataset.tokens(split)
+        return dataset.tokens(split), f"{split} of {dataset.full_name}"
 
     def generate(
         self, prompt: str | bytes, length: int = 200, sampling: Sampling = Sampling(), seed: int = 0
@@ -131,7 +135,7 @@ def load(workdir: str | os.PathLike[str], step: int | str | None = None) -> Run:
       UserError: no such checkpoint, or it cannot be read.
     """
     with checkpoint.Checkpointer(workdir, create=False) as checkpoints:
-        number = checkpoints.resolve(step)
+        number = distributed.same("checkpoint", functools.partial(checkpoints.resolve, step), str)
         meta = checkpoints.restore_meta(number)
         config = from_json(meta["config"])
         model = Model(ModelConfig.from_config(config))
@@ -159,7 +163,7 @@ def evaluate(
       As `Run.evaluate`.
 
     Raises:
-      UserError: what `load` and `Run.evaluate` refuse.
+      UserError, PreemptedError: as `load` and `Run.evaluate`.
     """
     return load(workdir, step).evaluate(split, protocol, text, data_dir)
 

@@ -172,7 +172,18 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def place(mesh: Mesh, tree: Any) -> Any:
-    """Arrays that every process holds whole, on the mesh by the table."""
+    """Put arrays that every process holds whole on the mesh, by the table.
+
+    Args:
+      mesh: from `make_mesh` or `mesh_over_rows`.
+      tree: arrays, the same on every process.
+
+    Returns:
+      The same tree of arrays over all processes.
+
+    Raises:
+      UserError: as `shardings`.
+    """
 
     def placed(x: Array, sharding: NamedSharding) -> Array:
         if sharding.is_fully_addressable:

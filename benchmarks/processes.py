@@ -9,6 +9,7 @@ itself: medians of three such pairs, five minutes in all. Needs Linux.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -36,28 +37,42 @@ def work(words: Sequence[str], processes: int, steps: int) -> dict[str, float]:
     c = config.load(str(ROOT / "configs" / "demo.py"), changes)
     program, bucket = train.Program(c, sharding.make_mesh(c)), c.model.span.limit
     places = jax.tree.map(lambda x: x.sharding, program.abstract_state(bucket))
-    state = jax.jit(program.init_state(bucket), out_shardings=places)()
-    rows = sharding.Rows(program.mesh, c.train.batch)
-    rng = np.random.default_rng(distributed.index())
-    tokens_BT = rng.integers(VOCABULARY, size=(len(rows.local), c.train.block + 1), dtype=np.int32)
-    batch = data.Batch(rows.place(tokens_BT[:, :-1]), rows.place(tokens_BT[:, 1:]), np.int32(bucket))
+    state, batch = jax.jit(program.init_state(bucket), out_shardings=places)(), random_batch(program)
     step = program.jitted_step(bucket).lower(state, batch).compile()
-    began = 0.0
-    for number in range(WARM + steps):
-        if number == WARM:
-            began = computing()
-        state, values = step(state, batch)
-        jax.block_until_ready(values)
+    state = repeat(step, state, batch, WARM)
+    began = computing()
+    repeat(step, state, batch, steps)
+    spent, flops = computing() - began, (step.cost_analysis() or {})["flops"]
     tokens = ROWS * c.train.block
-    flops = (step.cost_analysis() or {})["flops"]
-    return {"flops": flops / tokens, "cpu_s": (computing() - began) / steps / tokens}
+    return {"flops": flops / tokens, "cpu_s": spent / steps / tokens}
+
+
+def random_batch(program: train.Program) -> data.Batch:
+    """A block of random symbols, of which this process draws its own rows."""
+    c, rng = program.config, np.random.default_rng(distributed.index())
+    rows = sharding.Rows(program.mesh, c.train.batch)
+
+    def draw() -> jax.Array:
+        return rows.place(rng.integers(VOCABULARY, size=(len(rows.local), c.train.block), dtype=np.int32))
+
+    return data.Batch(draw(), draw(), np.int32(c.model.span.limit))
+
+
+def repeat(step: jax.stages.Compiled, state: train.TrainState, batch: data.Batch, times: int) -> train.TrainState:
+    """The state after so many steps, each of which is waited for."""
+    for _ in range(times):
+        state, _ = jax.block_until_ready(step(state, batch))
+    return state
 
 
 def computing() -> float:
     """CPU seconds, in user mode, of the threads that compute; what talks to other processes and waits has its own."""
-    threads = Path("/proc/self/task").iterdir()
-    stats = [(thread / "stat").read_text() for thread in threads if (thread / "comm").read_text().startswith("tf_XLA")]
-    return sum(int(stat.rpartition(")")[2].split()[11]) for stat in stats) / os.sysconf("SC_CLK_TCK")
+    ticks = 0
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # one that has ended
+            if (thread / "comm").read_text().startswith("tf_XLA"):
+                ticks += int((thread / "stat").read_text().rpartition(")")[2].split()[11])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def at_once(processes: int, words: Sequence[str]) -> dict[str, float]:
@@ -84,13 +99,16 @@ def measure(words: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Without flags the parent; with them one of the processes that it starts."""
+    """The command, or one of the processes that it starts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, kind in (("coordinator", str), ("processes", int), ("process", int)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--steps", type=int, default=STEPS, help="that are timed")
     arguments, words = parser.parse_known_args()
+    strange = [word for word in words if not word.startswith("--config.") or "=" not in word]
+    if strange:
+        parser.error(f"expected settings --config.name=value, found {' '.join(strange)}")
     if arguments.processes is None:
         found = measure([f"--steps={arguments.steps}", *words])
         print(json.dumps({"benchmark": "processes", **found, **provenance()}))

@@ -87,7 +87,7 @@ def _pod(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _command(options: argparse.Namespace) -> list[str]:
-    """The training command, told where the processes meet; Kubernetes puts in the pod's number."""
+    """The command, told where the processes meet; Kubernetes puts in the pod's number."""
     coordinator = f"{options.name}-0.{options.name}:{PORT}"
     place = [f"--coordinator={coordinator}", f"--processes={options.processes}", "--process=$(JOB_COMPLETION_INDEX)"]
     return [*options.command, *place]
@@ -116,7 +116,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--tries", type=int, default=5, help="attempts that may fail")
     parser.add_argument("--dry-run", action="store_true", help="print the manifest, apply nothing")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="training command")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="allattn train or evaluate, with its flags")
     options = parser.parse_args(words)
     _check(parser, options)
     return options
@@ -133,7 +133,7 @@ def _check(parser: _Parser, options: argparse.Namespace) -> None:
     if bool(options.tpu) != bool(options.topology):
         parser.error("expected --tpu and --topology together")
     if not options.command:
-        parser.error("expected a training command after the options, found none")
+        parser.error("expected a command after the options, found none")
 
 
 def main() -> int:

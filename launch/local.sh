@@ -31,7 +31,7 @@ while [[ ${1-} == --* ]]; do
 done
 ((BASH_VERSINFO[0] >= 5)) || mistake "expected bash 5 or newer, found $BASH_VERSION"
 [[ ${processes:+one}${gpus:+one} == one ]] || mistake "expected either --processes=N or --gpus=0,1,..., found both or neither"
-(($#)) || mistake "expected a training command after the options, found none"
+(($#)) || mistake "expected a command after the options, found none"
 IFS=, read -ra gpus <<<"$gpus"
 processes=${processes:-${#gpus[@]}}
 ((processes)) || mistake "--processes: expected at least 1, found 0"

@@ -27,7 +27,7 @@ shared_option() {
     --delay=*) delay=$(number "$1") ;;
     --dry-run) dry_run=1 ;;
     --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
-    *) mistake "unknown option $1; see --help; the training command comes after the options" ;;
+    *) mistake "unknown option $1; see --help; the command comes after the options" ;;
   esac
 }
 

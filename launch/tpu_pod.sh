@@ -40,7 +40,7 @@ while [[ ${1-} == --* ]]; do
 done
 [[ $name && $zone && $project ]] || mistake "expected --name, --zone and --project, found '$name', '$zone', '$project'"
 [[ ${type:+both} == "${runtime:+both}" ]] || mistake "expected --type and --runtime together, found only one of them"
-(($#)) || mistake "expected a training command after the options, found none"
+(($#)) || mistake "expected a command after the options, found none"
 sha=$(git -C "$here" rev-parse --verify --quiet "$commit^{commit}") ||
   mistake "--commit: expected a commit of this repository, found '$commit'"
 [[ $dry_run || $(type -P gcloud) ]] || mistake "expected gcloud on the PATH, found none"

@@ -40,9 +40,7 @@ def compiled(machine: str) -> Iterator[tuple[str, str, int]]:
         for part in (made.training, made.scoring, *([] if pairs else [made.sampling])):
             for name, lowered in part():
                 ready = lowered.compile()
-                sizes = ready.memory_analysis()
-                memory = sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
-                yield f"N {c.model.persistent}, {name}", ready.as_text(), memory
+                yield f"N {c.model.persistent}, {name}", ready.as_text(), sum(compile.memory(ready).values())
 
 
 def attends(name: str) -> bool:

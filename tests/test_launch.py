@@ -22,7 +22,7 @@ SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 TRAIN = ["python", "-m", "allattn", "train", "--config=configs/demo.py", "--workdir=runs/my run"]
 QUOTED = r"python -m allattn train --config=configs/demo.py --workdir=runs/my\ run"
 
-# A training command: FOLDER CODE...; its k-th start notes its arguments and its GPU, and ends with the k-th code (the
+# A command: FOLDER CODE...; its k-th start notes its arguments and its GPU, and ends with the k-th code (the
 # last one from then on). Code "sleep" waits for SIGTERM and ends with 75, "deaf" waits and does not end at it.
 STAND_IN = """
 import os, pathlib, signal, sys, time
@@ -105,7 +105,7 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
         ("local.sh", TRAIN, "--processes=N or --gpus="),
         ("local.sh", ["--processes=2", "--gpus=0", *TRAIN], "found both or neither"),
         ("local.sh", ["--processes=two", *TRAIN], "expected a whole number, found 'two'"),
-        ("local.sh", ["--processes=2"], "expected a training command"),
+        ("local.sh", ["--processes=2"], "expected a command"),
         ("local.sh", ["--proceses=2", *TRAIN], "unknown option --proceses=2"),
         ("slurm.sbatch", TRAIN, "sbatch launch/slurm.sbatch"),
         ("tpu_pod.sh", ["--name=a", "--zone=b", *TRAIN], "found 'a', 'b', ''"),
@@ -370,7 +370,7 @@ def test_mistakes_for_kubernetes_end_in_one_line() -> None:
         ([*GKE[1:], "--name=Large", *TRAIN], "found 'Large'"),
         ([*GKE[1:], *TRAIN], "--name"),
         ([*GKE[:2], "--processes=0", *TRAIN], "at least 1"),
-        (GKE, "training command"),
+        (GKE, "expected a command"),
         ([*GKE, "--nodes=3", *TRAIN], "--nodes=3"),
     ]:
         done = gke(*words)

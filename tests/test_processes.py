@@ -22,13 +22,13 @@ import pytest
 from command_line import Result, flags, write_texts
 
 from allattn import data
-from benchmarks import processes
+from benchmarks.processes import at_once
 
 ROOT = Path(__file__).resolve().parents[1]
 # Four devices or more share rows, heads and parameters; nothing depends on the number of steps.
 RUN = {"model__width": 32, "model__heads": 2, "train__batch": 8, "train__finetune_steps": 0, "checkpoint__every": 10}
-LONG = 10_000  # repetitions of a text that make it take ten seconds to score, or longer
 RUN |= {"evaluate__every": 100_000, "optimizer__schedule": "constant", "model__dropout": 0.2}
+LONG = 10_000  # repetitions of a text that make it take ten seconds to score, or longer
 
 
 def free_port() -> int:
@@ -63,6 +63,11 @@ class Processes:
             for i in range(count)
         ]
 
+    def place(self, i: int) -> list[str]:
+        """Flags of one of them."""
+        shared = [f"--coordinator=localhost:{self.port}", f"--processes={self.count}", "--wait=150"]
+        return [*shared, f"--process={i}"] if self.count > 1 else []
+
     def __enter__(self) -> "Processes":
         return self
 
@@ -91,9 +96,8 @@ def train(
     """A training run; `each` gives the settings of one process."""
 
     def words(i: int, started: Processes) -> list[str]:
-        place = [f"--coordinator=localhost:{started.port}", f"--processes={processes}", f"--process={i}", "--wait=150"]
         settings = flags(texts, **{**RUN, **changes, **each(i)})
-        return ["-m", "allattn", "train", f"--workdir={workdir}", *settings, *(place if processes > 1 else [])]
+        return ["-m", "allattn", "train", f"--workdir={workdir}", *settings, *started.place(i)]
 
     return Processes(processes, devices, words)
 
@@ -157,29 +161,20 @@ def test_a_single_process_that_is_taken_away_while_it_scores(tmp_path: Path) -> 
     (texts / "valid.txt").write_bytes((texts / "valid.txt").read_bytes() * LONG)
     changes = {"train__steps": 100_000, "evaluate__every": 3, "checkpoint__every": 100_000}
     with train(texts, workdir, 1, 1, **changes) as run:
-        wait_for(workdir, "metrics.jsonl", lambda path: path.read_text().count("\n") == 3)  # written before scoring
+        wait_for(workdir, "metrics.jsonl", lambda path: path.read_text().count("\n") >= 3)  # written before scoring
         run.send(signal.SIGTERM)
         (result,) = run.results(60)
     assert result.code == 75 and "stopped at step 3" in result.err
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]
 
 
-def evaluate(workdir: Path, processes: int, devices: int, each: Any = lambda _: [], *flags: str) -> Processes:
-    """A score of a run's newest checkpoint; `each` gives the flags of one process."""
+def evaluate(workdir: Path, processes: int, devices: int, *words: str, each: Any = lambda _: []) -> Processes:
+    """A score of a run's newest checkpoint; `each` gives the words of one process."""
 
-    def words(i: int, started: Processes) -> list[str]:
-        place = [f"--coordinator=localhost:{started.port}", f"--processes={processes}", f"--process={i}", "--wait=150"]
-        return [
-            "-m",
-            "allattn",
-            "evaluate",
-            f"--workdir={workdir}",
-            *flags,
-            *each(i),
-            *(place if processes > 1 else []),
-        ]
+    def all_words(i: int, started: Processes) -> list[str]:
+        return ["-m", "allattn", "evaluate", f"--workdir={workdir}", *words, *each(i), *started.place(i)]
 
-    return Processes(processes, devices, words)
+    return Processes(processes, devices, all_words)
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +192,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_several_processes_score_a_checkpoint(trained: Path, protocol: str) -> None:
     """2 processes x 2 devices find what one finds, by the rows that each reads; only process 0 says it."""
     words = ("--split=valid", f"--protocol={protocol}")
-    with evaluate(trained, 1, 1, lambda _: [], *words) as alone:
+    with evaluate(trained, 1, 1, *words) as alone:
         (expected,) = alone.results()
-    with evaluate(trained, 2, 2, lambda _: [], *words) as both:
+    with evaluate(trained, 2, 2, *words) as both:
         results = both.results()
     assert [result.code for result in (expected, *results)] == [0, 0, 0], results[0].err[-2000:]
     found, score = results[0].last(), expected.last()
@@ -207,12 +202,43 @@ def test_several_processes_score_a_checkpoint(trained: Path, protocol: str) -> N
     assert results[1].out == ""
 
 
-def test_processes_that_would_score_different_things(trained: Path) -> None:
-    with evaluate(trained, 2, 1, lambda i: [f"--split={('test', 'valid')[i]}"]) as two:
-        results = two.results()
+def refused(each: Any, workdir: Path) -> str:
+    """The line with which two processes refuse to score."""
+    with evaluate(workdir, 2, 1, each=each) as two:
+        results = two.results(60)
     line = results[0].err.strip().splitlines()[-1]
-    assert line.startswith("allattn: process 1 has another task than process 0: ") and "valid" in line
-    expect(results, 2, line)
+    assert [(result.code, result.err.strip().splitlines()[-1]) for result in results] == [(2, line)] * 2
+    return line
+
+
+def test_processes_that_would_score_different_things(trained: Path) -> None:
+    line = refused(lambda i: [f"--split={('test', 'valid')[i]}"], trained)
+    different = r"authors, step 4, valid of (files/byte-\w+/1.0.0) in place of authors, step 4, test of \1"
+    assert re.fullmatch(f"allattn: process 1 has another task than process 0: {different}", line), line
+
+
+def test_processes_that_would_score_different_texts(trained: Path, tmp_path: Path) -> None:
+    """Or none: a mistake of one of them ends both at once, with the one line."""
+    texts = [tmp_path / "0.txt", tmp_path / "1.txt"]
+    for i, text in enumerate(texts):
+        text.write_bytes((trained.parent / "texts" / "test.txt").read_bytes() * (i + 1))
+    line = refused(lambda i: [f"--text={texts[i]}"], trained)
+    assert re.search(r"has another task than process 0: .*, text \w{16} in place of .*, text \w{16}$", line), line
+    texts[1].unlink()
+    line = refused(lambda i: [f"--text={texts[i]}"], trained)
+    assert f"another task than process 0: --text: expected a file, found none at {texts[1]} in place of" in line
+
+
+def test_processes_that_would_score_different_checkpoints(trained: Path, tmp_path: Path) -> None:
+    """Also of other parameters at the same step, or of none."""
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    line = refused(lambda i: [f"--workdir={(trained, other)[i]}"], trained)
+    assert line.startswith(f"allattn: process 1 has another workdir than process 0: {other}/checkpoints in place of")
+    line = refused(lambda i: [f"--step={(4, 5)[i]}"], trained)
+    assert "another checkpoint than process 0: no checkpoint of step 5 in" in line and line.endswith("in place of 4")
+    line = refused(lambda i: ["--step=5"], trained)
+    assert line.startswith("allattn: no checkpoint of step 5 in")
 
 
 def test_a_score_that_is_interrupted(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,11 +246,11 @@ def test_a_score_that_is_interrupted(trained: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "long.txt").write_bytes((trained.parent / "texts" / "valid.txt").read_bytes() * LONG)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    with evaluate(trained, 2, 1, lambda _: [], f"--text={tmp_path}/long.txt") as two:
+    with evaluate(trained, 2, 1, f"--text={tmp_path}/long.txt") as two:
         wait_for(tmp_path, "programs/jit_score_block*")
         two.running[1].send_signal(signal.SIGTERM)
         results = two.results(60)
-    expect(results, 75, "allattn: stopped while scoring: this machine is being taken away; run again to go on")
+    expect(results, 75, "allattn: stopped while scoring: this machine is being taken away; run again to score")
 
 
 def expect(results: list[Result], code: int, line: str) -> None:
@@ -300,7 +326,7 @@ def test_a_process_that_never_comes(tmp_path: Path) -> None:
     ("words", "line"),
     [
         (("--coordinator=localhost", "--processes=2", "--process=0"), "--coordinator: expected HOST:PORT, found 'loc"),
-        (("--processes=2", "--process=0"), "expected --coordinator, --processes and --process together"),
+        (("--processes=2", "--process=0"), "expected --coordinator, --processes and --process together, or"),
         (("--coordinator=a:1", "--processes=2", "--process=2"), "--process: expected a number from 0 to --processes"),
     ],
 )
@@ -361,7 +387,7 @@ def found_by(surroundings: Any) -> list[Result]:
     """Two processes without flags, each in surroundings (environment variables) of its own, as on a TPU's machines."""
 
     def words(i: int, started: Processes) -> list[str]:
-        values = {"JAX_COORDINATOR_PORT": str(started.port), **surroundings(i)}
+        values = {"JAX_COORDINATOR_PORT": str(started.port), "NO_PROXY": "localhost", **surroundings(i)}
         return ["-c", FOUND.format(surroundings=values, tpu=True)]
 
     with Processes(2, 1, words) as two:
@@ -380,7 +406,14 @@ def test_a_tpu_slice_of_kubernetes() -> None:
     assert [(result.code, result.out) for result in results] == [(0, "0 of 2\n"), (0, "1 of 2\n")], results
 
 
-@pytest.mark.skipif(not shutil.which("mpirun"), reason="Open MPI is not installed (Debian: openmpi-bin)")
+def open_mpi_4() -> bool:
+    if not shutil.which("mpirun"):
+        return False
+    done = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, check=False)
+    return "(Open MPI) 4." in done.stdout
+
+
+@pytest.mark.skipif(not open_mpi_4(), reason="Open MPI 4 is not installed (Debian 12: openmpi-bin)")
 def test_open_mpi() -> None:
     program = FOUND.format(surroundings={}, tpu=False)
     command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-c", program]
@@ -396,9 +429,16 @@ def test_an_mpi_that_jax_does_not_know(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv(name, "4")
     with train(prepared_texts(tmp_path), tmp_path / "run", 1, 1) as run:
         (result,) = run.results()
-    expected = "the processes of an Open MPI before 5, or --coordinator, --processes and --process"
+    expected = "an Open MPI before 5, or --coordinator, --processes and --process (alone: --processes=1)"
     expect([result], 2, f"allattn: {name}=4: expected {expected}, found none of them")
     assert not (tmp_path / "run").exists()
+
+
+def test_alone_in_an_mpi(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setenv("PMI_SIZE", "")
+    with evaluate(trained, 1, 1, "--processes=1") as alone:
+        assert alone.results()[0].code == 0
 
 
 ROWS = """
@@ -423,9 +463,10 @@ def test_rows_of_a_process_with_others_between() -> None:
         assert [result.code for result in two.results()] == [0, 0]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="CPU seconds of threads are read from Linux")
 def test_no_process_has_more_to_do_where_there_are_more() -> None:
     """2 and 4 processes train together, 8 rows each: the program of each has the FLOPs of one by itself."""
     words = ["--config.model.depth=1", "--steps=1"]
-    alone = processes.at_once(1, ["--alone", *words])["flops"]
+    alone = at_once(1, ["--alone", *words])["flops"]
     assert alone > 1e5
-    assert [processes.at_once(count, words)["flops"] / alone for count in (2, 4)] == pytest.approx([1, 1], rel=1e-3)
+    assert [at_once(count, words)["flops"] / alone for count in (2, 4)] == pytest.approx([1, 1], rel=1e-3)
