@@ -348,8 +348,7 @@ os.environ.update({surroundings})
 from allattn import distributed
 distributed.start(wait=100)
 jax.config.update("jax_num_cpu_devices", 1)
-assert (distributed.count(), distributed.index()) == (jax.process_count(), jax.process_index())
-print(distributed.index(), "of", distributed.count(), flush=True)
+assert (2, int({rank})) == (distributed.count(), distributed.index()) == (jax.process_count(), jax.process_index())
 distributed.stop(0)
 """
 
@@ -384,11 +383,11 @@ def metadata() -> Iterator[list[str]]:
 
 
 def found_by(surroundings: Any) -> list[Result]:
-    """Two processes without flags, each in surroundings (environment variables) of its own, as on a TPU's machines."""
+    """Two processes without flags find each other, each in environment variables of its own, as on a TPU's machines."""
 
     def words(i: int, started: Processes) -> list[str]:
         values = {"JAX_COORDINATOR_PORT": str(started.port), "NO_PROXY": "localhost", **surroundings(i)}
-        return ["-c", FOUND.format(surroundings=values, tpu=True)]
+        return ["-c", FOUND.format(surroundings=values, tpu=True, rank=i)]
 
     with Processes(2, 1, words) as two:
         return two.results(100)
@@ -396,14 +395,14 @@ def found_by(surroundings: Any) -> list[Result]:
 
 def test_a_cloud_tpu_slice(metadata: list[str]) -> None:
     results = found_by(lambda i: {"GCE_METADATA_IP": metadata[i]})
-    assert [(result.code, result.out) for result in results] == [(0, "0 of 2\n"), (0, "1 of 2\n")], results
+    assert [result.code for result in results] == [0, 0], results
 
 
 def test_a_tpu_slice_of_kubernetes() -> None:
     names = {"TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_SKIP_MDS_QUERY": "1"}
     slice_ = {"MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
     results = found_by(lambda i: {**names, **slice_, "TPU_WORKER_ID": str(i)})
-    assert [(result.code, result.out) for result in results] == [(0, "0 of 2\n"), (0, "1 of 2\n")], results
+    assert [result.code for result in results] == [0, 0], results
 
 
 def open_mpi_4() -> bool:
@@ -415,12 +414,11 @@ def open_mpi_4() -> bool:
 
 @pytest.mark.skipif(not open_mpi_4(), reason="Open MPI 4 is not installed (Debian 12: openmpi-bin)")
 def test_open_mpi() -> None:
-    program = FOUND.format(surroundings={}, tpu=False)
+    program = FOUND.format(surroundings={}, tpu=False, rank='os.environ["OMPI_COMM_WORLD_RANK"]')
     command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-c", program]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert sorted(said(done.stdout).splitlines()) == ["0 of 2", "1 of 2"]
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
