@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def at_once(processes: int, words: Sequence[str]) -> dict[str, float]:
     command = ["launch/local.sh", f"--processes={processes}", "--tries=1", *program]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = [json.loads(text) for text in re.findall(r"{.*?}", done.stdout)]  # others may write into the same line
     if done.returncode or len(found) != processes:
         raise RuntimeError(f"{processes} processes: expected a line of each, found {found}: {done.stderr[-2000:]}")
     return {name: max(one[name] for one in found) for name in found[0]}
