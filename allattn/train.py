@@ -325,8 +325,9 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     # 3. restore the state and the bucket from it, or make a fresh state, with other parameters if init_from says so
     # 4. the stream needs only the step: nothing else is restored
     distributed.agree("configuration", to_json(config), _differences)
-    dataset = data.prepare(config.dataset.name, config.dataset.data_dir or None, unit=config.dataset.unit)
-    distributed.agree("data set", dataset.full_name)
+    c = config.dataset
+    prepare = functools.partial(data.prepare, c.name, c.data_dir or None, unit=c.unit)
+    dataset = distributed.same("data set", prepare, lambda found: found.full_name)
     trainer = Trainer(with_vocabulary(config, dataset.vocabulary.size, dataset.name), dataset)
     initial = None if resume.has_begun(workdir) else resume.warm_start(trainer)  # refused before there is a workdir
     with distributed.Preemption() as stop:

@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     c.optimizer = ConfigDict()
     c.optimizer.name = "adagrad"  # adagrad (the paper's rule), adam or adamw
     c.optimizer.learning_rate = 0.07
-    c.optimizer.warmup = 32_000  # updates over which the rate rises linearly; too few spoil a wide network for good
+    c.optimizer.warmup = 32_000  # updates over which the rate rises linearly; too few spoil a wide network
     c.optimizer.schedule = "constant"  # after the warm-up: constant, or cosine (falling to 0 at train.steps)
     c.optimizer.clip = 0.03  # gradient norm: per tensor with adagrad, global with adam; 0: none
     c.optimizer.weight_decay = 0.0  # adamw only

@@ -64,6 +64,9 @@ class Programs:
     def shape(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return self.placed(jax.ShapeDtypeStruct(shape, dtype))
 
+    def cache(self, model: Model, rows: int, length: int) -> Any:
+        return self.placed(jax.eval_shape(lambda: model.empty_key_value(rows, length)))
+
     def lower(self, function: Any, *arguments: Any) -> jax.stages.Lowered:
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             return function.trace(*arguments).lower(lowering_platforms=(self.platform,))
@@ -91,7 +94,7 @@ class Programs:
                 yield f"{protocol}, context {context}", self._scored(model, rows, context, block)
 
     def _scored(self, model: Model, rows: int, context: int, block: int) -> jax.stages.Lowered:
-        cache = self.placed(jax.eval_shape(lambda: model.empty_key_value(rows, context + block)))
+        cache = self.cache(model, rows, context + block)
         blocks = [self.shape(rows, block, dtype=dtype) for dtype in (jnp.int32, jnp.int32, jnp.bool)]
         return self.lower(evaluate.score_block, model, self.mesh, None, self.params, cache, self.shape(), *blocks)
 
@@ -99,7 +102,7 @@ class Programs:
         """One symbol, a block of a prompt, and the draw."""
         model, place = self.windowed, self.shape()
         for context in self.contexts():
-            cache = self.placed(jax.eval_shape(lambda: model.empty_key_value(1, context + generate.SLACK)))  # noqa: B023
+            cache = self.cache(model, 1, context + generate.SLACK)
             for tokens in (1, generate.PROMPT_BLOCK):
                 arguments = (model, self.params, cache, self.shape(1, tokens), place, place)
                 yield f"sample, context {context}, {tokens} tokens", self.lower(generate.advance, *arguments)
