@@ -170,6 +170,14 @@ def _join(arguments: argparse.Namespace) -> None:
     from allattn import distributed
 
     distributed.start(arguments.coordinator, arguments.processes, arguments.process, arguments.wait)
+    if distributed.count() > 1:
+        _keep_output()
+
+
+def _keep_output() -> None:
+    """Leave the output to what this program prints: gloo says of each of its connections there that it is made."""
+    sys.stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), 1)
 
 
 def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:

@@ -64,12 +64,7 @@ class Processes:
 
     def results(self, seconds: float = 200) -> list[Result]:
         found = [process.communicate(timeout=seconds) for process in self.running]
-        return [Result(p.returncode, said(out), err) for p, (out, err) in zip(self.running, found, strict=True)]
-
-
-def said(out: str) -> str:
-    """What a process printed, without what gloo says of its connections."""
-    return "".join(line for line in out.splitlines(keepends=True) if not line.startswith("[Gloo]"))
+        return [Result(p.returncode, *said) for p, said in zip(self.running, found, strict=True)]
 
 
 def train(

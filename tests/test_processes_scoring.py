@@ -26,7 +26,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("protocol", ["authors", "full"])
 def test_several_processes_score_a_checkpoint(trained: Path, protocol: str) -> None:
-    """2 processes x 2 devices find what one finds, by the rows that each reads; only process 0 says it."""
+    """2 processes x 2 devices find what one finds, by the rows that each reads; only process 0 says it, and no more."""
     words = ("--split=valid", f"--protocol={protocol}")
     with evaluate(trained, 1, 1, *words) as alone:
         (expected,) = alone.results()
@@ -35,7 +35,7 @@ def test_several_processes_score_a_checkpoint(trained: Path, protocol: str) -> N
     assert [result.code for result in (expected, *results)] == [0, 0, 0], results[0].err[-2000:]
     found, score = results[0].last(), expected.last()
     assert found == score | {name: pytest.approx(score[name], rel=1e-6) for name in ("nll", "bpc", "ppl")}
-    assert results[1].out == ""
+    assert [result.out.count("\n") for result in results] == [1, 0]
 
 
 def refused(each: Any, workdir: Path) -> str:
