@@ -14,6 +14,7 @@ import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from allattn import bucket, distributed
 from allattn.config import to_json
@@ -61,13 +62,34 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
-def _folder(workdir: str, create: bool) -> epath.Path:
+def _place(workdir: str) -> epath.Path:
     """Where the checkpoints of a workdir lie: a URL as it is, a path made absolute, since Orbax refuses others."""
     remote = bucket.is_url(workdir)
     if remote and not workdir.startswith("gs://"):
         expected = "a folder or a URL such as gs://bucket/run, since Orbax writes into no other kind of bucket"
         raise UserError(f"workdir: expected {expected}; found {workdir}")
-    folder = (epath.Path(workdir) if remote else epath.Path(workdir).absolute()) / "checkpoints"
+    return (epath.Path(workdir) if remote else epath.Path(workdir).absolute()) / "checkpoints"
+
+
+def has_begun(workdir: str) -> bool:
+    """Whether the workdir holds a run, perhaps one that has no checkpoint yet; the same on every process.
+
+    Raises:
+      UserError, RunError: it cannot be a workdir, or not be reached.
+    """
+
+    def begun() -> bool:
+        folder = _place(workdir)
+        with bucket.reached(folder):
+            return folder.exists()
+
+    found = distributed.lead("run", lambda: not distributed.index() and begun())  # process 0 may go on and make it
+    return bool(multihost_utils.broadcast_one_to_all(found))
+
+
+def _folder(workdir: str, create: bool) -> epath.Path:
+    """Makes the folder of checkpoints, or finds it."""
+    folder, remote = _place(workdir), bucket.is_url(workdir)
     if distributed.index():
         return folder  # process 0 makes it, or finds it
     with bucket.reached(folder):

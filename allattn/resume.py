@@ -2,9 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from etils import epath
-from jax.experimental import multihost_utils
-
 from allattn import checkpoint
 from allattn.config import FREE, changed_fields, from_json
 from allattn.errors import UserError
@@ -43,12 +40,6 @@ def restore(trainer: "Trainer", checkpoints: checkpoint.Checkpointer) -> "tuple[
         return None
     *arrays, meta = restored
     return trainer.fresh_state(arrays[0]) if meta.get("params_only") else trainer.restored_state(tuple(arrays), meta)
-
-
-def has_begun(workdir: str) -> bool:
-    """Whether the workdir holds a run, perhaps one that has no checkpoint yet; the same on every process."""
-    begun = (epath.Path(workdir) / "checkpoints").exists()
-    return bool(multihost_utils.broadcast_one_to_all(begun))  # process 0 may go on and make it at once
 
 
 def warm_start(trainer: "Trainer") -> Params | None:

@@ -321,15 +321,16 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     """
     # The order of a start:
     # 1. check that all processes have one configuration, and it against data and devices, before anything is written
+    #    into the workdir, which must be within reach
     # 2. if the workdir has a checkpoint, check that it was made with this configuration
     # 3. restore the state and the bucket from it, or make a fresh state, with other parameters if init_from says so
     # 4. the stream needs only the step: nothing else is restored
     distributed.agree("configuration", to_json(config), _differences)
-    c = config.dataset
+    c, begun = config.dataset, checkpoint.has_begun(workdir)
     prepare = functools.partial(data.prepare, c.name, c.data_dir or None, unit=c.unit)
     dataset = distributed.same("data set", prepare, lambda found: found.full_name)
     trainer = Trainer(with_vocabulary(config, dataset.vocabulary.size, dataset.name), dataset)
-    initial = None if resume.has_begun(workdir) else resume.warm_start(trainer)  # refused before there is a workdir
+    initial = None if begun else resume.warm_start(trainer)  # refused before there is a workdir
     with distributed.Preemption() as stop:
         with checkpoint.Checkpointer(workdir, config.checkpoint.keep) as checkpoints:
             state, bucket = resume.restore(trainer, checkpoints) or trainer.fresh_state(

@@ -1,7 +1,7 @@
 """A storage bucket in memory behind HTTP: as much of Google Cloud Storage's JSON API as a run needs.
 
 Command: python tests/fake_bucket.py PORT_FILE. Serves until it is killed; the port is written into PORT_FILE. There
-are no folders and no appending, as in a real bucket, and the only bucket is called "bucket".
+are no folders and no appending, as in a real bucket, and the only bucket is called "bucket"; none may read "private".
 """
 
 import base64
@@ -73,7 +73,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def missing(self) -> None:
-        self.reply(404, {"error": {"code": 404, "message": "No such object"}})
+        code, message = (403, "Forbidden") if "/b/private/" in self.path else (404, "No such object")
+        self.reply(code, {"error": {"code": code, "message": message}})
 
     def request_parts(self) -> tuple[str, dict[str, str], bytes]:
         url = urlsplit(self.path)

@@ -236,6 +236,15 @@ def trained(command: Command) -> dict[str, Any]:
     return json.loads(whole.stdout.splitlines()[-1])
 
 
+@pytest.mark.parametrize("bucket", ["other", "private"])
+def test_a_workdir_out_of_reach(command: Command, bucket: str) -> None:
+    """The newcomer's mistake on a machine in a cloud: one line, and no launcher tries again."""
+    found = command("train", f"--workdir=gs://{bucket}/run")
+    assert found.returncode == 2, found.stderr[-2000:]
+    assert "Traceback" not in found.stderr and "step" not in found.stdout
+    assert found.stderr.splitlines()[-1].startswith(f"allattn: gs://{bucket}/run")
+
+
 def test_a_run_in_a_bucket(command: Command, trained: dict[str, Any]) -> None:
     again = command("train", "--config.train.steps=12")
     assert "gs://bucket/run is complete: 12 of 12 steps" in again.stdout

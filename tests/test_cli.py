@@ -271,6 +271,8 @@ MISTAKES = [
     (TRAIN, {"model__layer": "transformer_xl"}, "model.feed_forward: expected at least 1 with transformer_xl"),
     (TRAIN, {"mesh__data": 3}, "mesh: expected data x fsdp x tensor = 1 devices"),
     ("train --workdir={run}", {"model__width": 32}, "model.width: 16 in the workdir, 32 now"),
+    ("train --workdir=s3://bucket/run", {}, "workdir: expected a folder or a URL such as gs://bucket/run"),
+    ("train --workdir={texts}/train.txt", {}, "{texts}/train.txt/checkpoints: expected a place that this machine can"),
     ("train --workdir={run}", {"seed": 1}, "seed: 0 in the workdir, 1 now"),
     ("evaluate --workdir={folder}/new", {}, "no checkpoint in {folder}/new"),
     ("generate --workdir={folder}/new --prompt=a", {}, "no checkpoint in {folder}/new"),
