@@ -243,13 +243,13 @@ def _sweep(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def _compile(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # whatever is here
-    from allattn import compile, config, traffic
+    from allattn import compile, config
 
     c = config.load(arguments.config, overrides)
     name = os.path.splitext(os.path.basename(arguments.config))[0]
     found = compile.compile_step(c, name, arguments.topology, arguments.slices)
     print(compile.report(found, c), flush=True)
-    return int(not found.fits or bool(traffic.violations(found.uses)))
+    return int(not found.fits or bool(found.broken))
 
 
 def _data(arguments: argparse.Namespace, _: dict[str, str]) -> None:

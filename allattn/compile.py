@@ -34,6 +34,7 @@ class Compiled:
     hbm: float  # bytes that a device has
     flops: float  # of a step on all devices: required products, full spans
     uses: list[traffic.Use]  # what its collectives are for
+    broken: list[str]  # what it sends that it must not
     overflow: str  # what the compiler said if memory did not suffice
 
     @property
@@ -76,10 +77,12 @@ def compile_step(config: ml_collections.ConfigDict, name: str, machine: str, sli
     found = hlo.collectives(compiled.as_text() or "") if compiled else []
     if slices == 1:
         uses = traffic.judge(found, program)
+        broken = traffic.violations(uses, program)
     else:  # there the compiler has rewritten the sums beyond recognition; one slice is judged in their place
-        uses = traffic.between_slices(found) + compile_step(_of_one(config, mesh, slices), name, machine).uses
+        one, far = compile_step(_of_one(config, mesh, slices), name, machine), traffic.between_slices(found)
+        uses, broken = far + one.uses, traffic.violations_between(far, one.uses) + one.broken
     known = (name, machine, slices, dict(mesh.shape), config.train.batch, parameters)
-    return Compiled(*known, memory(compiled), chip.memory, flops, uses, overflow)
+    return Compiled(*known, memory(compiled), chip.memory, flops, uses, broken, overflow)
 
 
 def _of_one(config: ml_collections.ConfigDict, mesh: Mesh, slices: int) -> ml_collections.ConfigDict:
@@ -159,10 +162,9 @@ def report(found: Compiled, config: ml_collections.ConfigDict) -> str:
         f"required products of a step, full spans: {found.flops:.3g} FLOP, of a device {found.flops / devices:.3g}",
     ]
     lines += ["collectives of a step: bytes of the whole arrays", *traffic.table(found.uses)] if found.uses else []
-    broken = traffic.violations(found.uses)
-    lines += [f"must not be: {line}" for line in broken]
+    lines += [f"must not be: {line}" for line in found.broken]
     if not found.fits:
         lines.append(f"does not fit; change: {advice(found, config)}")
     else:
-        lines.append("fits, but for what must not be" if broken else "fits")
+        lines.append("fits, but for what must not be" if found.broken else "fits")
     return "\n".join(lines)

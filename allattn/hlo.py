@@ -92,7 +92,7 @@ class _Program:
         if noted:
             return int(noted[1])
         text = "\n".join(self.lines[condition])
-        numbers = re.findall(r"s32\[\]\S* constant\((\d+)\)", text)
+        numbers = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", text)
         return int(numbers[0]) if len(numbers) == 1 and "direction=LT" in text else None
 
     def collective(self, line: str, found: re.Match, inside: str, times: int | None, caller: str) -> Collective:

@@ -150,10 +150,12 @@ class AllAttention(Sublayer):
         it needs. The gradient does not enter the cached states.
         """
         S, T, kernels = cache_XBSD.shape[2], h_BTD.shape[1], (self.key[...], self.value[...])
-        if chosen is None:
+        if self.config.pre_norm:  # whose parameters get a gradient from the cached states as well
             cache_BSD = jax.lax.stop_gradient(last_states(cache_XBSD, x, S))
-            return project_last(S, kernels, self.enter(cache_BSD), self.enter(h_BTD))
-        return _project_one_of(lengths(S, T), chosen, x, kernels, cache_XBSD, h_BTD)
+            states_BSD = self.enter(jnp.concatenate([cache_BSD, h_BTD], axis=1))
+            return project(kernels[0], states_BSD), project(kernels[1], states_BSD)
+        sizes, which = ((S,), 0) if chosen is None else (lengths(S, T), chosen)
+        return _project_one_of(sizes, which, x, kernels, cache_XBSD, h_BTD)
 
     def span_tokens(self) -> Array:
         """Learned spans z L in tokens, as (H,)."""

@@ -132,13 +132,23 @@ def make_mesh(config: ml_collections.ConfigDict, chips: Sequence[Any] | None = N
     sizes = [devices // rest if size == -1 else size for size in sizes]
     if math.prod(sizes) != devices:
         raise UserError(f"mesh: expected data x fsdp x tensor = {devices} devices, found {' x '.join(map(str, sizes))}")
-    rows, heads = sizes[0] * sizes[1], config.model.heads // (1 + (config.model.integration == "head_split"))
+    rows, heads = sizes[0] * sizes[1], heads_to_spread(config)
     if config.train.batch % (rows * config.train.accumulation):
         parts = f"data x fsdp x accumulation = {rows * config.train.accumulation}"
         raise UserError(f"train.batch: expected a multiple of {parts}, found {config.train.batch}")
     if heads % sizes[2]:
-        raise UserError(f"mesh.tensor: expected a divisor of the heads of a call, {heads}, found {sizes[2]}")
+        kind = f"; {config.model.integration} has heads of two kinds" if heads != config.model.heads else ""
+        raise UserError(f"mesh.tensor: expected a divisor of the heads, {heads}{kind}; found {sizes[2]}")
     return _mesh(sizes, chips)
+
+
+def heads_to_spread(config: ml_collections.ConfigDict) -> int:
+    """Heads that may be spread over `tensor`.
+
+    Where the context and the persistent pairs have heads of their own, none: what a query projects would be sent from
+    the devices of the ones to those of the others, in every layer.
+    """
+    return 1 if config.model.integration in ("head_split", "single_head") else config.model.heads
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
@@ -243,8 +253,6 @@ class Rows:
 def attention_over(mesh: Mesh, rows: int) -> Callable[..., Any]:
     """The operation on a mesh: rows over data x fsdp, heads over tensor, no collective inside.
 
-    Heads that do not divide by tensor, such as the one of `single_head`, are done by every device of that axis.
-
     Args:
       mesh: from `make_mesh`.
       rows: rows of the whole batch; with accumulation a call sees a part of each device's rows, and `row_offset`
@@ -258,14 +266,13 @@ def attention_over(mesh: Mesh, rows: int) -> Callable[..., Any]:
     rows_per_shard = rows // row_shards(mesh)
 
     def attention(query_BTHK, key_BSHK, value_BSHK, **options):
-        tensor = "tensor" if query_BTHK.shape[2] % mesh.shape["tensor"] == 0 else None
-        by_row_head, by_head = P(ROWS, None, tensor, None), P(tensor, None, None)
+        by_row_head, by_head = P(ROWS, None, "tensor", None), P("tensor", None, None)
         specs = {
             "position_HLK": by_head if options["position_HLK"].shape[0] > 1 else P(),
             "position_query_BTHK": by_row_head,
             "persistent_key_HNK": by_head,
             "persistent_value_HNK": by_head,
-            "span_H": P(tensor),
+            "span_H": P("tensor"),
             "key_start": P(),
             "dropout_seed": P(),
             "row_offset": P(),
@@ -275,13 +282,13 @@ def attention_over(mesh: Mesh, rows: int) -> Callable[..., Any]:
 
         def local(query_BTHK, key_BSHK, value_BSHK, arrays):
             first_row = jax.lax.axis_index(ROWS) * rows_per_shard + arrays.pop("row_offset", 0)
-            first_head = jax.lax.axis_index("tensor") * query_BTHK.shape[2] if tensor else 0
+            first_head = jax.lax.axis_index("tensor") * query_BTHK.shape[2]
             offsets = {"row_offset": first_row, "head_offset": first_head}
             with jax.named_scope(OPERATION):
                 return all_attention(query_BTHK, key_BSHK, value_BSHK, **arrays, **offsets, **options)
 
         in_specs = (by_row_head, by_row_head, by_row_head, {name: specs[name] for name in arrays})
-        out_specs = (by_row_head, P(ROWS, None, tensor)) if options.get("return_persistent_mass") else by_row_head
+        out_specs = (by_row_head, P(ROWS, None, "tensor")) if options.get("return_persistent_mass") else by_row_head
         return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(
             query_BTHK, key_BSHK, value_BSHK, arrays
         )

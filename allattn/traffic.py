@@ -5,7 +5,7 @@ as well, it sums activations over `tensor`. Anything else is a mistake in the sh
 the attention operation.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ from allattn import hlo, sharding
 from allattn.train import Program
 
 SMALL = 65_536  # bytes that norms and metrics may take together
+GATHERS = 3  # of every parameter in a pass: forward, backward, and its gradient where that goes round the same ring
 GRADIENT, GATHER, METRICS, ACTIVATION = "gradient reduction", "fsdp gather", "norms and metrics", "activations"
 BETWEEN = "sums between slices"
 
@@ -39,14 +40,17 @@ def judge(found: list[hlo.Collective], program: Program) -> list[Use]:
     uses = []
     for collective in found:
         axes = _axes(collective, program.mesh)
+        if not axes:
+            continue  # each device with itself
         uses.append(Use(_role(collective, axes, sizes, program.model.config.depth), axes, collective))
     return uses
 
 
 def between_slices(found: list[hlo.Collective]) -> list[Use]:
-    """What a step on several slices sends between them: sums, and nothing else."""
+    """What a step on several slices sends between them, sums and nothing else, and what is inside of the operation."""
     far = [collective for collective in found if collective.kind.endswith(hlo.OVER_SLICES)]
-    return [Use(BETWEEN if c.kind.startswith("all-reduce") else "", ("slices",), c) for c in far]
+    inside = [Use("", (), collective) for collective in found if sharding.OPERATION in collective.place]
+    return [Use(BETWEEN if c.kind.startswith("all-reduce") else "", ("slices",), c) for c in far] + inside
 
 
 def _role(found: hlo.Collective, axes: tuple[str, ...], sizes: set[int], depth: int) -> str:
@@ -55,12 +59,14 @@ def _role(found: hlo.Collective, axes: tuple[str, ...], sizes: set[int], depth: 
         return ""
     if reduces and once and max(found.sizes) <= depth:  # a number, or one for every layer
         return METRICS
-    of_parameters = all(size in sizes for size in found.sizes)
+    of_parameters = all(size in sizes or size <= depth for size in found.sizes)  # norms may be joined with gradients
     backward = once or "transpose(" in found.place or not found.place  # where several are joined, names may be lost
     if reduces and of_parameters and backward and set(axes) & set(sharding.ROWS):
         return GRADIENT
     if found.kind == "all-gather" and of_parameters and axes == ("fsdp",):
         return GATHER
+    if found.kind == "collective-permute" and of_parameters and axes == ("fsdp",):
+        return GATHER  # a TPU sends a kernel's parts, or its gradient's, round a ring while it multiplies
     return ACTIVATION if found.kind == "all-reduce" and axes == ("tensor",) else ""
 
 
@@ -78,20 +84,89 @@ def _parameter_sizes(program: Program) -> set[int]:
     params = jax.eval_shape(program.model.init, jax.random.key(0))
     whole = {1, *(x.size for x in jax.tree.leaves(params))}
     whole |= {x.size // config.depth for x in jax.tree.leaves(params["layers"])}
-    if config.layer == "transformer_xl":  # every layer computes its table of positions from parameters
-        whole.add((config.limit + program.config.train.block) * config.width)
+    if config.layer == "transformer_xl":
+        whole.add(_distances(program))
     parts = {1, shape["fsdp"], shape["tensor"], shape["fsdp"] * shape["tensor"]}
     return {size // part for size in whole for part in parts if size % part == 0}
 
 
-def violations(uses: list[Use]) -> list[str]:
-    """Collectives that have no business in a step, a line each."""
+def violations(uses: list[Use], program: Program) -> list[str]:
+    """What a step sends that it must not, a line each.
+
+    A sum or gather of activations may have the size of a parameter's, so these are counted as well: what is sent of
+    parameters and gradients is no more than there is of them.
+
+    Args:
+      uses: from `judge`.
+      program: whose step it is.
+    """
     lines = [f"{u.collective.kind} of {u.collective.bytes:,} bytes in {u.collective.place}" for u in uses if not u.role]
     if (small := sent(uses, METRICS)) > SMALL:
         lines.append(f"norms and metrics: expected at most {SMALL:,} bytes, found {small:,}")
-    if (far := sent(uses, BETWEEN)) > (near := sent(uses, GRADIENT) + sent(uses, METRICS)):
-        lines.append(f"between slices: expected no more than is summed within one, {near:,} bytes, found {far:,}")
+    train, sums = program.config.train, _sums(program)
+    for axis in sharding.ROWS:
+        for size, found in _counts([u.collective for u in uses if u.role == GRADIENT and axis in u.axes]).items():
+            if size > program.model.config.depth and found > (most := sums[size] * train.accumulation):
+                lines.append(
+                    f"{GRADIENT} over {axis} of {size:,} numbers: expected at most {most} times, found {found}"
+                )
+    most = train.accumulation * (GATHERS + bool(train.remat)) * sum(size * n for size, n in _sums(program, 1).items())
+    counts = _counts([u.collective for u in uses if u.role == GATHER])
+    if (gathered := sum(size * n for size, n in counts.items())) > most:
+        lines.append(f"{GATHER}: expected at most {most:,} numbers, found {gathered:,}")
     return lines
+
+
+def violations_between(far: list[Use], near: list[Use]) -> list[str]:
+    """What a step on several slices sends that it must not, a line each.
+
+    Args:
+      far: from `between_slices`.
+      near: from `judge`, of a step on one of the slices.
+    """
+    lines = [f"{u.collective.kind} of {u.collective.bytes:,} bytes in {u.collective.place}" for u in far if not u.role]
+    between, within = sent(far, BETWEEN), sent(near, GRADIENT) + sent(near, METRICS)
+    if between > within:
+        lines.append(f"between slices: expected no more than is summed within one, {within:,} bytes, found {between:,}")
+    return lines
+
+
+def _sums(program: Program, shards: int = 0) -> Counter[int]:
+    """How often a step may sum gradients of every size: once for each array of parameters that has it in a layer.
+
+    Args:
+      program: whose step it is.
+      shards: parts that sizes are of; 0: whole arrays along `fsdp` and its parts, either of which may be summed.
+    """
+    config, mesh = program.model.config, program.mesh
+    params = jax.eval_shape(program.model.init, jax.random.key(0))
+    places = jax.tree.leaves(sharding.shardings(mesh, params))
+    # The table of positions is every layer's, and a compiler may leave its sum in each; a tied table is read twice.
+    times = {"position": config.depth, "layers": config.depth, "io": 1 if "kernel" in params["io"] else 2}
+    found: Counter[int] = Counter()
+    for (path, x), place in zip(jax.tree.leaves_with_path(params), places, strict=True):
+        parts = mesh.shape["tensor"] if "tensor" in place.spec else 1
+        layers = config.depth if path[0].key == "layers" else 1
+        for shard in {shards} if shards else {1, mesh.shape["fsdp"]}:
+            found[x.size // layers // parts // shard] += times[path[0].key]
+            found[x.size // parts // shard] += layers > 1  # of all layers at once
+    if config.layer == "transformer_xl":
+        found[_distances(program)] += config.depth
+    return found
+
+
+def _distances(program: Program) -> int:
+    """Numbers in the table of positions that every layer of Transformer-XL computes from parameters."""
+    return (program.model.config.limit + program.config.train.block) * program.model.config.width
+
+
+def _counts(found: list[hlo.Collective]) -> Counter[int]:
+    """How often a step sends arrays of every size."""
+    counts: Counter[int] = Counter()
+    for collective in found:
+        for size in collective.sizes:
+            counts[size] += collective.times or 1
+    return counts
 
 
 def sent(uses: list[Use], role: str) -> int:

@@ -116,11 +116,12 @@ def make_train_step(
     def loss(params: Params, cache_XBSD, inputs_BT, targets_BT, row_B, seeds_X, before):
         network = model.bind({**params, "io": sharding.gathered(mesh, params["io"])})
         forward = network.train_forward(inputs_BT, cache_XBSD, seeds_X, row_B, attention, before, config.train.remat)
-        nll = nll_of(network.io, forward.hidden_BTD, targets_BT).mean()
+        nll_BT = nll_of(network.io, forward.hidden_BTD, targets_BT)
         penalty = 0.0
         if span.adaptive:  # coefficient x limit x mean over heads of z, summed over layers
             penalty = span.loss * span.limit * params["layers"]["span"].mean(1).sum()
-        return nll + penalty, (nll, forward.mass_XBH.mean(), jax.lax.stop_gradient(forward.new))
+        measured = nll_BT.mean(1), forward.mass_XBH.mean((0, 2))  # of rows, which are summed once in a step
+        return nll_BT.mean() + penalty, (*measured, jax.lax.stop_gradient(forward.new))
 
     def train_step(state: TrainState, batch: data.Batch) -> tuple[TrainState, metrics.TrainMetrics]:
         cache_XBSD = jnp.where(batch.before == 0, 0, state.cache).astype(state.cache.dtype)
@@ -139,11 +140,12 @@ def make_train_step(
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         by_row = (batch.inputs_BT, batch.targets_BT, jnp.arange(batch.inputs_BT.shape[0]))
         if parts == 1:
-            gradients, (nll, mass, new_XBTD) = part(zeros, (cache_XBSD, *by_row))
+            gradients, (nll_B, mass_B, new_XBTD) = part(zeros, (cache_XBSD, *by_row))
+            nll, mass = nll_B.mean(), mass_B.mean()
         else:
             taken = (split(cache_XBSD, 1), *(split(x, 0) for x in by_row))
-            gradients, (nll, mass, new_AXBTD) = jax.lax.scan(part, zeros, taken)
-            gradients, nll, mass = jax.tree.map(lambda g: g / parts, gradients), nll.mean(), mass.mean()
+            gradients, (nll_AB, mass_AB, new_AXBTD) = jax.lax.scan(part, zeros, taken)
+            gradients, nll, mass = jax.tree.map(lambda g: g / parts, gradients), nll_AB.mean(), mass_AB.mean()
             new_XBTD = join(new_AXBTD, 1)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)

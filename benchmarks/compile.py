@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from allattn import compile, config, topology, traffic
+from allattn import compile, config, sharding, topology, traffic
 from benchmarks.machine import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,11 +33,16 @@ class Case(NamedTuple):
     chip: str = "v5e"
     slices: int = 1
     batch: int = 0  # 0: the configuration's
+    fsdp: int = 1
+    accumulation: int = 1
 
 
 MODELS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in ("__init__", "base", "demo"))
+INTEGRATIONS = [f"ablations/text8_{name}" for name in ("split", "head_split", "single_head", "ff_attention")]
 CASES = [
-    *map(Case, MODELS),
+    *map(Case, MODELS + INTEGRATIONS),
+    *(Case(name, fsdp=16) for name in ("enwik8_large", "enwik8_xl_large", "text8_small", "wikitext103")),
+    Case("enwik8_small", batch=256, accumulation=2),
     Case("enwik8_large", batch=256),
     *(Case(LARGEST, chip) for chip in ("v4", "v5p", "v6e")),
     Case("enwik8_large", slices=2),
@@ -47,10 +52,11 @@ CASES = [
 
 def largest(c: ml_collections.ConfigDict, chip: str, slices: int) -> tuple[str, int]:
     """The largest slice whose chips rows and heads divide, and over how many heads are spread, as few as possible."""
+    heads, rows = sharding.heads_to_spread(c), c.train.batch // c.train.accumulation
     for shape in reversed(topology.CHIPS[chip].shapes):
         count = slices * len(topology.devices(f"{chip}:{shape}"))
-        for tensor in (n for n in range(1, c.model.heads + 1) if c.model.heads % n == 0):
-            if count % tensor == 0 and c.train.batch % (count // tensor) == 0 and count // tensor % slices == 0:
+        for tensor in (n for n in range(1, heads + 1) if heads % n == 0):
+            if count % tensor == 0 and rows % (count // tensor) == 0 and count // tensor % slices == 0:
                 return f"{chip}:{shape}", tensor
     raise LookupError(f"{chip}: no slice")
 
@@ -58,13 +64,14 @@ def largest(c: ml_collections.ConfigDict, chip: str, slices: int) -> tuple[str, 
 def run(case: Case) -> dict[str, Any]:
     """Compile a case; what is known of it, for a file."""
     c = config.load(str(ROOT / "configs" / f"{case.config}.py")).unlock()
-    c.train.batch = case.batch or c.train.batch
+    c.train.batch, c.train.accumulation = case.batch or c.train.batch, case.accumulation
+    c.mesh.fsdp = case.fsdp
     machine, c.mesh.tensor = largest(c, case.chip, case.slices)
     began = time.perf_counter()
     found = compile.compile_step(c.lock(), case.config, machine, case.slices)
-    row = {name: value for name, value in dataclasses.asdict(found).items() if name != "uses"}
-    row |= {"fits": found.fits, "violations": traffic.violations(found.uses), "traffic": traffic.summary(found.uses)}
-    row["case"] = list(case)
+    row = {name: value for name, value in dataclasses.asdict(found).items() if name not in ("uses", "broken")}
+    row |= {"fits": found.fits, "violations": found.broken, "traffic": traffic.summary(found.uses)}
+    row |= {"case": list(case), "accumulation": case.accumulation}
     return {**row, "seconds": round(time.perf_counter() - began, 1), "block": c.train.block, "depth": c.model.depth}
 
 
@@ -72,8 +79,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table; bytes are of whole arrays, in a step, on each device."""
     roles = (traffic.GRADIENT, traffic.GATHER, traffic.ACTIVATION, traffic.METRICS, traffic.BETWEEN)
     lines = [
-        "| config | parameters | machine | data x tensor | batch | arguments + temporaries + outputs, GiB | of | "
-        "TFLOP of a device | " + " | ".join(f"{role}, MB" for role in roles) + " | result |",
+        "| config | parameters | machine | data x fsdp x tensor | batch | arguments + temporaries + outputs, GiB "
+        "| of | TFLOP of a device | " + " | ".join(f"{role}, MB" for role in roles) + " | result |",
         "|---" * (9 + len(roles)) + "|",
     ]
     for row in rows:
@@ -82,7 +89,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         sent = [sum(use["bytes"] for use in row["traffic"] if use["role"] == role) / 1e6 for role in roles]
         result = "fits" if row["fits"] else "does not fit"
         cells = [row["name"], f"{row['parameters']:,}", machine(row)]
-        cells += [f"{row['mesh']['data']} x {row['mesh']['tensor']}", row["batch"], memory]
+        batch = f"{row['batch']}" + (f" in {row['accumulation']} parts" if row["accumulation"] > 1 else "")
+        cells += [" x ".join(map(str, row["mesh"].values())), batch, memory]
         cells += [f"{row['hbm'] / compile.GIB:.0f}", f"{row['flops'] / devices / 1e12:.2f}"]
         cells += [*(f"{megabytes:.3g}" for megabytes in sent), "; ".join([result, *row["violations"]])]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

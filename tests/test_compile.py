@@ -62,6 +62,11 @@ TEXT = """HloModule jit_step, entry_computation_layout={()->()}, num_partitions=
   %chosen = f32[4,8] conditional(%which, %h, %h), branch_computations={%short, %long}
 }
 
+%ring (state: (u32[], f32[4,8])) -> pred[] {
+  %rounds = u32[]{:T(128)} constant(7)
+  ROOT %lt.2 = pred[]{:T(512)} compare(%counter, %rounds), direction=LT
+}
+
 %free (state: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
   %permute = (f32[4,8]{1,0}, f32[4,8]{1,0}, u32[], u32[]) collective-permute-start(%h), source_target_pairs={{0,1},{1,0}}
   %done = f32[4,8] collective-permute-done(%permute)
@@ -76,6 +81,7 @@ ENTRY %main (h: f32[4,8]) -> f32[4,8] {
   %while.1 = (s32[], f32[4,8]) while(%state), condition=%below, body=%body
   %while.2 = (s32[], f32[4,8]) while(%state), condition=%unknown, body=%free
   %while.3 = (s32[], f32[4,8]) while(%state), condition=%unknown, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %while.4 = (u32[], f32[4,8]) while(%state), condition=%ring, body=%free
   %gathered = (f32[2,8], f32[4,8]) all-gather-start(%h), replica_groups=[4,2]<=[2,2,2]T(2,1,0), dimensions={0}
   %wrapped_concatenate.1 = f32[10]{0} fusion(%a, %b), kind=kLoop, calls=%wrapped_concatenate_computation.1
   %send = (bf16[2,8,128]{2,1,0}, u32[]{:S(2)}, token[]) send(%h, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
@@ -101,6 +107,7 @@ def test_reading() -> None:
         *of_body(5),
         hlo.Collective("collective-permute", (32,), 128, ((0, 1), (1, 0)), None, ""),
         *of_body(3),
+        hlo.Collective("collective-permute", (32,), 128, ((0, 1), (1, 0)), 7, ""),
         hlo.Collective("all-gather", (32,), 128, halves, 1, ""),
         hlo.Collective("all-reduce over slices", (2048,), 4096, ((),), 1, ""),
         hlo.Collective("all-reduce", (8, 2), 40, ((0, 1),), 1, ""),
@@ -125,14 +132,13 @@ def judged():
     quick = {{"xla_backend_optimization_level": 0}}
     text = compile.lower_step(program).compile(compiler_options=quick).as_text()
     uses = traffic.judge(hlo.collectives(text), program)
-    return [traffic.violations(uses), traffic.summary(uses)]
+    return [traffic.violations(uses, program), traffic.summary(uses)]
 
 
 found = [judged()]
 {injected}
 print(json.dumps(found))
 """
-# No size of an activation is one of a parameter.
 SMALL = {
     **{"model.vocab_size": "96", "model.depth": "3", "model.width": "64", "model.heads": "2", "model.persistent": "16"},
     **{"model.span.limit": "128", "train.batch": "8", "train.block": "24", "model.dropout": "0.1"},
@@ -166,6 +172,41 @@ def test_a_step_sends_what_it_must_and_nothing_else() -> None:
     assert sum(use["bytes"] for use in looped) == 3 * block * 4  # output; keys, values and queries in the backward pass
     assert leaks and all("all_attention" in line for line in leaks)
     assert any("gather" in line for line in parts)
+
+
+SUMMED = """
+attention_over = sharding.attention_over
+@jax.custom_vjp
+def same(x): return x
+def backward(_, d_x):
+    place = sharding.P(sharding.ROWS)
+    mean = lambda d_x: jax.lax.pmean(d_x, "data")
+    return (jax.shard_map(mean, mesh=mesh, in_specs=place, out_specs=place, check_vma=False)(d_x),)
+same.defvjp(lambda x: (x, None), backward)
+def leaky_over(mesh_here, rows):
+    global mesh
+    mesh, operation = mesh_here, attention_over(mesh_here, rows)
+    return lambda query_BTHK, *inputs, **options: operation(same(query_BTHK), *inputs, **options)
+sharding.attention_over = leaky_over
+found.append(judged())
+"""
+
+
+def test_a_sum_of_activations_that_have_the_size_of_a_kernel() -> None:
+    """Rows of one to a device, as long as they are wide: the sum passes for a gradient's, and is one too many."""
+    alike = {"mesh__data": "8", "mesh__fsdp": "1", "mesh__tensor": "1", "train__block": "64"}
+    (broken, _), (leaks, uses) = judged(SUMMED, **alike)
+    assert broken == []
+    assert all(use["role"] for use in uses) and len(leaks) == 1
+    assert leaks[0] == "gradient reduction over data of 4,096 numbers: expected at most 15 times, found 18"
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 8, 1)])
+def test_an_accumulated_batch_sends_gradients_in_parts_and_metrics_once(mesh: tuple[int, ...]) -> None:
+    sizes = {f"mesh__{axis}": str(size) for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)}
+    ((broken, uses),) = judged(**sizes, train__batch="16", train__accumulation="2")
+    assert broken == []
+    assert {use["times"] for use in uses if use["role"] == traffic.METRICS} == {1}
 
 
 def test_transformer_xl_sends_what_it_must() -> None:
@@ -218,7 +259,7 @@ def test_what_to_change(mesh: tuple[int, ...], changes: dict[str, str], setting:
     c = config.load(str(ROOT / "configs" / "enwik8_small.py"), changes)
     sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
     memory = {"arguments": 9 * compile.GIB, "temporaries": 8 * compile.GIB, "outputs": 0}
-    found = compile.Compiled("small", "v5e:2x2", 1, sizes, 64, 1, memory, 16 * compile.GIB, 1.0, [], "")
+    found = compile.Compiled("small", "v5e:2x2", 1, sizes, 64, 1, memory, 16 * compile.GIB, 1.0, [], [], "")
     assert not found.fits
     assert setting in compile.report(found, c).splitlines()[-1]
     assert dataclasses.replace(found, hbm=17 * compile.GIB).fits
@@ -242,11 +283,17 @@ def far(kind: str, size: int) -> hlo.Collective:
 def test_between_slices() -> None:
     """Sums may pass, up to what is summed within a slice; nothing else may."""
     near = traffic.Use(traffic.GRADIENT, ("data",), hlo.Collective("all-reduce", (9,), 100, ((0, 1),), 2, "x"))
-    uses = [near, *traffic.between_slices([near.collective, far("all-reduce", 200)])]
-    assert [use.role for use in uses] == [traffic.GRADIENT, traffic.BETWEEN] and traffic.violations(uses) == []
-    (more,) = traffic.violations([near, *traffic.between_slices([far("all-reduce", 201)])])
-    assert more == "between slices: expected no more than is summed within one, 200 bytes, found 201"
-    assert traffic.violations([near, *traffic.between_slices([far("all-gather", 1)])])
+    inside = hlo.Collective("all-gather", (9,), 100, ((0, 1),), 2, "jit(step)/all_attention/x")
+
+    def broken(*found: hlo.Collective) -> list[str]:
+        return traffic.violations_between(traffic.between_slices([near.collective, *found]), [near])
+
+    assert broken(far("all-reduce", 200)) == []
+    assert broken(far("all-reduce", 201)) == [
+        "between slices: expected no more than is summed within one, 200 bytes, found 201"
+    ]
+    assert broken(far("all-gather", 1)) == ["all-gather over slices of 1 bytes in "]
+    assert broken(inside) == ["all-gather of 100 bytes in jit(step)/all_attention/x"]
 
 
 def test_scaling_by_hand() -> None:
