@@ -1,0 +1,113 @@
+"""launch/tpu_pod.sh, with a gcloud of two workers that are folders here."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from launching import LAUNCH, QUOTED, TRAIN, eventually
+
+GCLOUD = """
+import os, pathlib, shutil, subprocess, sys
+home, words = pathlib.Path(os.environ["WORKERS"]), sys.argv[1:]
+with (home / "calls").open("a") as calls:
+    print(*words[3:5], file=calls)
+workers, state = [home / "w0", home / "w1"], home / "state"
+assert words[:3] == ["compute", "tpus", "tpu-vm"] and {"--zone=z", "--project=p"} <= set(words)
+if words[3] == "describe":
+    sys.exit(print(state.read_text()) if state.exists() else 1)
+if words[3] == "create":
+    state.write_text("READY")
+    [worker.mkdir() for worker in workers]
+if words[3] == "delete":
+    state.unlink()
+    [shutil.rmtree(worker) for worker in workers]
+if words[3] == "scp":
+    [shutil.copy(words[4], worker) for worker in workers]
+if words[3] == "ssh":
+    command = words[-1].removeprefix("--command=")
+    own = [os.environ | {"HOME": str(worker), "TPU_WORKER": worker.name} for worker in workers]
+    started = [subprocess.Popen(["bash", "-c", command], cwd=env["HOME"], env=env) for env in own]
+    sys.exit(next((code for one in started if (code := one.wait())), 0))
+"""
+PYTHON3 = '[[ $2 != uv || $3 != venv ]] || mkdir -p .venv/bin; echo "$@" >>"$HOME/installed"\n'
+
+
+class Slice:
+    """A copy of launch/ in a repository of its own, and a PATH with stand-ins for gcloud and the workers' python3."""
+
+    def __init__(self, folder: Path) -> None:
+        self.workers, self.repository, programs = (folder / name for name in ("workers", "repository", "bin"))
+        for made in (self.workers, self.repository, programs):
+            made.mkdir()
+        for name, text in (("gcloud", f"#!{sys.executable}{GCLOUD}"), ("python3", f"#!/bin/bash\n{PYTHON3}")):
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        shutil.copytree(LAUNCH, self.repository / "launch")
+        for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "launch"]):
+            names = ["-c", "user.name=a", "-c", "user.email=a@b"]
+            subprocess.run(["git", *names, *words], cwd=self.repository, check=True)
+        path = f"{programs}:{os.environ['PATH']}"
+        self.environment = {**os.environ, "WORKERS": str(self.workers), "PATH": path, "TMPDIR": str(folder)}
+
+    def popen(self, *words: str) -> subprocess.Popen:
+        place = ["--name=mine", "--zone=z", "--project=p", "--type=v5litepod-8", "--runtime=r", "--delay=0"]
+        command = ["bash", "launch/tpu_pod.sh", *place, *words]
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, cwd=self.repository, env=self.environment, **streams)
+
+    def calls(self) -> list[str]:
+        return (self.workers / "calls").read_text().splitlines()
+
+
+def test_a_slice_is_made_installed_and_run(tmp_path: Path) -> None:
+    """Worker 1 crashes; then the slice is taken away, and made again."""
+    tpu = Slice(tmp_path)
+    ends = "w1.1) exit 7 ;; w1.2) echo PREEMPTED >$WORKERS/state; exit 75 ;;"
+    note = "cd; pwd | tee -a $WORKERS/$TPU_WORKER.starts"
+    train = f"{note}; case $TPU_WORKER.$(wc -l <$WORKERS/$TPU_WORKER.starts) in {ends} esac"
+    done = tpu.popen("bash", "-c", train)
+    out, _ = done.communicate(timeout=60)
+    once = ["scp", "ssh", "ssh", "ssh"]
+    calls = [line.split()[0] for line in tpu.calls()]
+    assert calls == ["describe", "create", *once, "describe", *once, "describe", "delete", "create", *once]
+    assert done.returncode == 0 and "exit code 7; again" in out and "(exit code 75); starting again" in out
+    for worker in ("w0", "w1"):
+        assert out.count(f": {tpu.workers / worker}\n") == 3
+        installed = (tpu.workers / worker / "installed").read_text().splitlines()
+        assert len(installed) == 3 and installed[2].endswith(".[tpu,gcs]")  # once since the slice was made again
+    assert (tpu.repository / "mine.log").read_text() == out
+
+
+def test_the_slice_says_what_it_would_do(tmp_path: Path) -> None:
+    tpu = Slice(tmp_path)
+    done = tpu.popen("--dry-run", "--spot", *TRAIN)
+    out, _ = done.communicate(timeout=60)
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=tpu.repository, text=True).strip()
+    folder, place = f"allattn-{head[:12]}", "--zone=z --project=p"
+    gcloud, command = "gcloud compute tpus tpu-vm", f"--worker=all --command={folder}/launch/tpu_worker.sh"
+    assert done.returncode == 0
+    assert [" ".join(shlex.split(line)) for line in out.splitlines()] == [
+        "# if there is no slice mine, or after it was preempted:",
+        f"{gcloud} create mine {place} --accelerator-type=v5litepod-8 --version=r --spot",
+        f"git -C launch/.. archive --prefix={folder}/ --output={tmp_path}/{folder}.tar {head}",
+        f"{gcloud} scp {tmp_path}/{folder}.tar mine: {place} --worker=all",
+        f"{gcloud} ssh mine {place} --worker=all --command=tar -xf {folder}.tar",
+        f"{gcloud} ssh mine {place} {command} install",
+        f"{gcloud} ssh mine {place} {command} train {QUOTED}",
+        "# a crash: again after 0 s, doubling, up to 5 attempts in a row; exit code 2: not again",
+    ]
+    assert not (tpu.workers / "calls").exists() and not (tpu.repository / "mine.log").exists()
+
+
+def test_sigterm_reaches_the_workers(tmp_path: Path) -> None:
+    tpu = Slice(tmp_path)
+    train = 'trap "echo saved; exit 75" TERM; touch $WORKERS/up.$TPU_WORKER; for i in {1..600}; do sleep 0.1; done'
+    running = tpu.popen("bash", "-c", train)
+    eventually(lambda: len(list(tpu.workers.glob("up.*"))) == 2)
+    running.terminate()
+    out, _ = running.communicate(timeout=30)
+    assert running.returncode == 75 and out.count("saved") == 2
