@@ -1,11 +1,13 @@
 """The launchers: what they would do; and several processes on this machine, with commands that fail."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from command_line import ROOT
 from launching import LAUNCH, QUOTED, TRAIN, eventually, launch
 
@@ -78,8 +80,14 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
     mistakes = [
         ("local.sh", TRAIN, "--processes=N or --gpus="),
         ("local.sh", ["--processes=2", "--gpus=0", *TRAIN], "found both or neither"),
-        ("local.sh", ["--processes=two", *TRAIN], "expected a whole number, found 'two'"),
+        ("local.sh", ["--processes=two", *TRAIN], "--processes: expected a whole number"),
+        ("local.sh", ["--processes=0", *TRAIN], "--processes: expected a whole number from 1 to 999999, found '0'"),
+        ("local.sh", ["--dry-run", "--processes=9223372036854775808", *TRAIN], "found '9223372036854775808'"),
+        ("local.sh", ["--processes=2", "--tries=0", *TRAIN], "--tries: expected a whole number from 1 to 999999"),
+        *(("local.sh", [f"--gpus={gpus}", *TRAIN], f"found '{gpus}'") for gpus in ("", "all", "0,,1", "0,", ",0")),
         ("local.sh", ["--processes=2"], "expected a command"),
+        ("local.sh", ["--processes=2", "pyhton", "-m", "allattn"], "expected a program on the PATH, found 'pyhton'"),
+        ("local.sh", ["--processes=2", "./README.md"], "found './README.md'"),
         ("local.sh", ["--proceses=2", *TRAIN], "unknown option --proceses=2"),
         ("slurm.sbatch", TRAIN, "sbatch launch/slurm.sbatch"),
         ("tpu_pod.sh", ["--name=a", "--zone=b", *TRAIN], "found 'a', 'b', ''"),
@@ -169,5 +177,17 @@ def test_one_that_crashes_takes_the_others_down(tmp_path: Path) -> None:
     first, second = starts(tmp_path)
     os.kill(int(second[0]), signal.SIGKILL)
     _, told = running.communicate(timeout=30)
-    assert running.returncode == 128 + signal.SIGKILL and "process 1 ended with exit code 137" in told
+    assert running.returncode == 128 + signal.SIGKILL and told.splitlines() == [
+        "local.sh: process 1 ended with exit code 137",
+        "local.sh: gave up after 1 attempts in a row; the last one ended with exit code 137",
+    ]  # without bash's own remarks
     eventually(lambda: gone(first[0]))
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="expected setpriv, which util-linux brings")
+def test_processes_are_stopped_when_the_launcher_is_killed(tmp_path: Path) -> None:
+    running = subprocess.Popen(local(tmp_path, "sleep", "--processes=2"))
+    eventually(lambda: len(starts(tmp_path)) == 2)
+    running.kill()
+    running.wait(30)
+    eventually(lambda: all(gone(words[0]) for words in starts(tmp_path)))
