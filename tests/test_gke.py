@@ -74,6 +74,13 @@ def test_mistakes_for_kubernetes_end_in_one_line() -> None:
         ([*GKE[1:], "--name=Large", *TRAIN], "found 'Large'"),
         ([*GKE[1:], *TRAIN], "--name"),
         ([*GKE[:2], "--processes=0", *TRAIN], "at least 1"),
+        ([*GKE, "--gpu=x", "--chips=0", *TRAIN], "--chips: expected at least 1, found 0"),
+        ([*GKE, "--gpu=x", "--chips=-1", *TRAIN], "--chips: expected at least 1, found -1"),
+        *(
+            ([*GKE, "--tpu=x", f"--topology={shape}", "--chips=4", *TRAIN], f"such as 4x4 or 2x2x4, found '{shape}'")
+            for shape in ("4", "4x", "4xfour", "0x4", "2x2x2x2", "4 x 4")
+        ),
+        ([*GKE, "--tpu=x", "--topology=2x2x2", "--chips=4", *TRAIN], "the 8 chips of 2x2x2, found 4 x 4 = 16"),
         (GKE, "expected a command"),
         ([*GKE, "--nodes=3", *TRAIN], "--nodes=3"),
     ]:
