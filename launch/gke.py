@@ -13,6 +13,7 @@ exit code 2 (a mistake in the input) ends the Job; others are replaced, with Kub
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -128,12 +129,26 @@ def _check(parser: _Parser, options: argparse.Namespace) -> None:
         parser.error(f"--name: expected {expected}, found {options.name!r}")
     if min(options.processes, options.tries, options.grace) < 1:
         parser.error("--processes, --tries and --grace: expected at least 1")
+    if options.chips is not None and options.chips < 1:
+        parser.error(f"--chips: expected at least 1, found {options.chips}")
     if options.tpu and options.gpu or bool(options.tpu or options.gpu) != bool(options.chips):
         parser.error("expected --tpu, --topology and --chips, or --gpu and --chips, or none of them for CPUs")
     if bool(options.tpu) != bool(options.topology):
         parser.error("expected --tpu and --topology together")
+    if options.topology:
+        _check_topology(parser, options)
     if not options.command:
         parser.error("expected a command after the options, found none")
+
+
+def _check_topology(parser: _Parser, options: argparse.Namespace) -> None:
+    shape, processes, chips = options.topology, options.processes, options.chips
+    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}", shape, re.ASCII):
+        parser.error(f"--topology: expected whole numbers, such as 4x4 or 2x2x4, found {shape!r}")
+    size = math.prod(map(int, shape.split("x")))
+    if processes * chips != size:
+        found = f"{processes} x {chips} = {processes * chips}"
+        parser.error(f"--processes x --chips: expected the {size} chips of {shape}, found {found}")
 
 
 def main() -> int:

@@ -13,7 +13,8 @@
 # --dry-run          print the commands, start nothing
 #
 # When one process fails, all are stopped, and all start again. SIGTERM and Ctrl-C are passed on to every process; when
-# these have saved their state and ended, so does this script, with their exit code. Needs bash 5.
+# these have saved their state and ended, so does this script, with their exit code. When it is killed by force, they get
+# SIGTERM where there is `setpriv` (util-linux). Needs bash 5.
 set -euo pipefail
 # shellcheck source=launch/retry.sh
 source "$(dirname "${BASH_SOURCE[0]}")/retry.sh"
@@ -21,8 +22,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/retry.sh"
 processes='' gpus='' port='' grace=60
 while [[ ${1-} == --* ]]; do
   case $1 in
-    --processes=*) processes=$(number "$1") ;;
-    --gpus=*) gpus=${1#*=} ;;
+    --processes=*) processes=$(number "$1" 1) ;;
+    --gpus=*)
+      gpus=${1#*=}
+      [[ $gpus =~ ^[0-9]+(,[0-9]+)*$ ]] || mistake "--gpus: expected numbers of GPUs, such as 0,1,2, found '$gpus'"
+      ;;
     --port=*) port=$(number "$1") ;;
     --grace=*) grace=$(number "$1") ;;
     *) shared_option "$1" ;;
@@ -32,9 +36,11 @@ done
 ((BASH_VERSINFO[0] >= 5)) || mistake "expected bash 5 or newer, found $BASH_VERSION"
 [[ ${processes:+one}${gpus:+one} == one ]] || mistake "expected either --processes=N or --gpus=0,1,..., found both or neither"
 (($#)) || mistake "expected a command after the options, found none"
+[[ $dry_run || $(type -P -- "$1") ]] || mistake "expected a program on the PATH, found '$1'"
 IFS=, read -ra gpus <<<"$gpus"
 processes=${processes:-${#gpus[@]}}
-((processes)) || mistake "--processes: expected at least 1, found 0"
+guard=(setpriv --pdeathsig=TERM) # SIGTERM to what it starts, when this script is gone
+"${guard[@]}" true 2>/dev/null || guard=()
 
 free_port() {
   local found=$((20000 + RANDOM % 10000))
@@ -55,30 +61,36 @@ start() {
   ((${#gpus[@]} == 0)) || words=(env CUDA_VISIBLE_DEVICES="${gpus[$1]}" "${words[@]}")
   [[ ! $dry_run ]] || { run "${words[@]}" && return; }
   set -m # a group of its own, out of the terminal's reach
-  (exec "${words[@]}" </dev/null) &
+  (exec "${guard[@]}" "${words[@]}" </dev/null) &
   running[$1]=$!
   set +m
 }
 
 # All processes, once; returns the exit code of the first that failed.
 attempt() {
-  local number code failed=0 deadline=0
+  local number
   for ((number = 0; number < processes; number++)); do start "$number"; done
+  watch 3>&2 2>/dev/null # without bash's own remarks on what was killed
+}
+
+# Wait until all have ended, and stop the others when one has failed; messages go to descriptor 3.
+watch() {
+  local number code failed=0 deadline=0
   while ((${#running[@]} && (!failed || SECONDS <= deadline))); do
     sleep 0.5 || true
     for number in "${!running[@]}"; do
-      ! kill -0 "${running[$number]}" 2>/dev/null || continue
+      ! kill -0 "${running[$number]}" || continue
       code=0
       wait "${running[$number]}" || code=$?
       unset "running[$number]"
       ((code && !failed)) || continue
-      say "process $number ended with exit code $code"
+      say "process $number ended with exit code $code" 2>&3
       failed=$code deadline=$((SECONDS + grace))
       ((code == 75)) || signal TERM # at 75 the others are about to end by themselves
     done
   done
   signal KILL
-  wait 2>/dev/null || true # without bash's remarks on what was killed
+  wait || true
   running=()
   return "$failed"
 }

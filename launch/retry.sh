@@ -23,7 +23,7 @@ mistake() {
 # The options that every launcher has; --help prints the comment at the launcher's top.
 shared_option() {
   case $1 in
-    --tries=*) tries=$(number "$1") ;;
+    --tries=*) tries=$(number "$1" 1) ;;
     --delay=*) delay=$(number "$1") ;;
     --dry-run) dry_run=1 ;;
     --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" && exit ;;
@@ -31,10 +31,13 @@ shared_option() {
   esac
 }
 
-# The value of --NAME=VALUE, which must be a whole number.
+# The value of --NAME=VALUE, a whole number of at most six digits and no less than the second argument.
 number() {
-  [[ ${1#*=} =~ ^[0-9]+$ ]] || mistake "${1%%=*}: expected a whole number, found '${1#*=}'"
-  echo "$((10#${1#*=}))"
+  local value=${1#*=} least=${2:-0}
+  if [[ ! $value =~ ^[0-9]{1,6}$ ]] || ((10#$value < least)); then
+    mistake "${1%%=*}: expected a whole number from $least to 999999, found '$value'"
+  fi
+  echo "$((10#$value))"
 }
 
 # Do a command, or print it.

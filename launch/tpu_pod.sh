@@ -6,7 +6,8 @@
 #   launch/tpu_pod.sh --name=mine --zone=us-west4-a --project=$PROJECT --type=v5litepod-16 \
 #       --runtime=v2-alpha-tpuv5-lite python -m allattn train --config=configs/enwik8_large.py --workdir=gs://$BUCKET/large
 #
-# --commit=COMMIT    (HEAD) of this repository to install; it is sent from here, the workers need no access to it
+# --commit=COMMIT    (HEAD) of this repository to install, without what is not committed; it is sent from here, the
+#                    workers need no access to it
 # --type=TYPE        and --runtime=VERSION: create the slice if there is none, and anew when it was preempted;
 #                    without them it must be there
 # --spot             create it as a spot slice
@@ -23,7 +24,7 @@ here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/retry.sh
 source "$here/retry.sh"
 
-name='' zone='' project='' commit=HEAD type='' runtime='' spot='' log=''
+name='' zone='' project='' commit='' type='' runtime='' spot='' log=''
 while [[ ${1-} == --* ]]; do
   case $1 in
     --name=*) name=${1#*=} ;;
@@ -41,8 +42,10 @@ done
 [[ $name && $zone && $project ]] || mistake "expected --name, --zone and --project, found '$name', '$zone', '$project'"
 [[ ${type:+both} == "${runtime:+both}" ]] || mistake "expected --type and --runtime together, found only one of them"
 (($#)) || mistake "expected a command after the options, found none"
-sha=$(git -C "$here" rev-parse --verify --quiet "$commit^{commit}") ||
-  mistake "--commit: expected a commit of this repository, found '$commit'"
+sha=$(git -C "$here" rev-parse --verify --quiet "${commit:-HEAD}^{commit}") ||
+  mistake "--commit: expected a commit of this repository, found '${commit:-HEAD}'"
+[[ $commit || ! $(git -C "$here/.." status --porcelain) ]] ||
+  say "what is not committed is not sent: the workers get HEAD, ${sha:0:12}"
 [[ $dry_run || $(type -P gcloud) ]] || mistake "expected gcloud on the PATH, found none"
 
 folder=allattn-${sha:0:12}
@@ -58,16 +61,31 @@ create() {
   run "${tpu[@]}" create "$name" "${place[@]}" --accelerator-type="$type" --version="$runtime" ${spot:+"$spot"}
 }
 
+# What gcloud says of mistakes that no further attempt mends; that it reaches nobody is none of them.
+refusals='NOT_FOUND|PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT'
+refusals+='|invalid_grant|Reauthentication|active account selected|valid project ID'
+
+# What gcloud said when it failed: a mistake, or a crash.
+failed() {
+  local line=${1#*ERROR: }
+  [[ ! $1 =~ $refusals ]] || mistake "gcloud refuses slice $name in $zone of $project: ${line%%$'\n'*}"
+  say "$1"
+  return 1
+}
+
 # Make sure that there is a slice that can be used.
 ensure() {
-  local state
-  [[ $type ]] || return 0
-  [[ ! $dry_run ]] || { echo "# if there is no slice $name, or after it was preempted:" && create && return; }
-  state=$("${tpu[@]}" describe "$name" "${place[@]}" --format='value(state)' 2>/dev/null) || state=NONE
-  case $state in
-    NONE) create ;;
-    PREEMPTED | TERMINATED) "${tpu[@]}" delete "$name" "${place[@]}" --quiet && create ;;
-  esac
+  local told found=none
+  if told=$("${tpu[@]}" describe "$name" "${place[@]}" --format='value(state)' 2>&1); then
+    [[ $told =~ PREEMPTED|TERMINATED ]] || return 0
+    found=${BASH_REMATCH[0]}
+  elif [[ $told != *NOT_FOUND* ]]; then
+    failed "$told" || return
+  fi
+  [[ $type ]] || mistake "--name=$name: expected a slice, or --type and --runtime to make it, found $found"
+  [[ $found == none ]] || "${tpu[@]}" delete "$name" "${place[@]}" --quiet || return
+  told=$(create 2>&1) || failed "$told" || return
+  echo "$told"
 }
 
 # Send the commit to all workers and install it there.
@@ -77,11 +95,17 @@ send() {
     on_workers "tar -xf $folder.tar" && on_workers "$worker install"
 }
 
+# What an attempt would do.
+plan() {
+  [[ ! $type ]] || { echo "# if there is no slice $name, or after it was preempted:" && create; }
+  send && on_workers "$train"
+}
+
 stop() { on_workers "$worker stop"; }
 
 attempt() {
+  [[ ! $dry_run ]] || { plan; return; }
   ensure && send || return
-  [[ ! $dry_run ]] || { on_workers "$train" && return; }
   [[ ! $leaving ]] || return 1
   set -m # gcloud in a process group of its own, out of the terminal's reach
   on_workers "$train" &

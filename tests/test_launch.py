@@ -1,26 +1,17 @@
-"""The launchers: what they would do, what they do with commands that fail, and manifests that Kubernetes accepts."""
+"""The launchers: what they would do; and several processes on this machine, with commands that fail."""
 
-import copy
-import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import kubernetes_validate
 import pytest
 from command_line import ROOT
+from launching import LAUNCH, QUOTED, TRAIN, eventually, launch
 
-LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
-TRAIN = ["python", "-m", "allattn", "train", "--config=configs/demo.py", "--workdir=runs/my run"]
-QUOTED = r"python -m allattn train --config=configs/demo.py --workdir=runs/my\ run"
 
 # A command: FOLDER CODE...; its k-th start notes its arguments and its GPU, and ends with the k-th code (the
 # last one from then on). Code "sleep" waits for SIGTERM and ends with 75, "deaf" waits and does not end at it.
@@ -36,14 +27,6 @@ note.write_text(" ".join([str(os.getpid()), os.environ.get("CUDA_VISIBLE_DEVICES
 note.rename(note.with_suffix(""))
 time.sleep(60) if code in ("sleep", "deaf") else sys.exit(int(code))
 """
-
-
-def launch(script: str, *words: Any, **environment: str) -> subprocess.CompletedProcess:
-    """A launcher run to its end."""
-    command = ["bash", str(LAUNCH / script), *map(str, words)]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=60, check=False
-    )
 
 
 def local(folder: Path, codes: str, *options: str) -> list[str]:
@@ -68,13 +51,6 @@ def gone(pid: str) -> bool:
     except ProcessLookupError:
         return True
     return False
-
-
-def eventually(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not holds():
-        assert time.monotonic() < deadline, "waited 30 s"
-        time.sleep(0.02)
 
 
 # --- what they would do ------------------------------------------------------------------------------------------
@@ -104,8 +80,14 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
     mistakes = [
         ("local.sh", TRAIN, "--processes=N or --gpus="),
         ("local.sh", ["--processes=2", "--gpus=0", *TRAIN], "found both or neither"),
-        ("local.sh", ["--processes=two", *TRAIN], "expected a whole number, found 'two'"),
+        ("local.sh", ["--processes=two", *TRAIN], "--processes: expected a whole number"),
+        ("local.sh", ["--processes=0", *TRAIN], "--processes: expected a whole number from 1 to 999999, found '0'"),
+        ("local.sh", ["--dry-run", "--processes=9223372036854775808", *TRAIN], "found '9223372036854775808'"),
+        ("local.sh", ["--processes=2", "--tries=0", *TRAIN], "--tries: expected a whole number from 1 to 999999"),
+        *(("local.sh", [f"--gpus={gpus}", *TRAIN], f"found '{gpus}'") for gpus in ("", "all", "0,,1", "0,", ",0")),
         ("local.sh", ["--processes=2"], "expected a command"),
+        ("local.sh", ["--processes=2", "pyhton", "-m", "allattn"], "expected a program on the PATH, found 'pyhton'"),
+        ("local.sh", ["--processes=2", "./README.md"], "found './README.md'"),
         ("local.sh", ["--proceses=2", *TRAIN], "unknown option --proceses=2"),
         ("slurm.sbatch", TRAIN, "sbatch launch/slurm.sbatch"),
         ("tpu_pod.sh", ["--name=a", "--zone=b", *TRAIN], "found 'a', 'b', ''"),
@@ -195,183 +177,17 @@ def test_one_that_crashes_takes_the_others_down(tmp_path: Path) -> None:
     first, second = starts(tmp_path)
     os.kill(int(second[0]), signal.SIGKILL)
     _, told = running.communicate(timeout=30)
-    assert running.returncode == 128 + signal.SIGKILL and "process 1 ended with exit code 137" in told
+    assert running.returncode == 128 + signal.SIGKILL and told.splitlines() == [
+        "local.sh: process 1 ended with exit code 137",
+        "local.sh: gave up after 1 attempts in a row; the last one ended with exit code 137",
+    ]  # without bash's own remarks
     eventually(lambda: gone(first[0]))
 
 
-# --- a Cloud TPU slice, with a gcloud of two workers that are folders here ---------------------------------------
-
-GCLOUD = """
-import os, pathlib, shutil, subprocess, sys
-home, words = pathlib.Path(os.environ["WORKERS"]), sys.argv[1:]
-with (home / "calls").open("a") as calls:
-    print(*words[3:5], file=calls)
-workers, state = [home / "w0", home / "w1"], home / "state"
-assert words[:3] == ["compute", "tpus", "tpu-vm"] and {"--zone=z", "--project=p"} <= set(words)
-if words[3] == "describe":
-    sys.exit(print(state.read_text()) if state.exists() else 1)
-if words[3] == "create":
-    state.write_text("READY")
-    [worker.mkdir() for worker in workers]
-if words[3] == "delete":
-    state.unlink()
-    [shutil.rmtree(worker) for worker in workers]
-if words[3] == "scp":
-    [shutil.copy(words[4], worker) for worker in workers]
-if words[3] == "ssh":
-    command = words[-1].removeprefix("--command=")
-    own = [os.environ | {"HOME": str(worker), "TPU_WORKER": worker.name} for worker in workers]
-    started = [subprocess.Popen(["bash", "-c", command], cwd=env["HOME"], env=env) for env in own]
-    sys.exit(next((code for one in started if (code := one.wait())), 0))
-"""
-PYTHON3 = '[[ $2 != uv || $3 != venv ]] || mkdir -p .venv/bin; echo "$@" >>"$HOME/installed"\n'
-
-
-class Slice:
-    """A copy of launch/ in a repository of its own, and a PATH with stand-ins for gcloud and the workers' python3."""
-
-    def __init__(self, folder: Path) -> None:
-        self.workers, self.repository, programs = (folder / name for name in ("workers", "repository", "bin"))
-        for made in (self.workers, self.repository, programs):
-            made.mkdir()
-        for name, text in (("gcloud", f"#!{sys.executable}{GCLOUD}"), ("python3", f"#!/bin/bash\n{PYTHON3}")):
-            (programs / name).write_text(text)
-            (programs / name).chmod(0o755)
-        shutil.copytree(LAUNCH, self.repository / "launch")
-        for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "launch"]):
-            names = ["-c", "user.name=a", "-c", "user.email=a@b"]
-            subprocess.run(["git", *names, *words], cwd=self.repository, check=True)
-        path = f"{programs}:{os.environ['PATH']}"
-        self.environment = {**os.environ, "WORKERS": str(self.workers), "PATH": path, "TMPDIR": str(folder)}
-
-    def popen(self, *words: str) -> subprocess.Popen:
-        place = ["--name=mine", "--zone=z", "--project=p", "--type=v5litepod-8", "--runtime=r", "--delay=0"]
-        command = ["bash", "launch/tpu_pod.sh", *place, *words]
-        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, cwd=self.repository, env=self.environment, **streams)
-
-    def calls(self) -> list[str]:
-        return (self.workers / "calls").read_text().splitlines()
-
-
-def test_a_slice_is_made_installed_and_run(tmp_path: Path) -> None:
-    """Worker 1 crashes; then the slice is taken away, and made again."""
-    tpu = Slice(tmp_path)
-    ends = "w1.1) exit 7 ;; w1.2) echo PREEMPTED >$WORKERS/state; exit 75 ;;"
-    note = "cd; pwd | tee -a $WORKERS/$TPU_WORKER.starts"
-    train = f"{note}; case $TPU_WORKER.$(wc -l <$WORKERS/$TPU_WORKER.starts) in {ends} esac"
-    done = tpu.popen("bash", "-c", train)
-    out, _ = done.communicate(timeout=60)
-    once = ["scp", "ssh", "ssh", "ssh"]
-    calls = [line.split()[0] for line in tpu.calls()]
-    assert calls == ["describe", "create", *once, "describe", *once, "describe", "delete", "create", *once]
-    assert done.returncode == 0 and "exit code 7; again" in out and "(exit code 75); starting again" in out
-    for worker in ("w0", "w1"):
-        assert out.count(f": {tpu.workers / worker}\n") == 3
-        installed = (tpu.workers / worker / "installed").read_text().splitlines()
-        assert len(installed) == 3 and installed[2].endswith(".[tpu,gcs]")  # once since the slice was made again
-    assert (tpu.repository / "mine.log").read_text() == out
-
-
-def test_the_slice_says_what_it_would_do(tmp_path: Path) -> None:
-    tpu = Slice(tmp_path)
-    done = tpu.popen("--dry-run", "--spot", *TRAIN)
-    out, _ = done.communicate(timeout=60)
-    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=tpu.repository, text=True).strip()
-    folder, place = f"allattn-{head[:12]}", "--zone=z --project=p"
-    gcloud, command = "gcloud compute tpus tpu-vm", f"--worker=all --command={folder}/launch/tpu_worker.sh"
-    assert done.returncode == 0
-    assert [" ".join(shlex.split(line)) for line in out.splitlines()] == [
-        "# if there is no slice mine, or after it was preempted:",
-        f"{gcloud} create mine {place} --accelerator-type=v5litepod-8 --version=r --spot",
-        f"git -C launch/.. archive --prefix={folder}/ --output={tmp_path}/{folder}.tar {head}",
-        f"{gcloud} scp {tmp_path}/{folder}.tar mine: {place} --worker=all",
-        f"{gcloud} ssh mine {place} --worker=all --command=tar -xf {folder}.tar",
-        f"{gcloud} ssh mine {place} {command} install",
-        f"{gcloud} ssh mine {place} {command} train {QUOTED}",
-        "# a crash: again after 0 s, doubling, up to 5 attempts in a row; exit code 2: not again",
-    ]
-    assert not (tpu.workers / "calls").exists() and not (tpu.repository / "mine.log").exists()
-
-
-def test_sigterm_reaches_the_workers(tmp_path: Path) -> None:
-    tpu = Slice(tmp_path)
-    train = 'trap "echo saved; exit 75" TERM; touch $WORKERS/up.$TPU_WORKER; for i in {1..600}; do sleep 0.1; done'
-    running = tpu.popen("bash", "-c", train)
-    eventually(lambda: len(list(tpu.workers.glob("up.*"))) == 2)
-    running.terminate()
-    out, _ = running.communicate(timeout=30)
-    assert running.returncode == 75 and out.count("saved") == 2
-
-
-# --- Kubernetes --------------------------------------------------------------------------------------------------
-
-GKE = ["--name=large", "--image=registry/allattn:1", "--processes=4"]
-TPU = ["--tpu=tpu-v5-lite-podslice", "--topology=4x4", "--chips=4", "--service_account=trainer"]
-
-
-def gke(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(LAUNCH / "gke.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-
-def items(*words: str) -> list[dict[str, Any]]:
-    done = gke(*GKE, "--dry-run", *words)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)["items"]
-
-
-def validate(item: dict[str, Any]) -> None:
-    """Against Kubernetes's own schemas, newest and oldest that is meant to do; unknown fields are mistakes."""
-    for version in (kubernetes_validate.latest_version(), "1.31.0"):
-        kubernetes_validate.validate(item, version, strict=True)
-
-
-@pytest.mark.parametrize("where", [[], TPU, ["--gpu=nvidia-h100-80gb", "--chips=8"]], ids=["cpu", "tpu", "gpu"])
-def test_kubernetes_accepts_the_manifest(where: list[str]) -> None:
-    service, job = items(*where, *TRAIN)
-    assert (service["kind"], job["kind"]) == ("Service", "Job")
-    for item in (service, job):
-        validate(item)
-
-
-def test_kubernetes_does_not_accept_a_broken_manifest() -> None:
-    service, job = items(*TPU, *TRAIN)
-    broken = [copy.deepcopy(job) for _ in range(3)]
-    broken[0]["spec"]["podFailurePolcy"] = broken[0]["spec"].pop("podFailurePolicy")
-    broken[1]["spec"]["completions"] = "4"
-    del broken[2]["spec"]["template"]["spec"]["containers"][0]["name"]
-    service["spec"]["ports"][0]["port"] = "12321"
-    for item in [*broken, service]:
-        with pytest.raises(kubernetes_validate.ValidationError):
-            validate(item)
-
-
-def test_pods_meet_at_pod_0_and_fail_as_the_exit_codes_say() -> None:
-    service, job = items(*TPU, "--tries=3", "--grace=90", *TRAIN)
-    spec, pod = job["spec"], job["spec"]["template"]["spec"]
-    assert service["spec"]["clusterIP"] == "None" and service["metadata"]["name"] == pod["subdomain"] == "large"
-    assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": job["metadata"]["name"]}
-    assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"] == 4
-    port = service["spec"]["ports"][0]["port"]
-    places = [f"--coordinator=large-0.large:{port}", "--processes=4", "--process=$(JOB_COMPLETION_INDEX)"]
-    assert pod["containers"][0]["command"] == [*TRAIN, *places]
-    rules = {rule["action"]: rule["onExitCodes"]["values"] for rule in spec["podFailurePolicy"]["rules"][:2]}
-    assert rules == {"FailJob": [2], "Ignore": [75]} and pod["restartPolicy"] == "Never"
-    assert spec["backoffLimit"] == 3 * 4 - 1 and pod["terminationGracePeriodSeconds"] == 90
-    assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
-    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4" and pod["serviceAccountName"] == "trainer"
-
-
-def test_mistakes_for_kubernetes_end_in_one_line() -> None:
-    for words, expected in [
-        ([*GKE, "--tpu=x", "--chips=4", *TRAIN], "--tpu and --topology together"),
-        ([*GKE, "--gpu=x", *TRAIN], "--gpu and --chips"),
-        ([*GKE[1:], "--name=Large", *TRAIN], "found 'Large'"),
-        ([*GKE[1:], *TRAIN], "--name"),
-        ([*GKE[:2], "--processes=0", *TRAIN], "at least 1"),
-        (GKE, "expected a command"),
-        ([*GKE, "--nodes=3", *TRAIN], "--nodes=3"),
-    ]:
-        done = gke(*words)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and expected in done.stderr
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="expected setpriv, which util-linux brings")
+def test_processes_are_stopped_when_the_launcher_is_killed(tmp_path: Path) -> None:
+    running = subprocess.Popen(local(tmp_path, "sleep", "--processes=2"))
+    eventually(lambda: len(starts(tmp_path)) == 2)
+    running.kill()
+    running.wait(30)
+    eventually(lambda: all(gone(words[0]) for words in starts(tmp_path)))
