@@ -196,8 +196,8 @@ def origin(found: hlo.Collective) -> str:
 
 def table(uses: list[Use]) -> list[str]:
     """The summary as lines of text."""
-    lines = [f"  {'':20}{'kind':20}{'axes':20}{'MB of a step':>13}{'count':>7}{'times':>7}  from"]
+    lines = [f"  {'':20}{'kind':24}{'axes':20}{'MB of a step':>13}{'count':>7}{'times':>7}  from"]
     for row in summary(uses):
         figures = f"{row['bytes'] / 1e6:>13.3f}{row['count']:>7}{row['times']:>7}"
-        lines.append(f"  {row['role']:20}{row['kind']:20}{','.join(row['axes']):20}{figures}  {', '.join(row['from'])}")
+        lines.append(f"  {row['role']:20}{row['kind']:24}{','.join(row['axes']):20}{figures}  {', '.join(row['from'])}")
     return lines
