@@ -227,6 +227,7 @@ class Trainer(Program):
         self.dataset, self.rows, train = dataset, sharding.Rows(self.mesh, config.train.batch), config.train
         self.stream = data.Stream(dataset.tokens("train"), train.batch, train.block, config.seed, self.rows.local)
         self._steps: dict[int, Callable] = {}
+        self.abstract_state(choose_bucket(config, config.model.span.init))  # refuses what the mesh does not divide
         for split in ("valid", "test"):
             tokens, place = len(self._split(split)), f"{dataset.name}, split {split}: "
             evaluate.check_length(config.evaluate.protocol, tokens, train.block, place)

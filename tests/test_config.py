@@ -157,6 +157,13 @@ def start(config: ml_collections.ConfigDict) -> ModelConfig:
     return geometry
 
 
+def test_mesh_that_does_not_fit() -> None:
+    """The message has what was written."""
+    for data, fsdp in ((-1, 3), (2, 3)):
+        with pytest.raises(UserError, match=rf"^mesh: expected .* = 2 devices, found {data} x {fsdp} x 1$"):
+            sharding.make_mesh(changed(mesh__data=data, mesh__fsdp=fsdp), [None, None])
+
+
 def test_rematerialisation() -> None:
     """A mistake is refused at the start; the geometry of a workdir does not depend on how it was trained."""
     with pytest.raises(UserError, match=r"train.remat: expected one of \('', 'projections', 'layer'\), found 'all'"):
