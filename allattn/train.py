@@ -328,9 +328,12 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     # 4. the stream needs only the step: nothing else is restored
     distributed.agree("configuration", to_json(config), _differences)
     c, begun = config.dataset, checkpoint.has_begun(workdir)
-    prepare = functools.partial(data.prepare, c.name, c.data_dir or None, unit=c.unit)
-    dataset = distributed.same("data set", prepare, lambda found: found.full_name)
-    trainer = Trainer(with_vocabulary(config, dataset.vocabulary.size, dataset.name), dataset)
+
+    def make_trainer() -> Trainer:
+        dataset = data.prepare(c.name, c.data_dir or None, unit=c.unit)
+        return Trainer(with_vocabulary(config, dataset.vocabulary.size, dataset.name), dataset)
+
+    trainer = distributed.same("data set", make_trainer, lambda made: made.dataset.full_name)
     initial = None if begun else resume.warm_start(trainer)  # refused before there is a workdir
     with distributed.Preemption() as stop:
         with checkpoint.Checkpointer(workdir, config.checkpoint.keep) as checkpoints:
