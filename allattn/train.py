@@ -378,8 +378,7 @@ def _run(
         if not jax.process_index():
             print(f"{workdir} is complete: {first} of {total} steps", flush=True)
         return state
-    recorder = Recorder(trainer, workdir, total, first)
-    with recorder:
+    with Recorder(trainer, workdir, total, state) as recorder:
         for step in range(first, total):
             if step % c.model.span.check_every == 0:
                 recorder.flush()  # refuses spans that are not numbers

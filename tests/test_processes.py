@@ -228,6 +228,30 @@ def test_flags_that_do_not_go_together(tmp_path: Path, words: tuple[str, ...], l
     assert done.returncode == 2 and done.stderr.startswith(f"allattn: {line}") and done.stderr.count("\n") == 1
 
 
+TRACED = """
+import jax
+jax.profiler.start_trace = lambda folder: print("traced")
+jax.profiler.stop_trace = lambda: None
+"""
+
+
+def test_process_0_says_where_it_runs_and_traces(tmp_path: Path) -> None:
+    """The other says nothing and leaves the workdir alone."""
+    texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
+    short = {"train__profile": 1, "train__steps": 3, "mesh__tensor": 2, "before": lambda _: TRACED}
+    with train(texts, workdir, 2, 2, **short) as two:
+        results = two.results()
+    assert [result.code for result in results] == [0, 0], results
+    size = json.loads((workdir / "scores.json").read_text())["parameters"]
+    line = f"2 processes, 4 cpu devices (mesh data 2 x fsdp 1 x tensor 2), reference, {size:,} parameters; from step 0"
+    assert results[0].out.splitlines()[0] == line and size > 1000
+    assert [result.out.count("traced\n") for result in results] == [1, 0] and results[1].out == ""
+    with train(texts, workdir, 1, 1, train__steps=4) as again:
+        (result,) = again.results()
+    line = f"1 process, 1 cpu device (mesh data 1 x fsdp 1 x tensor 1), reference, {size:,} parameters"
+    assert result.out.startswith(f"{line}; goes on at step 3\n")
+
+
 ROWS = """
 import sys
 import jax, numpy as np
