@@ -172,6 +172,8 @@ def _join(arguments: argparse.Namespace) -> None:
     distributed.start(arguments.coordinator, arguments.processes, arguments.process, arguments.wait)
     if distributed.count() > 1:
         _keep_output()
+        # before anything else, since other commands ask other questions and would wait for each other for ever
+        distributed.agree("command", f"{arguments.command} by {distributed.count()} processes")
 
 
 def _keep_output() -> None:

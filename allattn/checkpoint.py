@@ -98,7 +98,10 @@ def _folder(workdir: str, create: bool) -> epath.Path:
         elif create:
             folder.mkdir(parents=True, exist_ok=True)
         elif not folder.exists():
-            raise UserError(f"no checkpoint in {workdir}: expected {folder}; `allattn train` makes it")
+            expected = f"expected {folder}; `allattn train` makes it"
+            if folder.parent.name == folder.name and folder.parent.exists():
+                expected = f"expected the folder that holds it, {folder.parent.parent}"
+            raise UserError(f"no checkpoint in {workdir}: {expected}")
     return folder
 
 

@@ -73,16 +73,18 @@ def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.C
 
 
 def _read(file: Path) -> ml_collections.ConfigDict:
-    """Run an experiment file; files beside it are importable as the package `configs`, wherever we were started."""
+    """Run an experiment file; `configs` is a package in it, of those beside the file and then ours, wherever it is."""
     root = next((p.parent for p in file.resolve().parents if p.name == "configs"), file.resolve().parent)
-    sys.path.insert(0, str(root))
+    roots = [str(root), str(Path(__file__).resolve().parents[1])]  # in a checkout, or installed as one: the repository
+    sys.path[:0] = roots
     try:
         module = _import(file)
         config = module.get_config() if hasattr(module, "get_config") else None
     except Exception as error:  # the file is the user's program, and may fail in any way
         raise UserError(f"--config: {file}: {type(error).__name__}: {error}") from error
     finally:
-        sys.path.remove(str(root))
+        for place in roots:
+            sys.path.remove(place)
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(f"--config: expected get_config() in {file} that returns a ConfigDict, found none")
     return config

@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 FOREVER_MS = 7 * 24 * 3600 * 1000  # a lead that dies ends the others through the service, so this is never waited out
 SHUTDOWN_SECONDS = 60
+TOGETHER_MS = 10_000  # how far apart processes may be that come to the same end by themselves
 _calls = itertools.count()  # every process asks the same questions in the same order
 _asked = itertools.count(1)  # and as often whether to stop; never the same number twice
 
@@ -73,11 +74,18 @@ def start(
 
 def _refuse_strangers() -> None:
     """Each of several processes of one command would take itself for the only one, and do all of the work."""
+
+    def refuse(name: str, expected: str) -> None:
+        told = "--coordinator, --processes and --process (alone: --processes=1)"
+        raise UserError(f"{name}={os.environ[name]}: expected {expected}, or {told}, found none of them")
+
     for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         size = os.environ.get(name, "")
         if size.isdecimal() and int(size) > 1:
-            expected = "an Open MPI before 5, or --coordinator, --processes and --process (alone: --processes=1)"
-            raise UserError(f"{name}={size}: expected {expected}, found none of them")
+            refuse(name, "an Open MPI before 5")
+    pod = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys()  # of how many, is not said
+    if pod and _client() is None:  # JAX finds the one pod of a small TPU slice
+        refuse("JOB_COMPLETION_INDEX", "the package kubernetes and the right to list pods")
 
 
 def _check(coordinator: str | None, processes: int | None, process: int | None) -> None:
@@ -117,6 +125,13 @@ def _client() -> Any:
     return _state.client
 
 
+_KINDS: dict[str, type[Exception]] = {"UserError": UserError, "RunError": RunError}
+
+
+def _kind(error: Exception) -> str:
+    return "UserError" if isinstance(error, UserError) else "RunError"
+
+
 def lead(name: str, action: Callable[[], T]) -> T:
     """Do something on process 0 first, such as preparing data, and then on the others.
 
@@ -136,13 +151,12 @@ def lead(name: str, action: Callable[[], T]) -> T:
     if index():
         kind, _, text = _client().blocking_key_value_get(key, FOREVER_MS).partition(":")
         if kind:
-            raise {"UserError": UserError, "RunError": RunError}[kind](text)
+            raise _KINDS[kind](text)
         return action()
     try:
         done = action()
     except (UserError, RunError) as error:
-        kind = "UserError" if isinstance(error, UserError) else "RunError"
-        _client().key_value_set(key, f"{kind}:{error}")
+        _client().key_value_set(key, f"{_kind(error)}:{error}")
         raise
     _client().key_value_set(key, ":")
     return done
@@ -179,36 +193,45 @@ def same(name: str, action: Callable[[], T], text: Callable[[T], str]) -> T:
       What the action gives on this process.
 
     Raises:
-      UserError: on every process; what this process met if all met the same, else which process differs, and in what.
+      UserError, RunError: on every process; what this process met if all met the same, else which process differs, and
+        in what.
     """
     key, error, found = f"allattn/{next(_calls)}/{name}", None, None  # before the action, which may fail between calls
     try:
         found = action()
         mine = text(found)
-    except UserError as met:
+    except (UserError, RunError) as met:
         error, mine = met, str(met)
-    _agree(key, name, mine, other)
+    _agree(key, name, mine, other, _kind(error) if error else "")
     if error:
         raise error
     return cast(T, found)
 
 
-def _agree(key: str, name: str, mine: str, differences: Callable[[str, str], str]) -> None:
+def _agree(key: str, name: str, mine: str, differences: Callable[[str, str], str], kind: str = "") -> None:
+    """Refuse on every process what differs; `kind`: of the error that this one met, if it did."""
     if count() == 1:
         return
-    client = _client()
+
+    def say(what: str | int, kind: str, text: str) -> None:
+        _client().key_value_set(f"{key}/{what}", f"{kind}:{text}")
+
+    def hear(what: str | int) -> tuple[str, str]:
+        kind, _, text = _client().blocking_key_value_get(f"{key}/{what}", FOREVER_MS).partition(":")
+        return kind, text
+
     if index():
-        theirs = client.blocking_key_value_get(f"{key}/0", FOREVER_MS)[1:]
-        client.key_value_set(f"{key}/{index()}", f":{differences(theirs, mine)}")
+        say(index(), kind, differences(hear(0)[1], mine))
     else:
-        client.key_value_set(f"{key}/0", f":{mine}")
-        found = [client.blocking_key_value_get(f"{key}/{i}", FOREVER_MS)[1:] for i in range(1, count())]
-        odd = next((i for i, differs in enumerate(found) if differs), None)
-        where = "" if odd is None else f"process {odd + 1} has another {name} than process 0: {found[odd]}"
-        client.key_value_set(f"{key}/verdict", f":{where}")
-    verdict = client.blocking_key_value_get(f"{key}/verdict", FOREVER_MS)[1:]
-    if verdict:
-        raise UserError(verdict)
+        say(0, kind, mine)
+        heard = [(i, *hear(i)) for i in range(1, count())]
+        odd, theirs, differs = next((answer for answer in heard if answer[2]), (0, "", ""))
+        found = differs and f"process {odd} has another {name} than process 0: {differs}"
+        kind = "RunError" if "RunError" in (kind, theirs) else "UserError"  # what failed may go well the next time
+        say("verdict", kind, found)
+    kind, found = hear("verdict")
+    if found:
+        raise _KINDS[kind](found)
 
 
 class Preemption:
@@ -242,7 +265,8 @@ def stop(code: int) -> None:
     """End this process with an exit code; alone: do nothing.
 
     Where all come to the same end they wait for each other, since one that leaves without a word looks like a crash
-    and the service then aborts the others. After an error, which only this process may have met, it leaves at once.
+    and the service then aborts the others. A mistake or failure that perhaps only this process met waits a few seconds
+    for the others to come to it as well, and an error that nobody foresaw does not wait.
     """
     if count() == 1:
         return
@@ -253,9 +277,18 @@ def stop(code: int) -> None:
         print(f"allattn: {where} failed, perhaps since another stopped: {_first_line(error)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    if error is None:
+    if error is None and (code == 0 or _all_stop()):
         jax.distributed.shutdown()
     os._exit(code)  # without what libraries do at exit, which may wait for processes that are gone
+
+
+def _all_stop() -> bool:
+    """Whether the others come to an end too; without them JAX would wait longer, and then abort."""
+    try:
+        _client().wait_at_barrier("allattn/stop", TOGETHER_MS)
+    except jax.errors.JaxRuntimeError:  # somebody is late, or gone
+        return False
+    return True
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from allattn import metrics
+from allattn.attention import best_here
 from allattn.errors import RunError
 from allattn.model import Params, forward_flops
 
 if TYPE_CHECKING:
-    from allattn.train import Trainer
+    from allattn.train import Trainer, TrainState
 
 WATCHED = 3  # steps
 
@@ -20,19 +22,21 @@ WATCHED = 3  # steps
 class Recorder:
     """Turns the metrics of the steps into rows of the logs and lines on the screen."""
 
-    def __init__(self, trainer: "Trainer", workdir: str, total: int, first: int) -> None:
+    def __init__(self, trainer: "Trainer", workdir: str, total: int, state: "TrainState") -> None:
         self._trainer, self._config = trainer, trainer.config
         self._workdir, self._watching = workdir, False
         self._writer = metrics.create_writer(workdir)
         self._progress = metrics.RunProgress(total, unit="ppl" if trainer.dataset.vocabulary.unit == "word" else "bpc")
         self._pending: tuple[int, metrics.TrainMetrics] | None = None
         self._sum: metrics.TrainMetrics | None = None
-        self._step = self._logged = first
+        self._start = _start(trainer, state)
+        self._step = self._logged = int(state.step)
         self._time = time.perf_counter()
         self._dev: dict[str, float] = {}
 
     def __enter__(self) -> "Recorder":
         self._progress.__enter__()
+        self._progress.message(self._start)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -47,7 +51,8 @@ class Recorder:
         self._watch(stop=step == self._config.train.profile + WATCHED, start=step == self._config.train.profile)
 
     def _watch(self, stop: bool, start: bool = False) -> None:
-        """Let TensorBoard's profiler begin or end to watch; what it saw goes into the workdir."""
+        """Let TensorBoard's profiler begin or end to watch process 0; what it saw goes into the workdir."""
+        start = start and not jax.process_index()
         if start:
             jax.profiler.start_trace(self._workdir)
         elif stop and self._watching:
@@ -95,3 +100,19 @@ class Recorder:
         self._progress.message(f"step {step}: dev {score}, {protocol}, {scores['tokens']} tokens")
         self._time += time.perf_counter() - began
         return scores
+
+
+def _start(trainer: "Trainer", state: "TrainState") -> str:
+    """Where a run is computed, by what, and from which step on."""
+
+    def several(number: int, what: str, ending: str) -> str:
+        return f"{number} {what}{ending if number > 1 else ''}"
+
+    model, step, mesh = trainer.model.config, int(state.step), trainer.mesh
+    devices = several(mesh.size, f"{jax.devices()[0].device_kind} device", "s")
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    place = f"{several(jax.process_count(), 'process', 'es')}, {devices} (mesh {sizes})"
+    implementation = model.implementation or best_here(jnp.dtype(model.dtype))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    begins = f"goes on at step {step}" if step else "from step 0"
+    return f"{place}, {implementation}, {parameters:,} parameters; {begins}"

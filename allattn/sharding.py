@@ -129,9 +129,10 @@ def make_mesh(config: ml_collections.ConfigDict, chips: Sequence[Any] | None = N
             f"mesh: expected positive sizes and at most one -1, found {dict(zip(AXES, sizes, strict=True))}"
         )
     rest = math.prod(size for size in sizes if size != -1)
-    sizes = [devices // rest if size == -1 else size for size in sizes]
+    written, sizes = sizes, [devices // rest if size == -1 else size for size in sizes]
     if math.prod(sizes) != devices:
-        raise UserError(f"mesh: expected data x fsdp x tensor = {devices} devices, found {' x '.join(map(str, sizes))}")
+        found = " x ".join(map(str, written))
+        raise UserError(f"mesh: expected data x fsdp x tensor = {devices} devices, found {found}")
     rows, heads = sizes[0] * sizes[1], heads_to_spread(config)
     if config.train.batch % (rows * config.train.accumulation):
         parts = f"data x fsdp x accumulation = {rows * config.train.accumulation}"

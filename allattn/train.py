@@ -229,6 +229,7 @@ class Trainer(Program):
         self.dataset, self.rows, train = dataset, sharding.Rows(self.mesh, config.train.batch), config.train
         self.stream = data.Stream(dataset.tokens("train"), train.batch, train.block, config.seed, self.rows.local)
         self._steps: dict[int, Callable] = {}
+        self.abstract_state(choose_bucket(config, config.model.span.init))  # refuses what the mesh does not divide
         for split in ("valid", "test"):
             tokens, place = len(self._split(split)), f"{dataset.name}, split {split}: "
             evaluate.check_length(config.evaluate.protocol, tokens, train.block, place)
@@ -322,22 +323,23 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
       PreemptedError: this machine is being taken away; the state is saved.
     """
     # The order of a start:
-    # 1. check that all processes have one configuration, and it against data and devices, before anything is written
-    #    into the workdir, which must be within reach
+    # 1. check configuration, data and devices, the same on all processes, before anything is written into the workdir
     # 2. if the workdir has a checkpoint, check that it was made with this configuration
     # 3. restore the state and the bucket from it, or make a fresh state, with other parameters if init_from says so
     # 4. the stream needs only the step: nothing else is restored
     distributed.agree("configuration", to_json(config), _differences)
     c, begun = config.dataset, checkpoint.has_begun(workdir)
-    prepare = functools.partial(data.prepare, c.name, c.data_dir or None, unit=c.unit)
-    dataset = distributed.same("data set", prepare, lambda found: found.full_name)
-    trainer = Trainer(with_vocabulary(config, dataset.vocabulary.size, dataset.name), dataset)
+
+    def make_trainer() -> Trainer:
+        dataset = data.prepare(c.name, c.data_dir or None, unit=c.unit)
+        return Trainer(with_vocabulary(config, dataset.vocabulary.size, dataset.name), dataset)
+
+    trainer = distributed.same("data set", make_trainer, lambda made: made.dataset.full_name)
     initial = None if begun else resume.warm_start(trainer)  # refused before there is a workdir
     with distributed.Preemption() as stop:
         with checkpoint.Checkpointer(workdir, config.checkpoint.keep) as checkpoints:
-            state, bucket = resume.restore(trainer, checkpoints) or trainer.fresh_state(
-                initial or resume.warm_start(trainer)
-            )
+            restored = resume.restore(trainer, checkpoints)
+            state, bucket = restored or trainer.fresh_state(initial or resume.warm_start(trainer))
             state = _run(trainer, checkpoints, state, bucket, workdir, stop)
         scores = {"split": "test", "protocol": config.evaluate.protocol, "step": int(state.step)}
         scores |= trainer.evaluate(state.params, "test", stop)
@@ -376,8 +378,7 @@ def _run(
         if not jax.process_index():
             print(f"{workdir} is complete: {first} of {total} steps", flush=True)
         return state
-    recorder = Recorder(trainer, workdir, total, first)
-    with recorder:
+    with Recorder(trainer, workdir, total, state) as recorder:
         for step in range(first, total):
             if step % c.model.span.check_every == 0:
                 recorder.flush()  # refuses spans that are not numbers

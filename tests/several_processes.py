@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Four devices or more share rows, heads and parameters; nothing depends on the number of steps.
 RUN = {"model__width": 32, "model__heads": 2, "train__batch": 8, "train__finetune_steps": 0, "checkpoint__every": 10}
 RUN |= {"evaluate__every": 100_000, "optimizer__schedule": "constant", "model__dropout": 0.2}
+START = "import sys; from allattn.__main__ import main; sys.exit(main())"
 
 
 def free_port() -> int:
@@ -68,13 +69,19 @@ class Processes:
 
 
 def train(
-    texts: Path, workdir: Path, processes: int, devices: int, each: Any = lambda _: {}, **changes: Any
+    texts: Path,
+    workdir: Path,
+    processes: int,
+    devices: int,
+    each: Any = lambda _: {},
+    before: Any = lambda _: "",
+    **changes: Any,
 ) -> Processes:
-    """A training run; `each` gives the settings of one process."""
+    """A training run; `each` gives the settings of one process, `before` lines of Python that it runs first."""
 
     def words(i: int, started: Processes) -> list[str]:
         settings = flags(texts, **{**RUN, **changes, **each(i)})
-        return ["-m", "allattn", "train", f"--workdir={workdir}", *settings, *started.place(i)]
+        return ["-c", f"{before(i)}\n{START}", "train", f"--workdir={workdir}", *settings, *started.place(i)]
 
     return Processes(processes, devices, words)
 

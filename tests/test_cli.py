@@ -277,6 +277,7 @@ MISTAKES = [
     ("evaluate --workdir={folder}/new", {}, "no checkpoint in {folder}/new"),
     ("generate --workdir={folder}/new --prompt=a", {}, "no checkpoint in {folder}/new"),
     ("evaluate --workdir={texts}", {}, "no checkpoint in {texts}"),
+    ("evaluate --workdir={run}/checkpoints", {}, "expected the folder that holds it, {run}\n"),
     (f"{SCORE} --step=5", {}, "no checkpoint of step 5 in {run}: expected best or one of [4, 8, 12]"),
     (f"{SCORE} --step=-1", {}, "no checkpoint of step -1"),
     (f"{SCORE} --step=worst", {}, "no checkpoint of step worst"),

@@ -1,6 +1,9 @@
 """Reading experiment files and settings, and refusing values that cannot run."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +101,30 @@ def test_file_elsewhere(tmp_path: Path) -> None:
     assert configuration.load(str(file), {"model.depth": "2"}).seed == 3
 
 
+OWN = """
+from configs import {base}
+def get_config():
+    c = {base}.get_config()
+    c.seed = 3
+    return c
+"""
+
+
+def test_file_outside_of_the_repository(tmp_path: Path) -> None:
+    """Its base is found from any folder, as by the installed command; in a folder `configs` also those beside it."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "allattn").symlink_to(BASE.parents[1] / "allattn")
+    (tmp_path / "configs").mkdir()
+    for name, base_name in (("mine", "demo"), ("configs/first", "demo"), ("configs/second", "first")):
+        (tmp_path / f"{name}.py").write_text(OWN.format(base=base_name))
+    program = "import sys; from allattn import config; c = config.load(sys.argv[1]); print(c.seed, c.model.width)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "package")}
+    for name in ("mine", "configs/first", "configs/second"):
+        words = [sys.executable, "-P", "-c", program, str(tmp_path / f"{name}.py")]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.stdout == "3 128\n", done.stderr
+
+
 def test_json_holds_everything() -> None:
     c = configuration.load(str(BASE), {"model.depth": "2"})
     again = configuration.from_json(configuration.to_json(c))
@@ -128,6 +155,13 @@ def start(config: ml_collections.ConfigDict) -> ModelConfig:
     geometry = ModelConfig.from_config(config)
     optim.optimizer(config)
     return geometry
+
+
+def test_mesh_that_does_not_fit() -> None:
+    """The message has what was written."""
+    for data, fsdp in ((-1, 3), (2, 3)):
+        with pytest.raises(UserError, match=rf"^mesh: expected .* = 2 devices, found {data} x {fsdp} x 1$"):
+            sharding.make_mesh(changed(mesh__data=data, mesh__fsdp=fsdp), [None, None])
 
 
 def test_rematerialisation() -> None:

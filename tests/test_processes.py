@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from command_line import flags
+from command_line import Result, flags
 from several_processes import ROOT, Processes, expect, free_port, prepared_texts, train, wait_for
 
 from allattn import data
@@ -75,6 +76,29 @@ def test_different_configurations(tmp_path: Path) -> None:
     assert not workdir.exists()
 
 
+def together(words: Any) -> list[Result]:
+    """Two processes, each with words of its own beside the coordinator."""
+
+    def all_words(i: int, started: Processes) -> list[str]:
+        return ["-m", "allattn", *words(i), f"--coordinator=localhost:{started.port}", f"--process={i}"]
+
+    with Processes(2, 1, all_words) as two:
+        return two.results(60)
+
+
+def test_different_commands(tmp_path: Path) -> None:
+    shared = [f"--workdir={tmp_path}/run", "--processes=2"]
+    results = together(lambda i: [("train", "evaluate")[i], *shared, *(flags(tmp_path) if i == 0 else [])])
+    found = "evaluate by 2 processes in place of train by 2 processes"
+    expect(results, 2, f"allattn: process 1 has another command than process 0: {found}")
+
+
+def test_different_numbers_of_processes(tmp_path: Path) -> None:
+    results = together(lambda i: ["evaluate", f"--workdir={tmp_path}/run", f"--processes={2 + i}"])
+    found = "evaluate by 3 processes in place of evaluate by 2 processes"
+    expect(results, 2, f"allattn: process 1 has another command than process 0: {found}")
+
+
 def test_different_texts(tmp_path: Path) -> None:
     """Each process may have its data in a place of its own, but they must be the same data."""
     texts = [prepared_texts(tmp_path), tmp_path / "other"]
@@ -99,6 +123,55 @@ def test_a_mistake_of_one_process_alone(tmp_path: Path) -> None:
     line = results[0].err.strip().splitlines()[-1]
     assert line.startswith("allattn: process 1 has another data set than process 0: ") and "train.txt" in line
     expect(results, 2, line)
+
+
+def test_data_that_are_damaged_on_one_process(tmp_path: Path) -> None:
+    texts, prepared, other = prepared_texts(tmp_path), tmp_path / "prepared", tmp_path / "other"
+    shutil.copytree(prepared, other)
+    next(other.rglob("*test*record*")).unlink()
+    own = f"import os; os.environ['ALLATTN_DATA_DIR'] = '{other}'"
+    with train(texts, tmp_path / "run", 2, 1, before=lambda i: own if i else "") as two:
+        results = two.results(60)
+    line = results[0].err.strip().splitlines()[-1]
+    assert line.startswith(f"allattn: process 1 has another data set than process 0: {other}/files/")
+    assert "is damaged" in line
+    expect(results, 2, line)
+    assert not (tmp_path / "run").exists()
+
+
+SILENT = """
+from allattn import bucket, errors
+def silent(folder):
+    raise errors.RunError("gs://texts: expected an answer")
+bucket.is_whole = silent
+"""
+
+
+def test_a_bucket_that_does_not_answer_one_process(tmp_path: Path) -> None:
+    """All end with the exit code on which a launcher tries again."""
+    with train(prepared_texts(tmp_path), tmp_path / "run", 2, 1, before=lambda i: SILENT if i else "") as two:
+        results = two.results(60)
+    line = results[0].err.strip().splitlines()[-1]
+    assert "process 1 has another data set than process 0: gs://texts: expected an answer in place of files/" in line
+    expect(results, 1, line)
+
+
+ALONE = """
+from allattn import errors, resume
+def refuse(*_):
+    raise errors.UserError("alone")
+resume.restore = refuse
+"""
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_mistake_that_the_others_do_not_learn_of(tmp_path: Path, number: int) -> None:
+    """The process that met it says so at once and keeps its exit code; the other ends as soon as it misses it."""
+    before = {number: ALONE}
+    with train(prepared_texts(tmp_path), tmp_path / "run", 2, 1, before=lambda i: before.get(i, "")) as two:
+        results = two.results(60)
+    alone, other = results[number], results[1 - number]
+    assert (alone.code, alone.err.strip().splitlines()[-1]) == (2, "allattn: alone") and other.code
 
 
 def test_a_mistake_that_process_0_finds(tmp_path: Path) -> None:
@@ -153,6 +226,30 @@ def test_flags_that_do_not_go_together(tmp_path: Path, words: tuple[str, ...], l
     line_of = [sys.executable, "-m", "allattn", "train", "--config=configs/demo.py", f"--workdir={tmp_path}/run"]
     done = subprocess.run([*line_of, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and done.stderr.startswith(f"allattn: {line}") and done.stderr.count("\n") == 1
+
+
+TRACED = """
+import jax
+jax.profiler.start_trace = lambda folder: print("traced")
+jax.profiler.stop_trace = lambda: None
+"""
+
+
+def test_process_0_says_where_it_runs_and_traces(tmp_path: Path) -> None:
+    """The other says nothing and leaves the workdir alone."""
+    texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
+    short = {"train__profile": 1, "train__steps": 3, "mesh__tensor": 2, "before": lambda _: TRACED}
+    with train(texts, workdir, 2, 2, **short) as two:
+        results = two.results()
+    assert [result.code for result in results] == [0, 0], results
+    size = json.loads((workdir / "scores.json").read_text())["parameters"]
+    line = f"2 processes, 4 cpu devices (mesh data 2 x fsdp 1 x tensor 2), reference, {size:,} parameters; from step 0"
+    assert results[0].out.splitlines()[0] == line and size > 1000
+    assert [result.out.count("traced\n") for result in results] == [1, 0] and results[1].out == ""
+    with train(texts, workdir, 1, 1, train__steps=4) as again:
+        (result,) = again.results()
+    line = f"1 process, 1 cpu device (mesh data 1 x fsdp 1 x tensor 1), reference, {size:,} parameters"
+    assert result.out.startswith(f"{line}; goes on at step 3\n")
 
 
 ROWS = """

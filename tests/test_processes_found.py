@@ -28,7 +28,8 @@ os.environ.update({surroundings})
 from allattn import distributed
 distributed.start(wait=100)
 jax.config.update("jax_num_cpu_devices", 1)
-assert (2, int({rank})) == (distributed.count(), distributed.index()) == (jax.process_count(), jax.process_index())
+place = ({count}, int({rank}))
+assert place == (distributed.count(), distributed.index()) == (jax.process_count(), jax.process_index())
 distributed.stop(0)
 """
 
@@ -59,15 +60,15 @@ def metadata() -> Iterator[list[str]]:
         server.server_close()
 
 
-def found_by(surroundings: Any) -> list[Result]:
-    """Two processes without flags find each other, each in environment variables of its own, as on a TPU's machines."""
+def found_by(surroundings: Any, count: int = 2) -> list[Result]:
+    """Processes without flags find each other, each in environment variables of its own, as on a TPU's machines."""
 
     def words(i: int, started: Processes) -> list[str]:
         values = {"JAX_COORDINATOR_PORT": str(started.port), "NO_PROXY": "localhost", **surroundings(i)}
-        return ["-c", FOUND.format(surroundings=values, tpu=True, rank=i)]
+        return ["-c", FOUND.format(surroundings=values, tpu=True, rank=i, count=count)]
 
-    with Processes(2, 1, words) as two:
-        return two.results(100)
+    with Processes(count, 1, words) as found:
+        return found.results(100)
 
 
 def test_a_cloud_tpu_slice(metadata: list[str]) -> None:
@@ -75,11 +76,33 @@ def test_a_cloud_tpu_slice(metadata: list[str]) -> None:
     assert [result.code for result in results] == [0, 0], results
 
 
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+TPU_POD = {"TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_WORKER_ID": "0", "TPU_SKIP_MDS_QUERY": "1"}
+TPU_POD |= {"MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
+
+
 def test_a_tpu_slice_of_kubernetes() -> None:
-    names = {"TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_SKIP_MDS_QUERY": "1"}
-    slice_ = {"MEGASCALE_COORDINATOR_ADDRESS": "localhost", "MEGASCALE_NUM_SLICES": "1", "MEGASCALE_SLICE_ID": "0"}
-    results = found_by(lambda i: {**names, **slice_, "TPU_WORKER_ID": str(i)})
+    results = found_by(lambda i: {**POD, **TPU_POD, "JOB_COMPLETION_INDEX": str(i), "TPU_WORKER_ID": str(i)})
     assert [result.code for result in results] == [0, 0], results
+
+
+def test_the_one_pod_of_a_small_tpu_slice() -> None:
+    """It is found, and alone."""
+    (result,) = found_by(lambda _: {**POD, **TPU_POD, "TPU_WORKER_HOSTNAMES": "localhost"}, count=1)
+    assert result.code == 0, result
+
+
+def test_pods_that_jax_does_not_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pod 0 too would train alone; the only pod of a job says that it is."""
+    for name, value in POD.items():
+        monkeypatch.setenv(name, value)
+    with train(prepared_texts(tmp_path), tmp_path / "run", 1, 1) as run:
+        (result,) = run.results()
+    told = "--coordinator, --processes and --process (alone: --processes=1)"
+    expected = f"the package kubernetes and the right to list pods, or {told}"
+    expect([result], 2, f"allattn: JOB_COMPLETION_INDEX=0: expected {expected}, found none of them")
+    assert not (tmp_path / "run").exists()
+    distributed.start(processes=1)
 
 
 def open_mpi_4() -> bool:
@@ -91,7 +114,7 @@ def open_mpi_4() -> bool:
 
 @pytest.mark.skipif(not open_mpi_4(), reason="Open MPI 4 is not installed (Debian 12: openmpi-bin)")
 def test_open_mpi() -> None:
-    program = FOUND.format(surroundings={}, tpu=False, rank='os.environ["OMPI_COMM_WORLD_RANK"]')
+    program = FOUND.format(surroundings={}, tpu=False, rank='os.environ["OMPI_COMM_WORLD_RANK"]', count=2)
     command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "-c", program]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from command_line import flags, write_texts
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from allattn import config as configuration
@@ -105,6 +106,18 @@ def test_tables_too_narrow_to_split() -> None:
     assert specs == [PartitionSpec(None, "fsdp")] * 3 + [PartitionSpec()]
     with pytest.raises(UserError, match=r"layers/\w+: expected a dimension divisible by mesh axis fsdp = 3, found 512"):
         sharding.shardings(AbstractMesh((1, 3, 1), sharding.AXES), {"layers": params["layers"]})
+
+
+def test_a_dimension_that_the_mesh_does_not_divide(tmp_path: Path) -> None:
+    """Refused before there is a workdir."""
+    words = ["train", f"--workdir={tmp_path}/run", *flags(write_texts(tmp_path), mesh__fsdp=4, model__width=18)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "ALLATTN_DATA_DIR": str(tmp_path / "prepared")}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    command = [sys.executable, "-m", "allattn", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    expected = r"allattn: .*: expected a dimension divisible by mesh axis fsdp = 4, found 18"
+    assert done.returncode == 2 and re.fullmatch(expected, done.stderr.splitlines()[-1])
+    assert not (tmp_path / "run").exists()
 
 
 def paths(config: Any) -> set[str]:
