@@ -117,7 +117,8 @@ def activations(rows: list[dict[str, Any]]) -> str:
 
 def finished(file: Path, here: dict[str, str]) -> dict[tuple, dict[str, Any]]:
     """The rows by case of an interrupted run with the same code and versions, with which this one goes on."""
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    known = here["commit"] and not here["commit"].endswith("-dirty")
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if known and file.exists() else []
     return {tuple(row["case"]): row for row in rows if all(row[name] == here[name] for name in ("commit", "jax"))}
 
 
@@ -130,11 +131,12 @@ def main() -> int:
     arguments = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")  # whatever is here
     file = arguments.output / f"{datetime.date.today()}-compile.jsonl"
-    done = finished(file, provenance())
+    here = provenance()  # once: the workers take the code as it is now
+    done = finished(file, here)
     cases = [case for case in CASES if fnmatch.fnmatch(case.config, arguments.only) and case not in done]
     with multiprocessing.get_context("spawn").Pool(arguments.workers) as pool, file.open("a") as out:
         for row in pool.imap_unordered(run, cases):
-            done[tuple(row["case"])] = row = {**row, **provenance()}
+            done[tuple(row["case"])] = row = {**row, **here}
             out.write(json.dumps(row) + "\n")
             out.flush()
             state = "fits" if row["fits"] else "does not fit"
@@ -144,7 +146,7 @@ def main() -> int:
     rows = [done[case] for case in CASES if case in done]
     text = (
         f"# Training steps compiled for TPU slices, {datetime.date.today()}\n\n"
-        f"By `python -m benchmarks.compile` at {provenance()['commit']}, jax {jax.__version__}; [docs/scaling.md]"
+        f"By `python -m benchmarks.compile` at {here['commit']}, jax {jax.__version__}; [docs/scaling.md]"
         f"(../../docs/scaling.md) says what the columns mean.\n\n{table(rows)}\n\n"
         f"Activation all-reduces, forward and backward:\n\n{activations(rows)}\n"
     )

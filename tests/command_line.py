@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from allattn import config, data, train
 from allattn.__main__ import main
+from configs import base
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {
@@ -31,10 +33,31 @@ class Result(NamedTuple):
         return json.loads(self.out.splitlines()[-1])
 
 
+def settings(texts: Path | str, **changes: Any) -> dict[str, Any]:
+    """Fields of the tiny run; a double underscore stands for a dot."""
+    return {**TINY, "dataset.data_dir": str(texts), **{k.replace("__", "."): v for k, v in changes.items()}}
+
+
 def flags(texts: Path, **changes: Any) -> list[str]:
-    """Settings of the tiny run; a double underscore stands for a dot."""
-    values = {**TINY, "dataset.data_dir": texts, **{k.replace("__", "."): v for k, v in changes.items()}}
+    """Settings of the tiny run, for a command."""
+    values = settings(texts, **changes)
     return ["--config=configs/base.py", *(f"--config.{name}={value}" for name, value in values.items())]
+
+
+def trainer(texts: Path | str, **changes: Any) -> train.Trainer:
+    """What trains the tiny run, on a mesh of this process's devices."""
+    c, dataset = base.get_config(), data.prepare("files", texts)
+    c.update_from_flattened_dict(settings(texts, **changes))
+    return train.Trainer(config.with_vocabulary(c, dataset.vocabulary.size, dataset.name), dataset)
+
+
+def trained(by: train.Trainer, steps: int) -> tuple[train.TrainState, int, list[float]]:
+    """The state after some steps, its bucket, and the losses."""
+    (state, bucket), losses = by.fresh_state(), []
+    for step in range(steps):
+        state, values = by.step(state, bucket, by.batch(step))
+        losses.append(float(values.compute()["nll"]))
+    return state, bucket, losses
 
 
 def call(*words: Any) -> Result:

@@ -36,13 +36,14 @@ def prepared_texts(folder: Path) -> Path:
 class Processes:
     """`count` processes of one program; those that are left when the test ends are killed."""
 
-    def __init__(self, count: int, devices: int, words: Any) -> None:
+    def __init__(self, count: int, devices: int, words: Any, own: Any = lambda _: {}) -> None:
+        """`words` gives the command of one process, `own` its settings in the environment."""
         self.port, self.count = free_port(), count
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
         environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         self.running = [
-            subprocess.Popen([sys.executable, *words(i, self)], cwd=ROOT, env=environment, **pipes)
+            subprocess.Popen([sys.executable, *words(i, self)], cwd=ROOT, env={**environment, **own(i)}, **pipes)
             for i in range(count)
         ]
 

@@ -16,7 +16,7 @@ import pytest
 from tiny_model import geometry
 
 from allattn.model import forward_flops
-from benchmarks import attention, compile, gpu, peers, profile, table, train, vocabulary
+from benchmarks import attention, compile, gpu, machine, peers, profile, table, train, vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -145,3 +145,27 @@ def test_compiled_rows_of_other_code_are_not_taken_over(tmp_path: Path) -> None:
     rows = [{**here, "case": ["a", number], **other} for number, other in enumerate(others)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert compile.finished(file, here) == {("a", 0): rows[0]}
+    for commit in ("aaa-dirty", ""):  # of which there may be many
+        file.write_text(json.dumps({**rows[0], "commit": commit}) + "\n")
+        assert compile.finished(file, {**here, "commit": commit}) == {}
+
+
+def test_a_checkout_with_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any file but the results, which a benchmark itself writes, marks the commit."""
+    monkeypatch.chdir(tmp_path)
+    assert machine.provenance()["commit"] == ""
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    code, result = tmp_path / "code.py", tmp_path / "benchmarks/results/a.jsonl"
+    code.touch()
+    result.touch()
+    for words in ("init -q", "add .", "-c user.name=a -c user.email=a commit -qm a"):
+        subprocess.run(["git", *words.split()], check=True)
+    result.write_text("{}")
+    result.with_name("b.jsonl").touch()
+    commit = machine.provenance()["commit"]
+    assert commit and "-dirty" not in commit
+    code.write_text("1")
+    assert machine.provenance()["commit"] == f"{commit}-dirty"
+    subprocess.run(["git", "checkout", "-q", "code.py"], check=True)
+    code.with_name("new.py").touch()
+    assert machine.provenance()["commit"] == f"{commit}-dirty"

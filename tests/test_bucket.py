@@ -17,6 +17,7 @@ import fsspec
 import pytest
 from command_line import call
 from etils import epath
+from several_processes import Processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from allattn import RunError, UserError, bucket, metrics
@@ -31,7 +32,8 @@ TEXT = ("dataset.name=files", "dataset.data_dir=gs://bucket/texts", "model.vocab
 SIZES = ("train.block=16", "train.batch=4", "model.depth=1", "model.width=16", "model.heads=2", "model.persistent=4")
 TIMES = ("model.span.limit=32", "checkpoint.every=4", "evaluate.every=4", "train.log_every=2", "train.finetune_steps=0")
 FEW = ("checkpoint.keep=1",)  # so that some are removed
-SMALL = ("--config=configs/demo.py", *(f"--config.{field}" for field in TEXT + SIZES + TIMES + FEW))
+RATE = ("optimizer.schedule=constant",)  # which does not depend on the number of steps
+SMALL = ("--config=configs/demo.py", *(f"--config.{field}" for field in TEXT + SIZES + TIMES + FEW + RATE))
 Command = Callable[..., subprocess.CompletedProcess]
 NewMachine = Callable[[], Path]
 
@@ -268,3 +270,23 @@ def test_what_a_run_leaves_in_a_bucket(trained: dict[str, Any], tmp_path: Path) 
     best = min(rows, key=lambda step: rows[step])
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"12", str(best)}
     assert json.loads((run / "scores.json").read_text())["nll"] == trained["nll"]
+
+
+def test_two_processes_and_a_bucket(trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each on a machine that has nothing: process 0 prepares the data while the other waits; the scores of one."""
+    monkeypatch.setenv("ALLATTN_DATA_DIR", "gs://bucket/prepared-by-two")
+
+    def words(i: int, started: Processes) -> list[str]:
+        run = ["-m", "allattn", "train", "--workdir=gs://bucket/two", *SMALL, "--config.train.steps=12"]
+        return [*run, *started.place(i)]
+
+    with Processes(2, 1, words, own=lambda i: {"HOME": str(tmp_path / f"home{i}")}) as two:
+        results = two.results()
+    assert [result.code for result in results] == [0, 0], results[0].err[-2000:]
+    scores = results[0].last()
+    assert scores == {**trained, **{name: pytest.approx(trained[name], rel=1e-5) for name in ("nll", "bpc", "ppl")}}
+    said = ["Downloading and preparing" in result.out + result.err for result in results]
+    assert said == [True, False] and results[1].out == ""
+    fetched = tmp_path / "home1/.cache/allattn/gs/bucket/prepared-by-two"
+    assert len(list(fetched.glob(f"files/*/*/{bucket.MARKER}"))) == 1
+    assert json.loads(epath.Path("gs://bucket/two/scores.json").read_text())["nll"] == scores["nll"]

@@ -13,11 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
-from command_line import Result, flags
-from several_processes import ROOT, Processes, expect, free_port, prepared_texts, train, wait_for
+from command_line import Result, flags, trainer
+from several_processes import ROOT, RUN, Processes, expect, free_port, prepared_texts, train, wait_for
 
 from allattn import data
+from allattn.checkpoint import Checkpointer
 from benchmarks.processes import at_once
 
 pytestmark = pytest.mark.usefixtures("own_data_dir")
@@ -28,8 +31,35 @@ def losses(workdir: Path) -> dict[int, float]:
     return {row["step"]: row["nll"] for row in rows if "nll" in row}
 
 
+COPY = """
+import sys
+from allattn import distributed, resume
+from allattn.checkpoint import Checkpointer
+from command_line import trainer
+from several_processes import RUN
+index, port, texts, workdir, copy = sys.argv[1:]
+distributed.start(f"localhost:{port}", 4, int(index))
+four = trainer(texts, **RUN, mesh__fsdp=4)
+with Checkpointer(workdir, create=False) as checkpoints:
+    state, bucket = resume.restore(four, checkpoints)
+with Checkpointer(copy) as checkpoints:
+    checkpoints.save(int(state.step), state.params, state.optimizer, state.cache, four.meta(state, bucket))
+distributed.stop(0)
+"""
+
+
+def arrays(texts: Path, workdir: Path, step: int) -> tuple[Any, Any, Any]:
+    """All arrays of a checkpoint, read by this process."""
+    with Checkpointer(workdir, create=False) as checkpoints:
+        state = trainer(texts, **RUN).abstract_state(checkpoints.restore_meta(step)["bucket"])
+        return checkpoints.restore(state.params, state.optimizer, state.cache, step)
+
+
 def test_killed_and_resumed_on_other_meshes(tmp_path: Path) -> None:
-    """2 processes x 4 devices are killed and go on as 4 x 2 and as 1 x 8: the losses of one process and one device."""
+    """2 processes x 4 devices are killed and go on as 4 x 2 and as 1 x 8: the losses of one process and one device.
+
+    What 4 x 2 restore and save at once is, read by one process, what 2 x 4 saved, bit for bit.
+    """
     texts, workdir, other = prepared_texts(tmp_path), tmp_path / "run", tmp_path / "other"
     with train(texts, workdir, 2, 4, train__steps=100_000, mesh__fsdp=2, mesh__tensor=2) as first:
         wait_for(workdir, "checkpoints/20")
@@ -37,6 +67,12 @@ def test_killed_and_resumed_on_other_meshes(tmp_path: Path) -> None:
         first.results()
     saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal())
     shutil.copytree(workdir, other)
+    words = [str(place) for place in (texts, workdir, tmp_path / "copy")]
+    with Processes(4, 2, lambda i, started: ["-c", COPY, str(i), str(started.port), *words]) as four:
+        for result in four.results():
+            assert result.code == 0, result.err[-2000:]
+    same = (arrays(texts, place, saved) for place in (workdir, tmp_path / "copy"))
+    jax.tree.map(np.testing.assert_array_equal, *same)
     whole = {"train__steps": saved + 5}
     with train(texts, workdir, 4, 2, mesh__fsdp=4, **whole) as second, train(texts, other, 1, 8, **whole) as third:
         for result in (*second.results(), *third.results()):
