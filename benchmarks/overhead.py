@@ -2,9 +2,10 @@
 
 Command:  python -m benchmarks.overhead
 Prints JSON lines: seconds from the command to its first step, with nothing compiled before and with everything, and
-their ratio (asked: below 1/3), medians of three; then the median time of a step, how long saving keeps the loop from
-its next step, that as a share of a step (asked: below 0.05), and the median time of the step after a save, while the
-files are written.
+their ratio (asked: below 1/3), medians of three. Then medians of a step beside which nothing is written (`step_s`) and
+of the two costs of a save, in seconds and as shares of such a step. `save`: how long it keeps the loop from its next
+step (asked: a share below 0.05). `writing`: how much longer the steps after it take, together; where all cores compute,
+files can only be written in the time of these steps. `step_after_save_s` is the first of them.
 """
 
 import json
@@ -21,13 +22,14 @@ import jax
 from allattn import checkpoint, config, data, sharding, train
 from benchmarks.machine import provenance
 
-PAIRS, SAVES, BETWEEN = 3, 15, 6
+DEMO = "configs/demo.py"
+PAIRS, SAVES, BETWEEN = 3, 15, 8
 
 
 def start(programs: str, workdir: str) -> float:
     """Seconds until a run, with a folder of compiled programs, has made and reported its first step."""
     settings = ("train.steps=1", "train.finetune_steps=0", "train.log_every=1", "evaluate.max_tokens=1000")
-    words = ["train", "--config=configs/demo.py", f"--workdir={workdir}", *(f"--config.{word}" for word in settings)]
+    words = ["train", f"--config={DEMO}", f"--workdir={workdir}", *(f"--config.{word}" for word in settings)]
     environment, began = {**os.environ, "JAX_COMPILATION_CACHE_DIR": programs}, time.perf_counter()
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     command = [sys.executable, "-m", "allattn", *words]
@@ -51,15 +53,13 @@ def starts() -> dict[str, Any]:
 
 
 def saves() -> dict[str, float]:
-    """Times of steps, and of saves between them."""
-    c = config.load("configs/demo.py")
-    sharding.use_cores_for(c)
+    """Times of steps, of saves between them, and of the writing beside the steps after a save."""
+    c = config.load(DEMO)
     dataset = data.prepare(c.dataset.name)
     trainer = train.Trainer(config.with_vocabulary(c, dataset.vocabulary.size, dataset.name), dataset)
     state, bucket = trainer.fresh_state()
-    made: list[float] = []
-    after: list[float] = []
-    blocked: list[float] = []
+    held: list[float] = []
+    rounds: list[list[float]] = []  # the steps after each save
 
     def step(number: int) -> float:
         nonlocal state
@@ -68,21 +68,27 @@ def saves() -> dict[str, float]:
         jax.block_until_ready(values)
         return time.perf_counter() - began
 
+    step(0)  # compiles
     with tempfile.TemporaryDirectory() as folder, checkpoint.Checkpointer(folder) as checkpoints:
-        for number in range(SAVES * BETWEEN):
-            (after if number % BETWEEN == 0 else made).append(step(number))
-            if number % BETWEEN == BETWEEN - 1:
-                began = time.perf_counter()
-                arrays = (state.params, state.optimizer, state.cache)
-                checkpoints.save(number, *arrays, trainer.meta(state, bucket))
-                blocked.append(time.perf_counter() - began)
-    usual, kept = statistics.median(made), statistics.median(blocked)
-    later = statistics.median(after[1:])
-    return {"step_s": usual, "save_s": kept, "save_share": kept / usual, "step_after_save_s": later}
+        for number in range(1, SAVES * BETWEEN, BETWEEN):
+            began = time.perf_counter()
+            checkpoints.save(number, state.params, state.optimizer, state.cache, trainer.meta(state, bucket))
+            held.append(time.perf_counter() - began)
+            rounds.append([step(number + i) for i in range(BETWEEN)])
+    return summary(held, rounds)
+
+
+def summary(held: list[float], rounds: list[list[float]]) -> dict[str, float]:
+    """What saves cost, from how long each held the loop and the times of the steps after it."""
+    usual = statistics.median(time for steps in rounds for time in steps[BETWEEN // 2 :])  # all is written by then
+    kept, longer = statistics.median(held), statistics.median(map(sum, rounds)) - BETWEEN * usual
+    costs = {"save_s": kept, "save_share": kept / usual, "writing_s": longer, "writing_share": longer / usual}
+    return {"step_s": usual, **costs, "step_after_save_s": statistics.median(steps[0] for steps in rounds)}
 
 
 def main() -> None:
     """Both, as JSON."""
+    sharding.use_cores_for(config.load(DEMO))  # as the command does, before JAX is first used
     measures: list[Any] = [starts, saves]
     for measure in measures:
         print(json.dumps({"benchmark": f"overhead.{measure.__name__}", **measure(), **provenance()}), flush=True)

@@ -5,6 +5,7 @@ Dimension key: X layer, H head.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ import numpy as np
 import pytest
 from tiny_model import geometry
 
+from allattn import config
 from allattn.model import forward_flops
-from benchmarks import attention, compile, gpu, machine, peers, profile, table, train, vocabulary
+from benchmarks import attention, compile, gpu, machine, overhead, peers, profile, table, train, vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -136,6 +138,24 @@ def test_profile_sums_by_kind_and_counts_nothing_twice(tmp_path: Path) -> None:
         run(x).block_until_ready()
     found = profile.events(str(tmp_path))
     assert found["products"][1] == 5 and "while" not in found and len(found) > 1
+
+
+def test_overhead_is_measured_on_the_devices_of_the_demo() -> None:
+    nothing = "from benchmarks import overhead\ndef nothing(): return {}\noverhead.starts = overhead.saves = nothing\n"
+    code = f"{nothing}overhead.main()"
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+    batch, cores = config.load(overhead.DEMO).train.batch, len(os.sched_getaffinity(0))
+    devices = max(n for n in range(1, cores + 1) if batch % n == 0)
+    assert [json.loads(line)["devices"] for line in done.stdout.splitlines()] == [f"{devices} cpu"] * 2
+
+
+def test_both_costs_of_a_save() -> None:
+    """Shares of a step beside which nothing is written: how long the loop is held, how much longer its steps take."""
+    steps = [3.0, 2.5, *[2.0] * (overhead.BETWEEN - 2)]
+    found = overhead.summary([0.1, 0.1, 9.0], [steps, steps, [9.0] * overhead.BETWEEN])
+    costs = {"save_s": 0.1, "save_share": 0.05, "writing_s": 1.5, "writing_share": 0.75}
+    assert found == pytest.approx({"step_s": 2.0, **costs, "step_after_save_s": 3.0})
 
 
 def test_compiled_rows_of_other_code_are_not_taken_over(tmp_path: Path) -> None:

@@ -75,6 +75,14 @@ def test_everything_comes_back(tmp_path: Path) -> None:
         assert checkpoints.restore_meta() == {"step": 10, "name": "é"}
 
 
+def test_arrays_are_not_compressed(tmp_path: Path) -> None:
+    """The cores that would compress them are those that train."""
+    with Checkpointer(str(tmp_path)) as checkpoints:
+        zeros = {"x": jnp.zeros((500, 500))}
+        checkpoints.save(1, zeros, zeros, zeros["x"], {})
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) > 3 * zeros["x"].nbytes
+
+
 def test_reading_waits_for_writing(tmp_path: Path) -> None:
     with Checkpointer(str(tmp_path)) as checkpoints:
         save(checkpoints, 10, dev_nll=1.0)
