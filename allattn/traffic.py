@@ -151,7 +151,7 @@ def _sums(program: Program, shards: int = 0) -> Counter[int]:
             found[x.size // layers // parts // shard] += times[path[0].key]
             found[x.size // parts // shard] += layers > 1  # of all layers at once
     if config.layer == "transformer_xl":
-        found[_distances(program)] += config.depth
+        found[_distances(program) // mesh.shape["tensor"]] += config.depth
     return found
 
 

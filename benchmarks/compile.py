@@ -68,7 +68,7 @@ def run(case: Case) -> dict[str, Any]:
     c.mesh.fsdp = case.fsdp
     machine, c.mesh.tensor = largest(c, case.chip, case.slices)
     began = time.perf_counter()
-    found = compile.compile_step(c.lock(), case.config, machine, case.slices)
+    found = compile.compile_step(c.lock(), Path(case.config).stem, machine, case.slices)
     row = {name: value for name, value in dataclasses.asdict(found).items() if name not in ("uses", "broken")}
     row |= {"fits": found.fits, "violations": found.broken, "traffic": traffic.summary(found.uses)}
     row |= {"case": list(case), "accumulation": case.accumulation}
