@@ -173,12 +173,15 @@ def _join(arguments: argparse.Namespace) -> None:
     if distributed.count() > 1:
         _keep_output()
         # before anything else, since other commands ask other questions and would wait for each other for ever
-        distributed.agree("command", f"{arguments.command} by {distributed.count()} processes")
+        of_text = " of a text" if getattr(arguments, "text", None) is not None else ""
+        distributed.agree("command", f"{arguments.command}{of_text} by {distributed.count()} processes")
 
 
 def _keep_output() -> None:
     """Leave the output to what this program prints: gloo says of each of its connections there that it is made."""
-    sys.stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    sys.stdout.flush()
+    own, encoding, errors = os.dup(sys.stdout.fileno()), sys.stdout.encoding, sys.stdout.errors
+    sys.stdout = os.fdopen(own, "w", buffering=1, encoding=encoding, errors=errors)
     os.dup2(sys.stderr.fileno(), 1)
 
 

@@ -77,6 +77,8 @@ def _read(file: Path) -> ml_collections.ConfigDict:
     root = next((p.parent for p in file.resolve().parents if p.name == "configs"), file.resolve().parent)
     roots = [str(root), str(Path(__file__).resolve().parents[1])]  # in a checkout, or installed as one: the repository
     sys.path[:0] = roots
+    for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
+        del sys.modules[name]  # of another experiment file, perhaps from another folder
     try:
         module = _import(file)
         config = module.get_config() if hasattr(module, "get_config") else None

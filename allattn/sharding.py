@@ -138,8 +138,9 @@ def make_mesh(config: ml_collections.ConfigDict, chips: Sequence[Any] | None = N
         parts = f"data x fsdp x accumulation = {rows * config.train.accumulation}"
         raise UserError(f"train.batch: expected a multiple of {parts}, found {config.train.batch}")
     if heads % sizes[2]:
-        two = f" ({config.model.integration} has heads of two kinds)" if heads != config.model.heads else ""
-        raise UserError(f"mesh.tensor: expected a divisor of {heads} heads{two}, found {sizes[2]}")
+        two = f"1, as {config.model.integration} has heads of two kinds"
+        expected = two if heads != config.model.heads else f"a divisor of {heads} heads"
+        raise UserError(f"mesh.tensor: expected {expected}, found {sizes[2]}")
     return _mesh(sizes, chips)
 
 

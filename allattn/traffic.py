@@ -110,7 +110,7 @@ def violations(uses: list[Use], program: Program) -> list[str]:
                 lines.append(
                     f"{GRADIENT} over {axis} of {size:,} numbers: expected at most {most} times, found {found}"
                 )
-    most = train.accumulation * (GATHERS + bool(train.remat)) * sum(size * n for size, n in _sums(program, 1).items())
+    most = train.accumulation * (GATHERS + bool(train.remat)) * _parameters_of_a_device(program)
     counts = _counts([u.collective for u in uses if u.role == GATHER])
     if (gathered := sum(size * n for size, n in counts.items())) > most:
         lines.append(f"{GATHER}: expected at most {most:,} numbers, found {gathered:,}")
@@ -131,27 +131,32 @@ def violations_between(far: list[Use], near: list[Use]) -> list[str]:
     return lines
 
 
-def _sums(program: Program, shards: int = 0) -> Counter[int]:
-    """How often a step may sum gradients of every size: once for each array of parameters that has it in a layer.
-
-    Args:
-      program: whose step it is.
-      shards: parts that sizes are of; 0: whole arrays along `fsdp` and its parts, either of which may be summed.
-    """
-    config, mesh = program.model.config, program.mesh
+def _sizes(program: Program) -> list[tuple[str, int]]:
+    """Of every array of parameters: where it belongs, and its numbers on a device, whole along `fsdp`."""
     params = jax.eval_shape(program.model.init, jax.random.key(0))
-    places = jax.tree.leaves(sharding.shardings(mesh, params))
+    places = jax.tree.leaves(sharding.shardings(program.mesh, params))
+    parts = [program.mesh.shape["tensor"] if "tensor" in place.spec else 1 for place in places]
+    leaves = jax.tree.leaves_with_path(params)
+    return [(path[0].key, x.size // n) for (path, x), n in zip(leaves, parts, strict=True)]
+
+
+def _parameters_of_a_device(program: Program) -> int:
+    return sum(size for _, size in _sizes(program))
+
+
+def _sums(program: Program) -> Counter[int]:
+    """How often a step may sum gradients of every size, whole or a part along `fsdp`: once for each array."""
+    config, tied = program.model.config, "kernel" not in jax.eval_shape(program.model.init, jax.random.key(0))["io"]
     # The table of positions is every layer's, and a compiler may leave its sum in each; a tied table is read twice.
-    times = {"position": config.depth, "layers": config.depth, "io": 1 if "kernel" in params["io"] else 2}
+    times = {"position": config.depth, "layers": config.depth, "io": 2 if tied else 1}
     found: Counter[int] = Counter()
-    for (path, x), place in zip(jax.tree.leaves_with_path(params), places, strict=True):
-        parts = mesh.shape["tensor"] if "tensor" in place.spec else 1
-        layers = config.depth if path[0].key == "layers" else 1
-        for shard in {shards} if shards else {1, mesh.shape["fsdp"]}:
-            found[x.size // layers // parts // shard] += times[path[0].key]
-            found[x.size // parts // shard] += layers > 1  # of all layers at once
+    for where, size in _sizes(program):
+        layers = config.depth if where == "layers" else 1
+        for shard in {1, program.mesh.shape["fsdp"]}:
+            found[size // layers // shard] += times[where]
+            found[size // shard] += layers > 1  # of all layers at once
     if config.layer == "transformer_xl":
-        found[_distances(program) // mesh.shape["tensor"]] += config.depth
+        found[_distances(program) // program.mesh.shape["tensor"]] += config.depth
     return found
 
 

@@ -27,7 +27,7 @@ while [[ ${1-} == --* ]]; do
       gpus=${1#*=}
       [[ $gpus =~ ^[0-9]+(,[0-9]+)*$ ]] || mistake "--gpus: expected numbers of GPUs, such as 0,1,2, found '$gpus'"
       ;;
-    --port=*) port=$(number "$1") ;;
+    --port=*) port=$(number "$1" 1 65535) ;;
     --grace=*) grace=$(number "$1") ;;
     *) shared_option "$1" ;;
   esac
@@ -83,7 +83,7 @@ watch() {
       code=0
       wait "${running[$number]}" || code=$?
       unset "running[$number]"
-      ((code && !failed)) || continue
+      ((code && !failed || code == 2 && failed != 2)) || continue # 2 is a mistake, whatever its loss did to the others
       say "process $number ended with exit code $code" 2>&3
       failed=$code deadline=$((SECONDS + grace))
       ((code == 75)) || signal TERM # at 75 the others are about to end by themselves

@@ -31,11 +31,11 @@ shared_option() {
   esac
 }
 
-# The value of --NAME=VALUE, a whole number of at most six digits and no less than the second argument.
+# The value of --NAME=VALUE, a whole number in the range of the second and third argument.
 number() {
-  local value=${1#*=} least=${2:-0}
-  if [[ ! $value =~ ^[0-9]{1,6}$ ]] || ((10#$value < least)); then
-    mistake "${1%%=*}: expected a whole number from $least to 999999, found '$value'"
+  local value=${1#*=} least=${2:-0} most=${3:-999999}
+  if [[ ! $value =~ ^[0-9]{1,6}$ ]] || ((10#$value < least || 10#$value > most)); then
+    mistake "${1%%=*}: expected a whole number from $least to $most, found '$value'"
   fi
   echo "$((10#$value))"
 }

@@ -77,8 +77,8 @@ failed() {
 ensure() {
   local told found=none
   if told=$("${tpu[@]}" describe "$name" "${place[@]}" --format='value(state)' 2>&1); then
-    [[ $told =~ PREEMPTED|TERMINATED ]] || return 0
-    found=${BASH_REMATCH[0]}
+    found=${told##*$'\n'} # behind what gcloud may warn of
+    [[ $found == PREEMPTED || $found == TERMINATED ]] || return 0
   elif [[ $told != *NOT_FOUND* ]]; then
     failed "$told" || return
   fi

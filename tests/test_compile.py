@@ -127,11 +127,12 @@ import json, jax
 from allattn import compile, config, hlo, sharding, traffic, train
 c = config.load("{root}/configs/demo.py", {changes})
 
-def judged():
+def judged(gathers=1):
     program = train.Program(c, sharding.make_mesh(c))
     quick = {{"xla_backend_optimization_level": 0}}
     text = compile.lower_step(program).compile(compiler_options=quick).as_text()
     uses = traffic.judge(hlo.collectives(text), program)
+    uses += (gathers - 1) * [use for use in uses if use.role == traffic.GATHER]
     return [traffic.violations(uses, program), traffic.summary(uses)]
 
 
@@ -151,7 +152,9 @@ def leaky(*inputs, **options):
     return jax.lax.pmean(out_BTHK, "data"), mass_BTH
 sharding.all_attention = leaky
 found.append(judged())
-sharding.all_attention, sharding.gathered = operation, lambda mesh, tree: tree
+sharding.all_attention = operation
+found.append(judged(gathers=2))
+sharding.gathered = lambda mesh, tree: tree
 found.append(judged())
 """
 
@@ -162,8 +165,11 @@ def judged(injected: str = "", **changes: str) -> list[Any]:
 
 
 def test_a_step_sends_what_it_must_and_nothing_else() -> None:
-    """All-attention on 2 x 2 x 2 devices. A sum inside the operation is found, and so is a table left in parts."""
-    (broken, uses), (leaks, _), (parts, _) = judged(INJECTED)
+    """All-attention on 2 x 2 x 2 devices.
+
+    What is found: a sum inside the operation, gathers twice as often, a table left in parts.
+    """
+    (broken, uses), (leaks, _), (often, _), (parts, _) = judged(INJECTED)
     assert broken == []
     roles = {use["role"] for use in uses}
     assert roles == {traffic.GRADIENT, traffic.GATHER, traffic.ACTIVATION, traffic.METRICS}
@@ -171,6 +177,7 @@ def test_a_step_sends_what_it_must_and_nothing_else() -> None:
     block = 2 * 24 * 64 * 4  # rows of a device x tokens x width x bytes
     assert sum(use["bytes"] for use in looped) == 3 * block * 4  # output; keys, values and queries in the backward pass
     assert leaks and all("all_attention" in line for line in leaks)
+    assert len(often) == 1 and often[0].startswith("fsdp gather: expected at most 133,545 numbers, found ")
     assert any("gather" in line for line in parts)
 
 

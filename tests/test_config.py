@@ -125,6 +125,21 @@ def test_file_outside_of_the_repository(tmp_path: Path) -> None:
         assert done.stdout == "3 128\n", done.stderr
 
 
+def test_files_of_two_folders(tmp_path: Path) -> None:
+    """In one process: each imports those beside it, before ours and whatever the other has imported."""
+    for folder, width in (("a", 24), ("b", 48)):
+        (tmp_path / folder / "configs").mkdir(parents=True)
+        text = (
+            f"from configs import demo\ndef get_config():\n    c = demo.get_config(); c.model.width = {width}; return c"
+        )
+        (tmp_path / folder / "configs" / "base_of.py").write_text(text)
+        (tmp_path / folder / "configs" / "enwik8_small.py").write_text("from configs.base_of import get_config")
+        (tmp_path / folder / "configs" / "mine.py").write_text("from configs.enwik8_small import get_config")
+    for folder, width in (("a", 24), ("b", 48), ("a", 24)):
+        assert configuration.load(str(tmp_path / folder / "configs" / "mine.py")).model.width == width
+    assert configuration.load(str(BASE.parent / "enwik8_small.py")).model.width == 512
+
+
 def test_json_holds_everything() -> None:
     c = configuration.load(str(BASE), {"model.depth": "2"})
     again = configuration.from_json(configuration.to_json(c))

@@ -13,12 +13,14 @@ from launching import LAUNCH, QUOTED, TRAIN, eventually, launch
 
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
-# A command: FOLDER CODE...; its k-th start notes its arguments and its GPU, and ends with the k-th code (the
-# last one from then on). Code "sleep" waits for SIGTERM and ends with 75, "deaf" waits and does not end at it.
+# A command: FOLDER CODES; its k-th start notes its arguments and its GPU, and ends with the k-th code (the last one
+# from then on). Code "sleep" waits for SIGTERM and ends with 75, "deaf" waits and does not end at it. Processes may
+# have codes of their own, as in 3,0/1.
 STAND_IN = """
 import os, pathlib, signal, sys, time
-folder, codes, place = pathlib.Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3:]
+folder, codes, place = pathlib.Path(sys.argv[1]), sys.argv[2].split("/"), sys.argv[3:]
 number = place[-1].removeprefix("--process=")
+codes = codes[min(int(number), len(codes) - 1)].split(",")
 started = len(list(folder.glob(f"{number}.*")))
 code = codes[min(started, len(codes) - 1)]
 signal.signal(signal.SIGTERM, signal.SIG_IGN if code == "deaf" else lambda *_: sys.exit(75))
@@ -83,6 +85,11 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
         ("local.sh", ["--processes=two", *TRAIN], "--processes: expected a whole number"),
         ("local.sh", ["--processes=0", *TRAIN], "--processes: expected a whole number from 1 to 999999, found '0'"),
         ("local.sh", ["--dry-run", "--processes=9223372036854775808", *TRAIN], "found '9223372036854775808'"),
+        (
+            "local.sh",
+            ["--processes=2", "--port=0", *TRAIN],
+            "--port: expected a whole number from 1 to 65535, found '0'",
+        ),
         ("local.sh", ["--processes=2", "--tries=0", *TRAIN], "--tries: expected a whole number from 1 to 999999"),
         *(("local.sh", [f"--gpus={gpus}", *TRAIN], f"found '{gpus}'") for gpus in ("", "all", "0,,1", "0,", ",0")),
         ("local.sh", ["--processes=2"], "expected a command"),
@@ -131,6 +138,12 @@ def test_each_process_has_its_gpu(tmp_path: Path) -> None:
 
 def test_a_mistake_is_not_tried_again(tmp_path: Path) -> None:
     done = run_local(tmp_path, "2,0", "--processes=2", "--delay=0")
+    assert done.returncode == 2 and "again" not in done.stderr
+
+
+@pytest.mark.parametrize("codes", ["2/1", "1/2"])
+def test_a_mistake_of_one_that_the_others_take_for_a_crash_is_not_tried_again(tmp_path: Path, codes: str) -> None:
+    done = run_local(tmp_path, codes, "--processes=2", "--delay=0")
     assert done.returncode == 2 and "again" not in done.stderr
 
 

@@ -53,6 +53,15 @@ def test_processes_that_would_score_different_things(trained: Path) -> None:
     assert re.fullmatch(f"allattn: process 1 has another task than process 0: {different}", line), line
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_process_that_alone_would_score_a_text(trained: Path, which: int) -> None:
+    text = f"--text={trained.parent}/texts/test.txt"
+    line = refused(lambda i: [text] if i == which else [], trained)
+    both = ["evaluate by 2 processes", "evaluate of a text by 2 processes"]
+    expected = f"{both[which]} in place of {both[1 - which]}"
+    assert line == f"allattn: process 1 has another command than process 0: {expected}"
+
+
 def test_processes_that_would_score_different_texts(trained: Path, tmp_path: Path) -> None:
     """Or none: a mistake of one of them ends both at once, with the one line."""
     texts = [tmp_path / "0.txt", tmp_path / "1.txt"]
