@@ -77,7 +77,7 @@ class _Program:
             elif found := _SEND.search(line):
                 yield self.sent(found, times)
             elif found := _WHILE.search(line):
-                rounds = self.rounds(line, found[1])
+                rounds = self.rounds(line, found[1], found[2])
                 yield from self.walk(found[2], times and rounds and times * rounds)
             elif found := _BRANCHES.search(line):
                 names = [n.strip(" %") for n in (found[1] or f"{found[2]},{found[3]}").split(",")]
@@ -86,14 +86,27 @@ class _Program:
             elif found := _CALLS.search(line):
                 yield from self.walk(found[1], times, line)
 
-    def rounds(self, line: str, condition: str) -> int | None:
+    def rounds(self, line: str, condition: str, body: str) -> int | None:
         """How often a loop runs: as the compiler noted, or the one number that its counter is compared with."""
         noted = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
         if noted:
             return int(noted[1])
         text = "\n".join(self.lines[condition])
         numbers = re.findall(r"[su]32\[\]\S* constant\((\d+)\)", text)
-        return int(numbers[0]) if len(numbers) == 1 and "direction=LT" in text else None
+        if len(numbers) != 1 or "direction=LT" not in text:
+            return None
+        return -(-int(numbers[0]) // self.stride(text, "\n".join(self.lines[body])))
+
+    def stride(self, condition: str, body: str) -> int:
+        """What a round adds to the counter: 1, but where the compiler makes several rounds one."""
+        place = re.search(r"get-tuple-element\(.*\), index=(\d+)", condition)
+        results = re.search(r"ROOT .* tuple\((.*?)\)", body)
+        if not place or not results:
+            return 1
+        counter = re.findall(r"%[\w.\-]+", results[1])[int(place[1])]
+        added = re.search(rf"{re.escape(counter)} = \S+ add\(%[\w.\-]+, (%[\w.\-]+)\)", body)
+        number = added and re.search(rf"{re.escape(added[1])} = \S+ constant\((\d+)\)", body)
+        return int(number[1]) if number else 1
 
     def collective(self, line: str, found: re.Match, inside: str, times: int | None, caller: str) -> Collective:
         kind, groups = found[2], tuple(map(tuple, _groups(line, self.devices)))

@@ -64,7 +64,16 @@ TEXT = """HloModule jit_step, entry_computation_layout={()->()}, num_partitions=
 
 %ring (state: (u32[], f32[4,8])) -> pred[] {
   %rounds = u32[]{:T(128)} constant(7)
-  ROOT %lt.2 = pred[]{:T(512)} compare(%counter, %rounds), direction=LT
+  %get-tuple-element.1 = u32[]{:T(128)} get-tuple-element(%state), index=1
+  ROOT %lt.2 = pred[]{:T(512)} compare(%get-tuple-element.1, %rounds), direction=LT
+}
+
+%twice (state: (f32[4,8], u32[])) -> (f32[4,8], u32[]) {
+  %constant.2 = u32[]{:T(128)} constant(2), metadata={op_name="dot"}
+  %add.5 = u32[]{:T(128)} add(%counter, %constant.2)
+  %permute.1 = (f32[4,8]{1,0}, f32[4,8]{1,0}, u32[], u32[]) collective-permute-start(%h), source_target_pairs={{0,1},{1,0}}
+  %permute.2 = (f32[4,8]{1,0}, f32[4,8]{1,0}, u32[], u32[]) collective-permute-start(%h), source_target_pairs={{0,1},{1,0}}
+  ROOT %tuple.1 = (f32[4,8]{1,0:T(8,128)}, /*index=1*/u32[]{:T(128)}) tuple(%permute.2, /*index=1*/%add.5), metadata={op_name="dot"}
 }
 
 %free (state: (s32[], f32[4,8])) -> (s32[], f32[4,8]) {
@@ -81,7 +90,7 @@ ENTRY %main (h: f32[4,8]) -> f32[4,8] {
   %while.1 = (s32[], f32[4,8]) while(%state), condition=%below, body=%body
   %while.2 = (s32[], f32[4,8]) while(%state), condition=%unknown, body=%free
   %while.3 = (s32[], f32[4,8]) while(%state), condition=%unknown, body=%body, backend_config={"known_trip_count":{"n":"3"}}
-  %while.4 = (u32[], f32[4,8]) while(%state), condition=%ring, body=%free
+  %while.4 = (u32[], f32[4,8]) while(%state), condition=%ring, body=%twice
   %gathered = (f32[2,8], f32[4,8]) all-gather-start(%h), replica_groups=[4,2]<=[2,2,2]T(2,1,0), dimensions={0}
   %wrapped_concatenate.1 = f32[10]{0} fusion(%a, %b), kind=kLoop, calls=%wrapped_concatenate_computation.1
   %send = (bf16[2,8,128]{2,1,0}, u32[]{:S(2)}, token[]) send(%h, %token), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
@@ -107,7 +116,7 @@ def test_reading() -> None:
         *of_body(5),
         hlo.Collective("collective-permute", (32,), 128, ((0, 1), (1, 0)), None, ""),
         *of_body(3),
-        hlo.Collective("collective-permute", (32,), 128, ((0, 1), (1, 0)), 7, ""),
+        *[hlo.Collective("collective-permute", (32,), 128, ((0, 1), (1, 0)), 4, "")] * 2,
         hlo.Collective("all-gather", (32,), 128, halves, 1, ""),
         hlo.Collective("all-reduce over slices", (2048,), 4096, ((),), 1, ""),
         hlo.Collective("all-reduce", (8, 2), 40, ((0, 1),), 1, ""),

@@ -5,6 +5,7 @@ Dimension key: B batch, T query position, S context key, D model width, H head, 
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import pytest
 from attention_cases import GEOMETRIES, arrays, call, options
 from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from allattn import compile, config, traffic
 from allattn.layers import project
 from allattn.topology import chip as known
 from allattn.topology import devices
@@ -87,6 +89,16 @@ def test_compiles(name: str, topology: str) -> None:
     layout = dict(re.findall(rf"(%[\w.]+) = {shape}{{([\d,]+)", text))
     moved = re.findall(rf"(%[\w.]+) = {shape}\S+ (?:copy|transpose)\((%[\w.]+)", text)
     assert layout and not [names for names in moved if layout[names[0]] != layout.get(names[1])]
+
+
+def test_kernels_that_go_round_a_ring() -> None:
+    """On a mesh that is all fsdp a TPU sends parts of kernels on while it multiplies: gathers, as many as it needs."""
+    changes = {"model.depth": "2", "mesh.fsdp": "16"}
+    c = config.load(str(Path(__file__).parents[1] / "configs" / "enwik8_xl_large.py"), changes)
+    found = compile.compile_step(c, "enwik8_xl_large", "v5e:4x4")
+    rings = [use for use in found.uses if use.collective.kind == "collective-permute"]
+    assert rings and {use.role for use in rings} == {traffic.GATHER} and {use.axes for use in rings} == {("fsdp",)}
+    assert found.fits and found.broken == []
 
 
 @pytest.mark.parametrize("machine", ["v5e:1x1", "v6e:1x1"])
