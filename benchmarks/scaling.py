@@ -118,7 +118,8 @@ def curve(step: Step, name: str) -> list[dict[str, Any]]:
 def read(c: ml_collections.ConfigDict, name: str, reach: float, file: Path) -> Step:
     """The step of a configuration from the file of compiled ones; spans that reach so far on average."""
     rows = [json.loads(line) for line in reversed(file.read_text().splitlines())]  # the newest first
-    rows = [row for row in rows if row["name"] == name and row["slices"] == 1]
+    plain = {"name": name, "slices": 1, "accumulation": 1}
+    rows = [row for row in rows if plain.items() <= row.items() and row["mesh"]["fsdp"] == 1]
     whole = next((row for row in rows if row["mesh"]["tensor"] == 1), None)
     split = next((row for row in rows if row["mesh"]["tensor"] > 1), None)
     if not (whole and split):
