@@ -55,6 +55,8 @@ OPERATION = "all_attention"  # stands in the name of all that a mesh computes in
 
 # The rarest words have a table that is narrower than fsdp may be wide, and small: every device then holds it whole.
 NARROW = re.compile(r"io/(embedding|kernel)/\d+$")
+# Looked up, or read by all layers: every device holds them whole while it computes.
+TABLES = re.compile(r"io/|position/table$")
 
 # XLA aborts a process whose CPU devices wait more than 40 s for each other, which those of a large model on CPU may.
 PATIENCE = " ".join(f"--xla_cpu_collective_call_{what}_timeout_seconds=100000" for what in ("warn_stuck", "terminate"))
@@ -168,7 +170,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     """
 
     def sharding(path: tuple, array: Any) -> NamedSharding:
-        name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
+        name = _name(path)
         spec = next((spec for pattern, spec in RULES if re.search(pattern, name)), None)
         if spec is None:
             raise LookupError(f"{name}: no rule in sharding.RULES")
@@ -181,6 +183,10 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
         return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _name(path: tuple) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path)
 
 
 def place(mesh: Mesh, tree: Any) -> Any:
@@ -210,13 +216,19 @@ def constrain(mesh: Mesh, tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, shardings(mesh, tree))
 
 
-def gathered(mesh: Mesh | None, tree: Any) -> Any:
-    """Values inside jitted code that every device is to hold whole from here on.
+def gathered(mesh: Mesh | None, params: Any) -> Any:
+    """Parameters inside jitted code, of which every device is to hold the tables whole from here on.
 
     Tables that are looked up must be: a lookup in a table whose columns are split would leave the partitioner to
-    bring the columns of hidden states together.
+    bring the columns of hidden states together. So is that of positions, which otherwise is gathered by its users.
     """
-    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))
+    if mesh is None:
+        return params
+
+    def whole(path: tuple, x: Array) -> Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P())) if TABLES.match(_name(path)) else x
+
+    return jax.tree_util.tree_map_with_path(whole, params)
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:

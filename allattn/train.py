@@ -114,7 +114,7 @@ def make_train_step(
         return x_BX.reshape(*x_AX.shape[1 : axis + 1], parts * shards * rows, *x_AX.shape[axis + 2 :])
 
     def loss(params: Params, cache_XBSD, inputs_BT, targets_BT, row_B, seeds_X, before):
-        network = model.bind({**params, "io": sharding.gathered(mesh, params["io"])})
+        network = model.bind(sharding.gathered(mesh, params))
         forward = network.train_forward(inputs_BT, cache_XBSD, seeds_X, row_B, attention, before, config.train.remat)
         nll_BT = nll_of(network.io, forward.hidden_BTD, targets_BT)
         penalty = 0.0
