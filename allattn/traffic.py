@@ -36,8 +36,7 @@ def judge(found: list[hlo.Collective], program: Program) -> list[Use]:
       found: from `hlo.collectives`, of a step on one slice.
       program: whose step it is; tells collectives of parameters by their sizes.
     """
-    sizes = _parameter_sizes(program)
-    uses = []
+    sizes, uses = set(_sums(program)), []
     for collective in found:
         axes = _axes(collective, program.mesh)
         if not axes:
@@ -78,18 +77,6 @@ def _axes(found: hlo.Collective, mesh: Mesh) -> tuple[str, ...]:
     return tuple(axis for axis, differs in zip(sharding.AXES, differ, strict=True) if differs)
 
 
-def _parameter_sizes(program: Program) -> set[int]:
-    """Elements that an array of parameters or of their gradients may have: of a layer or of all, whole or a shard."""
-    config, shape = program.model.config, program.mesh.shape
-    params = jax.eval_shape(program.model.init, jax.random.key(0))
-    whole = {1, *(x.size for x in jax.tree.leaves(params))}
-    whole |= {x.size // config.depth for x in jax.tree.leaves(params["layers"])}
-    if config.layer == "transformer_xl":
-        whole.add(_distances(program))
-    parts = {1, shape["fsdp"], shape["tensor"], shape["fsdp"] * shape["tensor"]}
-    return {size // part for size in whole for part in parts if size % part == 0}
-
-
 def violations(uses: list[Use], program: Program) -> list[str]:
     """What a step sends that it must not, a line each.
 
@@ -100,7 +87,7 @@ def violations(uses: list[Use], program: Program) -> list[str]:
       uses: from `judge`.
       program: whose step it is.
     """
-    lines = [f"{u.collective.kind} of {u.collective.bytes:,} bytes in {u.collective.place}" for u in uses if not u.role]
+    lines = _strangers(uses)
     if (small := sent(uses, METRICS)) > SMALL:
         lines.append(f"norms and metrics: expected at most {SMALL:,} bytes, found {small:,}")
     train, sums = program.config.train, _sums(program)
@@ -124,11 +111,16 @@ def violations_between(far: list[Use], near: list[Use]) -> list[str]:
       far: from `between_slices`.
       near: from `judge`, of a step on one of the slices.
     """
-    lines = [f"{u.collective.kind} of {u.collective.bytes:,} bytes in {u.collective.place}" for u in far if not u.role]
+    lines = _strangers(far)
     between, within = sent(far, BETWEEN), sent(near, GRADIENT) + sent(near, METRICS)
     if between > within:
         lines.append(f"between slices: expected no more than is summed within one, {within:,} bytes, found {between:,}")
     return lines
+
+
+def _strangers(uses: list[Use]) -> list[str]:
+    found = [use.collective for use in uses if not use.role]
+    return [f"{c.kind} of {c.bytes:,} bytes in {c.place}" for c in found]
 
 
 def _sizes(program: Program) -> list[tuple[str, int]]:
@@ -153,8 +145,9 @@ def _sums(program: Program) -> Counter[int]:
     for where, size in _sizes(program):
         layers = config.depth if where == "layers" else 1
         for shard in {1, program.mesh.shape["fsdp"]}:
-            found[size // layers // shard] += times[where]
-            found[size // shard] += layers > 1  # of all layers at once
+            if size % (layers * shard) == 0:
+                found[size // layers // shard] += times[where]
+                found[size // shard] += layers > 1  # of all layers at once
     if config.layer == "transformer_xl":
         found[_distances(program) // program.mesh.shape["tensor"]] += config.depth
     return found

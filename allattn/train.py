@@ -121,7 +121,7 @@ def make_train_step(
         if span.adaptive:  # coefficient x limit x mean over heads of z, summed over layers
             penalty = span.loss * span.limit * params["layers"]["span"].mean(1).sum()
         measured = nll_BT.mean(1), forward.mass_XBH.mean((0, 2))  # of rows, which are summed once in a step
-        return nll_BT.mean() + penalty, (*measured, jax.lax.stop_gradient(forward.new))
+        return nll_BT.mean() + penalty, (measured, jax.lax.stop_gradient(forward.new))
 
     def train_step(state: TrainState, batch: data.Batch) -> tuple[TrainState, metrics.TrainMetrics]:
         cache_XBSD = jnp.where(batch.before == 0, 0, state.cache).astype(state.cache.dtype)
@@ -140,12 +140,11 @@ def make_train_step(
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         by_row = (batch.inputs_BT, batch.targets_BT, jnp.arange(batch.inputs_BT.shape[0]))
         if parts == 1:
-            gradients, (nll_B, mass_B, new_XBTD) = part(zeros, (cache_XBSD, *by_row))
-            nll, mass = nll_B.mean(), mass_B.mean()
+            gradients, (measured, new_XBTD) = part(zeros, (cache_XBSD, *by_row))
         else:
             taken = (split(cache_XBSD, 1), *(split(x, 0) for x in by_row))
-            gradients, (nll_AB, mass_AB, new_AXBTD) = jax.lax.scan(part, zeros, taken)
-            gradients, nll, mass = jax.tree.map(lambda g: g / parts, gradients), nll_AB.mean(), mass_AB.mean()
+            gradients, (measured, new_AXBTD) = jax.lax.scan(part, zeros, taken)
+            gradients = jax.tree.map(lambda g: g / parts, gradients)
             new_XBTD = join(new_AXBTD, 1)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -153,6 +152,7 @@ def make_train_step(
             params["layers"]["span"] = jnp.clip(params["layers"]["span"], 0, 1)
         cache_XBSD = jnp.concatenate([cache_XBSD, new_XBTD], axis=2)[:, :, new_XBTD.shape[2] :]
         state = TrainState(state.step + 1, params, optimizer_state, cache_XBSD, state.key)
+        nll, mass = jax.tree.map(jnp.mean, measured)
         values = measure(config, params, nll, mass, optax.tree.norm(gradients), batch.inputs_BT.size)
         return state, values
 

@@ -66,7 +66,7 @@ start() {
   set +m
 }
 
-# All processes, once; returns the exit code of the first that failed.
+# All processes, once; returns the exit code of the first that failed, or 2 if any ended so.
 attempt() {
   local number
   for ((number = 0; number < processes; number++)); do start "$number"; done
