@@ -9,7 +9,7 @@ STAMP := .venv/.installed-$(VERSION)
 # A folder that another version of Python made is emptied first.
 FRESH = $(if $(wildcard .venv/bin/python$(VERSION)),,--clear)
 
-.PHONY: install demo notebook test test-all test-tpu-compile test-gpu-compile test-slurm lint bench bench-gpu \
+.PHONY: install demo notebook test test-all test-tpu-compile test-gpu-compile test-slurm same-program lint bench bench-gpu \
     bench-peers clean
 
 install: $(STAMP)
@@ -39,7 +39,7 @@ test-all: install  ## and the slow ones
 test-tpu-compile:  ## compile the TPU kernels and every model's step for v4 to tpu7x; fetches libtpu, needs no TPU
 	@test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
 	@.venv-tpu/bin/python -m pip install -q --disable-pip-version-check -e '.[test,tpu]'
-	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -q -s tests/test_tpu_compile.py
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -q -s tests/attention/test_tpu_compile.py
 	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m benchmarks.compile
 
 test-gpu-compile:  ## compile the GPU kernels, and a step for a node of H100; needs CUDA's compiler, which is fetched, but no GPU
@@ -47,13 +47,16 @@ test-gpu-compile:  ## compile the GPU kernels, and a step for a node of H100; ne
 	@.venv-gpu/bin/python -m pip install -q --disable-pip-version-check -e '.[test]'
 	@jax=$$(.venv-gpu/bin/python -c 'import jax; print(jax.__version__)') && .venv-gpu/bin/python -m pip install -q \
 	    --disable-pip-version-check --no-deps jax-cuda12-plugin==$$jax jax-cuda12-pjrt==$$jax nvidia-cuda-nvcc-cu12
-	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m pytest -q -s tests/test_gpu_compile.py
+	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m pytest -q -s tests/attention/test_gpu_compile.py
 
 test-slurm: install  ## launch/slurm.sbatch on a real SLURM, started here; needs root and Debian, which has the packages
 	@test "$$(id -u)" = 0 || { echo "make test-slurm: expected root, which SLURM's daemons need, found $$(id -un)" >&2; exit 2; }
 	@{ command -v slurmctld && command -v munged; } >/dev/null || { apt-get update -q && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends slurm-wlm munge; }
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -s tests/test_slurm.py
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -s tests/launch/test_slurm.py
+
+same-program: install  ## the same lowered programs as at BASE, a commit: nothing but names and places changed
+	$(BIN)/python .ci/same_program.py --base=$(BASE)
 
 lint: install
 	$(BIN)/ruff check .

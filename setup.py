@@ -10,7 +10,8 @@ setup(
     packages=find_packages(include=["allattn", "allattn.*"]),
     package_data={"allattn.attention": ["tuned.json"]},
     install_requires=[
-        "jax>=0.10.2,!=0.11.2,<0.13",  # 0.11.2 crashes on arrays of no elements, as of no pairs, within a mesh
+        # 0.11.2 crashes on arrays of no elements, as of no pairs, within a mesh
+        "jax>=0.10.2,!=0.11.2,<0.13",
         "flax>=0.12.8,<0.13",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",

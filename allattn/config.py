@@ -15,8 +15,9 @@ import ml_collections
 
 from allattn.errors import UserError
 
-# May differ between the run that made a workdir and one that goes on in it. None changes what an update computes, but
-# that the rate follows the number of steps; a run may nevertheless be lengthened.
+# May differ between the run that made a workdir and one that goes on in it. None changes what an
+# update computes, but that the rate follows the number of steps; a run may nevertheless be
+# lengthened.
 FREE = (
     *("dataset.data_dir", "mesh.", "checkpoint.", "evaluate.", "model.implementation"),
     *(
@@ -33,15 +34,26 @@ FREE = (
 
 # Smallest values of fields that are numbers, and bounds that a few must stay below.
 LEAST = {
-    **dict.fromkeys(("model.depth", "model.width", "model.heads", "model.vocab_size", "model.span.limit"), 1),
-    **dict.fromkeys(("model.span.ramp", "model.span.check_every", "checkpoint.every", "checkpoint.keep"), 1),
+    **dict.fromkeys(
+        ("model.depth", "model.width", "model.heads", "model.vocab_size", "model.span.limit"), 1
+    ),
+    **dict.fromkeys(
+        ("model.span.ramp", "model.span.check_every", "checkpoint.every", "checkpoint.keep"), 1
+    ),
     **dict.fromkeys(("train.batch", "train.block", "train.accumulation", "train.log_every"), 1),
-    **dict.fromkeys(("evaluate.every", "evaluate.batch", "evaluate.target_length", "evaluate.memory_length"), 1),
+    **dict.fromkeys(
+        ("evaluate.every", "evaluate.batch", "evaluate.target_length", "evaluate.memory_length"), 1
+    ),
     **dict.fromkeys(("model.adaptive_io.division",), 1),
     **dict.fromkeys(("model.feed_forward", "model.attention_dropout", "evaluate.clamp_length"), 0),
-    **dict.fromkeys(("model.persistent", "model.dropout", "model.embedding_dropout", "model.span.init"), 0),
+    **dict.fromkeys(
+        ("model.persistent", "model.dropout", "model.embedding_dropout", "model.span.init"), 0
+    ),
     **dict.fromkeys(("model.span.margin", "train.steps", "train.finetune_steps"), 0),
-    **dict.fromkeys(("optimizer.learning_rate", "optimizer.warmup", "optimizer.clip", "optimizer.weight_decay"), 0),
+    **dict.fromkeys(
+        ("optimizer.learning_rate", "optimizer.warmup", "optimizer.clip", "optimizer.weight_decay"),
+        0,
+    ),
     **dict.fromkeys(("train.peak_flops", "train.profile", "evaluate.max_tokens"), 0),
 }
 BELOW = dict.fromkeys(("model.dropout", "model.embedding_dropout", "model.attention_dropout"), 1)
@@ -58,12 +70,14 @@ def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.C
       The locked configuration.
 
     Raises:
-      UserError: no such file, it fails or has no get_config(), an unknown field (the nearest is named) or a value
-        of the wrong type.
+      UserError: no such file, it fails or has no get_config(), an unknown field (the nearest is
+        named) or a value of the wrong type.
     """
     file = Path(path)
     if "://" in path:
-        raise UserError(f"--config: expected a file on this machine, as it imports those beside it; found {path}")
+        raise UserError(
+            f"--config: expected a file on this machine, as it imports those beside it; found {path}"
+        )
     if not file.is_file():
         raise UserError(f"--config: expected a Python file with get_config(), found no file {path}")
     config = _read(file)
@@ -74,8 +88,13 @@ def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.C
 
 def _read(file: Path) -> ml_collections.ConfigDict:
     """Run an experiment file; `configs` is a package in it, of those beside the file and then ours, wherever it is."""
-    root = next((p.parent for p in file.resolve().parents if p.name == "configs"), file.resolve().parent)
-    roots = [str(root), str(Path(__file__).resolve().parents[1])]  # in a checkout, or installed as one: the repository
+    root = next(
+        (p.parent for p in file.resolve().parents if p.name == "configs"), file.resolve().parent
+    )
+    roots = [
+        str(root),
+        str(Path(__file__).resolve().parents[1]),
+    ]  # in a checkout, or installed as one: the repository
     sys.path[:0] = roots
     for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
         del sys.modules[name]  # of another experiment file, perhaps from another folder
@@ -88,7 +107,9 @@ def _read(file: Path) -> ml_collections.ConfigDict:
         for place in roots:
             sys.path.remove(place)
     if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(f"--config: expected get_config() in {file} that returns a ConfigDict, found none")
+        raise UserError(
+            f"--config: expected get_config() in {file} that returns a ConfigDict, found none"
+        )
     return config
 
 
@@ -126,7 +147,9 @@ def _parse(name: str, text: str, old: Any) -> Any:
         if kind is tuple:
             expected = "whole numbers with commas between, such as 20000,40000"
             raise UserError(f"--config.{name}: expected {expected}, found {text!r}") from None
-        raise UserError(f"--config.{name}: expected {kind.__name__}, such as {old!r}, found {text!r}") from None
+        raise UserError(
+            f"--config.{name}: expected {kind.__name__}, such as {old!r}, found {text!r}"
+        ) from None
 
 
 def fields(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -170,10 +193,14 @@ def check_clusters(config: ml_collections.ConfigDict) -> None:
         raise UserError(f"model.adaptive_io.cutoffs: expected {expected}, found {cutoffs}")
     if model.adaptive_io.division ** len(cutoffs) > model.width:
         expected = f"a number whose power {len(cutoffs)} is at most model.width {model.width}"
-        raise UserError(f"model.adaptive_io.division: expected {expected}, found {model.adaptive_io.division}")
+        raise UserError(
+            f"model.adaptive_io.division: expected {expected}, found {model.adaptive_io.division}"
+        )
 
 
-def with_vocabulary(config: ml_collections.ConfigDict, size: int, name: str) -> ml_collections.ConfigDict:
+def with_vocabulary(
+    config: ml_collections.ConfigDict, size: int, name: str
+) -> ml_collections.ConfigDict:
     """The configuration with the size of a data set's vocabulary, which a size of 0 leaves open.
 
     Raises:
@@ -181,7 +208,9 @@ def with_vocabulary(config: ml_collections.ConfigDict, size: int, name: str) -> 
     """
     if config.model.vocab_size not in (0, size):
         found = f"{size} symbols in {name}"
-        raise UserError(f"model.vocab_size: expected what the data has, {found}; found {config.model.vocab_size}")
+        raise UserError(
+            f"model.vocab_size: expected what the data has, {found}; found {config.model.vocab_size}"
+        )
     config = config.copy_and_resolve_references().lock()
     config.model.vocab_size = size
     return config
@@ -196,7 +225,10 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     """The inverse of `to_json`."""
 
     def with_tuples(found: dict[str, Any]) -> dict[str, Any]:
-        return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+        return {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in found.items()
+        }
 
     return ml_collections.ConfigDict(json.loads(text, object_hook=with_tuples)).lock()
 

@@ -14,13 +14,15 @@ import jax
 import ml_collections
 import numpy as np
 
-from allattn import bucket, checkpoint, data, distributed, sharding
-from allattn import evaluate as protocols
-from allattn import generate as sampler
+from allattn import data, sharding
 from allattn.config import from_json
 from allattn.errors import UserError
-from allattn.generate import Sampling
+from allattn.evaluation import sampling as sampler
+from allattn.evaluation import scoring as protocols
+from allattn.evaluation.sampling import Sampling
 from allattn.model import Model, ModelConfig, Params
+from allattn.sharding import processes
+from allattn.storage import checkpoint, paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,11 @@ class Run:
     step: int
 
     def evaluate(
-        self, split: str = "test", protocol: str | None = None, text: str | None = None, data_dir: str | None = None
+        self,
+        split: str = "test",
+        protocol: str | None = None,
+        text: str | None = None,
+        data_dir: str | None = None,
     ) -> dict[str, Any]:
         """Score a split of the run's data set, or a text file; of several processes each reads its share of the rows.
 
@@ -48,15 +54,22 @@ class Run:
           split, protocol, step, nll, bpc, ppl and tokens; of words also ppl_words.
 
         Raises:
-          UserError: a missing file, a symbol outside the vocabulary, too short a text, or processes that differ.
-          PreemptedError: SIGTERM, for which this call takes the place of a handler, came while it scored.
+          UserError: a missing file, a symbol outside the vocabulary, too short a text, or processes
+            that differ.
+          PreemptedError: SIGTERM, for which this call takes the place of a handler, came while it
+            scored.
         """
         protocol = protocol or self.config.evaluate.protocol
         found = functools.partial(self._tokens, split, text, data_dir)
-        tokens, _ = distributed.same("task", found, lambda found: f"{protocol}, step {self.step}, {found[1]}")
-        mesh, options = sharding.mesh_over_rows(), {"protocol": protocol, **protocols.options(self.config)}
-        params = sharding.place(mesh, self.params)
-        with distributed.Preemption() as stop:
+        tokens, _ = processes.require_same_result(
+            "task", found, lambda found: f"{protocol}, step {self.step}, {found[1]}"
+        )
+        mesh, options = (
+            sharding.mesh_over_rows(),
+            {"protocol": protocol, **protocols.options(self.config)},
+        )
+        params = sharding.put_on_mesh(mesh, self.params)
+        with processes.Preemption() as stop:
             options |= {"mesh": mesh, "vocabulary": self.vocabulary, "stop": stop}
             scores = protocols.evaluate_tokens(self.model, params, tokens, **options)
         return {"split": text or split, "protocol": protocol, "step": self.step, **scores}
@@ -65,11 +78,15 @@ class Run:
         """What to score, and a name that nothing else has."""
         if text is not None:
             read = _read(text)
-            return self.vocabulary.encode(read, close=True), f"text {hashlib.sha256(read).hexdigest()[:16]}"
+            return self.vocabulary.encode(
+                read, close=True
+            ), f"text {hashlib.sha256(read).hexdigest()[:16]}"
         c = self.config.dataset
         dataset = data.prepare(c.name, data_dir or c.data_dir or None, unit=c.unit)
         if dataset.vocabulary != self.vocabulary:
-            raise UserError(f"{dataset.path}: expected the vocabulary of the checkpoint, found another")
+            raise UserError(
+                f"{dataset.path}: expected the vocabulary of the checkpoint, found another"
+            )
         return dataset.tokens(split), f"{split} of {dataset.full_name}"
 
     def generate(
@@ -84,15 +101,18 @@ class Run:
           seed: of the draws.
 
         Returns:
-          The text of each symbol as it is drawn; words and line ends come with the space that goes before them.
+          The text of each symbol as it is drawn; words and line ends come with the space that goes
+          before them.
 
         Raises:
-          UserError: at once, for an empty prompt, one with a symbol outside the vocabulary, or a sampling option out
-            of range.
+          UserError: at once, for an empty prompt, one with a symbol outside the vocabulary, or a
+            sampling option out of range.
         """
         prompt = os.fsencode(prompt)  # of a command line the bytes as they were typed
         ids = self.vocabulary.encode(prompt)
-        return self._texts(sampler.generate(self.model, self.params, ids, length, sampling, seed), prompt)
+        return self._texts(
+            sampler.generate(self.model, self.params, ids, length, sampling, seed), prompt
+        )
 
     def _texts(self, tokens: Iterator[int], before: bytes) -> Iterator[bytes]:
         for token in tokens:
@@ -114,8 +134,8 @@ class Run:
 
 
 def _read(text: str) -> bytes:
-    path = bucket.parse("--text", text)
-    with bucket.reached(path):
+    path = paths.parse("--text", text)
+    with paths.reached(path):
         if not path.is_file():
             raise UserError(f"--text: expected a file, found none at {text}")
         return path.read_bytes()
@@ -135,7 +155,9 @@ def load(workdir: str | os.PathLike[str], step: int | str | None = None) -> Run:
       UserError: no such checkpoint, or it cannot be read.
     """
     with checkpoint.Checkpointer(workdir, create=False) as checkpoints:
-        number = distributed.same("checkpoint", functools.partial(checkpoints.resolve, step), str)
+        number = processes.require_same_result(
+            "checkpoint", functools.partial(checkpoints.resolve, step), str
+        )
         meta = checkpoints.restore_meta(number)
         config = from_json(meta["config"])
         model = Model(ModelConfig.from_config(config))

@@ -1,7 +1,8 @@
 """Every experiment of a folder, several seeds each, and one table of what came out.
 
-A run is a process of its own, so that one that fails leaves the others, and has a workdir of its own, so that a sweep
-that was stopped goes on where it stood. Files in the sweep's workdir: `sweep.md`, `sweep.csv`, `sweep.png`.
+A run is a process of its own, so that one that fails leaves the others, and has a workdir of its
+own, so that a sweep that was stopped goes on where it stood. Files in the sweep's workdir:
+`sweep.md`, `sweep.csv`, `sweep.png`.
 """
 
 import ast
@@ -22,17 +23,25 @@ from typing import Any, NamedTuple
 import ml_collections
 from etils import epath
 
-from allattn import checkpoint, metrics
 from allattn import config as configuration
 from allattn.errors import UserError
 from allattn.model import ModelConfig, forward_flops
+from allattn.storage import checkpoint
+from allattn.train import metrics
 
 COLUMNS = (
-    *("config", "parameters", "MFLOP"),  # required products of training on a token, with the spans of the end
+    *(
+        "config",
+        "parameters",
+        "MFLOP",
+    ),  # required products of training on a token, with the spans of the end
     *("steps", "tokens", "dev", "test", "unit", "seeds", "seconds", "published", "failed"),
 )
 SUBMITTED = "submitted; remove the file `submitted` from its workdir to submit it again"
-STEPS = ("train.steps", "train.finetune_steps")  # may differ when a run goes on, but not between compared ones
+STEPS = (
+    "train.steps",
+    "train.finetune_steps",
+)  # may differ when a run goes on, but not between compared ones
 
 
 class Job(NamedTuple):
@@ -81,46 +90,69 @@ def sweep(
       configs: folder of experiment files; those that begin with "_" are parts of others.
       workdir: folder or bucket URL of the sweep.
       seeds: runs of each experiment, with seeds 0, 1, ...
-      budget: tokens that every run trains on, with its file's share at a tenth of the rate; 0: as the file says.
+      budget: tokens that every run trains on, with its file's share at a tenth of the rate; 0: as
+        the file says.
       overrides: values as text, by dotted name, for every run.
-      launcher: words before the training command, such as a script of launch/ that submits it and returns; such runs
-        are collected by calling again. "": one after the other, here.
+      launcher: words before the training command, such as a script of launch/ that submits it and
+        returns; such runs are collected by calling again. "": one after the other, here.
       only: pattern of the names of the files to run, such as "*_tiny".
 
     Returns:
       The table, in Markdown.
 
     Raises:
-      UserError: no experiment in the folder, or some runs failed: the others were made all the same.
+      UserError: no experiment in the folder, or some runs failed: the others were made all the
+        same.
     """
-    files = sorted(path for path in Path(configs).glob(f"{only}.py") if not path.name.startswith("_"))
+    files = sorted(
+        path for path in Path(configs).glob(f"{only}.py") if not path.name.startswith("_")
+    )
     if not files or seeds < 1 or budget < 0:
         expected = f"a folder with experiment files ({only}.py), --seeds of at least 1 and --budget of at least 0"
-        raise UserError(f"--configs: expected {expected}, found {len(files)} in {configs}, {seeds} and {budget}")
+        raise UserError(
+            f"--configs: expected {expected}, found {len(files)} in {configs}, {seeds} and {budget}"
+        )
     taken = [name for name in ("seed", *(STEPS if budget else ())) if name in (overrides or {})]
     if taken:
-        raise UserError(f"--config.{taken[0]}: a sweep sets it from --seeds and --budget, found it given as well")
+        raise UserError(
+            f"--config.{taken[0]}: a sweep sets it from --seeds and --budget, found it given as well"
+        )
     folder = epath.Path(workdir)
-    jobs = [Job(file, seed, folder / f"{file.stem}-seed{seed}") for file in files for seed in range(seeds)]
+    jobs = [
+        Job(file, seed, folder / f"{file.stem}-seed{seed}")
+        for file in files
+        for seed in range(seeds)
+    ]
     results = {job: Result(job, {}, [], "not yet run") for job in jobs}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         words = shlex.split(launcher)
     except (OSError, ValueError) as error:
         raise UserError(f"--workdir={workdir}, --launcher={launcher}: {error}") from error
-    for job in sorted(jobs, key=lambda job: job.seed):  # every experiment once, before any of them again
+    for job in sorted(
+        jobs, key=lambda job: job.seed
+    ):  # every experiment once, before any of them again
         results[job] = _result(job, budget, dict(overrides or {}), words)
         text = write(folder, list(results.values()))
-    failed = [f"{r.job.workdir.name}: {r.failed}" for r in results.values() if r.failed and r.failed != SUBMITTED]
+    failed = [
+        f"{r.job.workdir.name}: {r.failed}"
+        for r in results.values()
+        if r.failed and r.failed != SUBMITTED
+    ]
     if failed:
-        raise UserError(f"{len(failed)} of {len(jobs)} runs failed, the others are in {folder / 'sweep.md'}: {failed}")
+        raise UserError(
+            f"{len(failed)} of {len(jobs)} runs failed, the others are in {folder / 'sweep.md'}: {failed}"
+        )
     return text
 
 
 def _result(job: Job, budget: int, overrides: dict[str, str], launcher: Sequence[str]) -> Result:
     """The result of a job, which is run unless it has ended before."""
     try:
-        overrides |= {"seed": str(job.seed), **_budget(configuration.load(str(job.config), overrides), budget)}
+        overrides |= {
+            "seed": str(job.seed),
+            **_budget(configuration.load(str(job.config), overrides), budget),
+        }
         _check_same(job, configuration.load(str(job.config), overrides))
         scores, failed = _scores(job), ""
         if not scores:
@@ -168,7 +200,15 @@ def _scores(job: Job) -> dict[str, Any]:
 def _run(job: Job, overrides: Mapping[str, str], launcher: Sequence[str]) -> str:
     """Train in a process of its own; returns why it failed, or SUBMITTED, or nothing."""
     flags = [f"--config.{name}={value}" for name, value in overrides.items()]
-    command = [sys.executable, "-m", "allattn", "train", f"--config={job.config}", f"--workdir={job.workdir}", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "allattn",
+        "train",
+        f"--config={job.config}",
+        f"--workdir={job.workdir}",
+        *flags,
+    ]
     submitted = job.workdir / "submitted"
     if launcher and submitted.exists():
         return SUBMITTED
@@ -188,7 +228,9 @@ def _watched(command: Sequence[str], log: epath.Path) -> tuple[int, str]:
     """Run a command; its exit code and what it printed, which also grows in the log where that is a local file."""
     local = log if "://" not in str(log) else epath.Path(tempfile.mkdtemp()) / log.name
     with local.open("w") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, check=False
+        ).returncode
     printed = local.read_text()
     if local != log:
         log.write_text(printed)
@@ -196,14 +238,19 @@ def _watched(command: Sequence[str], log: epath.Path) -> tuple[int, str]:
     return code, printed
 
 
-# --- the table ---------------------------------------------------------------------------------------------------
+# --- the table
+#
+#
+# ---------------------------------------------------------------------------------------------------
 
 
 def write(folder: epath.Path, results: Sequence[Result]) -> str:
     """Write the table as Markdown and CSV, and the plot; returns the Markdown."""
     rows = list(_rows(results))
     text = "\n".join(["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)])
-    text += "".join("\n| " + " | ".join(row[name] for name in COLUMNS) + " |" for row in rows) + "\n"
+    text += (
+        "".join("\n| " + " | ".join(row[name] for name in COLUMNS) + " |" for row in rows) + "\n"
+    )
     lines = io.StringIO()
     writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -226,7 +273,10 @@ def _rows(results: Sequence[Result]) -> Iterator[dict[str, str]]:
 
 def _figures(ended: Sequence[Result]) -> dict[str, str]:
     first, unit = ended[0].scores, ended[0].unit
-    dev = [next(row[f"dev_{unit}"] for row in reversed(result.rows) if f"dev_{unit}" in row) for result in ended]
+    dev = [
+        next(row[f"dev_{unit}"] for row in reversed(result.rows) if f"dev_{unit}" in row)
+        for result in ended
+    ]
     return {
         "parameters": f"{first['parameters']:,}",
         "MFLOP": f"{statistics.mean(_flops(result) for result in ended) / 1e6:.3g}",
@@ -243,7 +293,9 @@ def _figures(ended: Sequence[Result]) -> dict[str, str]:
 def _flops(result: Result) -> float:
     """Required products of training on one token (`forward_flops`), with the reach that the heads have at the end."""
     c = _checkpointed(result.job.workdir)
-    return 3 * forward_flops(ModelConfig.from_config(c), result.logged[-1]["mean_reach"], c.train.block)
+    return 3 * forward_flops(
+        ModelConfig.from_config(c), result.logged[-1]["mean_reach"], c.train.block
+    )
 
 
 @functools.cache
@@ -269,7 +321,9 @@ def _published(file: Path) -> str:
     """What the experiment's docstring says after "Published:"."""
     try:
         found = re.search(
-            r"^Published:(.+?)(?=^\S|\Z)", ast.get_docstring(ast.parse(file.read_text())) or "", re.M | re.S
+            r"^Published:(.+?)(?=^\S|\Z)",
+            ast.get_docstring(ast.parse(file.read_text())) or "",
+            re.M | re.S,
         )
     except SyntaxError:
         return ""
@@ -288,8 +342,15 @@ def _plot(path: epath.Path, ended: Sequence[Result]) -> None:
     for number, name in enumerate(names):
         ours, color = [result for result in ended if result.job.config.stem == name], f"C{number}"
         logged, each = ours[0].logged, ours[0].tokens_per_step
-        curves.plot([row["step"] * each for row in logged], [row[unit] for row in logged], label=name, color=color)
-        points.plot([result.scores[unit] for result in ours], [number] * len(ours), "o", color=color)
+        curves.plot(
+            [row["step"] * each for row in logged],
+            [row[unit] for row in logged],
+            label=name,
+            color=color,
+        )
+        points.plot(
+            [result.scores[unit] for result in ours], [number] * len(ours), "o", color=color
+        )
     curves.set(xlabel="tokens", ylabel=f"training {unit}")
     curves.legend(fontsize="small")
     points.set(xlabel=f"test {unit}, one point a seed", yticks=range(len(names)), yticklabels=names)

@@ -1,12 +1,14 @@
 """Speed of the operation alone, forward and with its gradients, beside the machine's own matrix product.
 
-Command:  python -m benchmarks.attention --geometry=enwik8_small --spans=full [--dropout=0.3] [--implementation=xla]
+Command:  python -m benchmarks.attention --geometry=enwik8_small --spans=full [--dropout=0.3]
+[--implementation=xla]
           python -m benchmarks.attention --geometry=enwik8_small --tune
-`--spans` is full, zero, or a JSON file that lists spans in tokens, layer by layer and head by head: each layer is
-timed. With dropout, the same work without it is timed in turn. Last line: JSON; share counts required products only
-(3 x the forward's for both directions). Rows are spread over devices as in training. With `--tune`, tile sizes are
-timed instead and the best enter the table that the implementation looks them up in. Dimension key: B batch, T query
-position, S context key, L distance, N persistent pair, H head, K head width, X layer.
+`--spans` is full, zero, or a JSON file that lists spans in tokens, layer by layer and head by head:
+each layer is timed. With dropout, the same work without it is timed in turn. Last line: JSON; share
+counts required products only (3 x the forward's for both directions). Rows are spread over devices
+as in training. With `--tune`, tile sizes are timed instead and the best enter the table that the
+implementation looks them up in. Dimension key: B batch, T query position, S context key, L
+distance, N persistent pair, H head, K head width, X layer.
 """
 
 import argparse
@@ -59,15 +61,28 @@ def inputs(arguments: argparse.Namespace) -> tuple[jax.Array, ...]:
     shapes = [(B, T, H, K), (B, T + L, H, K), (B, T + L, H, K), (1, L, K), (H, N, K), (H, N, K)]
     places = [NamedSharding(mesh, PartitionSpec(spec)) for spec in [sharding.ROWS] * 3 + [None] * 3]
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    draw = jax.jit(lambda key, shape: jax.random.normal(key, shape, arguments.dtype), static_argnums=1)
-    return tuple(jax.device_put(draw(*drawn), place) for *drawn, place in zip(keys, shapes, places, strict=True))
+    draw = jax.jit(
+        lambda key, shape: jax.random.normal(key, shape, arguments.dtype), static_argnums=1
+    )
+    return tuple(
+        jax.device_put(draw(*drawn), place)
+        for *drawn, place in zip(keys, shapes, places, strict=True)
+    )
 
 
 def operation(arguments: argparse.Namespace, dropout: float) -> Callable[..., jax.Array]:
     """The operation as a function of its arrays and the spans."""
     attention = sharding.attention_over(sharding.mesh_over_rows(), arguments.rows)
 
-    def run(query_BTHK, key_BSHK, value_BSHK, position_HLK, persistent_key_HNK, persistent_value_HNK, span_H):
+    def run(
+        query_BTHK,
+        key_BSHK,
+        value_BSHK,
+        position_HLK,
+        persistent_key_HNK,
+        persistent_value_HNK,
+        span_H,
+    ):
         return attention(
             *(query_BTHK, key_BSHK, value_BSHK),
             position_HLK=position_HLK,
@@ -97,9 +112,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     H, _, L, *_ = GEOMETRIES[arguments.geometry]
     span_XH, arrays = spans(arguments.spans, L, H), inputs(arguments)
     rates = sorted({0.0, arguments.dropout})
-    code: dict[tuple[str, float], Callable] = {("forward", r): jax.jit(operation(arguments, r)) for r in rates}
+    code: dict[tuple[str, float], Callable] = {
+        ("forward", r): jax.jit(operation(arguments, r)) for r in rates
+    }
     code |= {("both", r): jax.jit(both(operation(arguments, r))) for r in rates}
-    times: dict[tuple[str, float], list[list[float]]] = {name: [[] for _ in span_XH] for name in code}
+    times: dict[tuple[str, float], list[list[float]]] = {
+        name: [[] for _ in span_XH] for name in code
+    }
     before = machine.matmul_gflops(arguments.dtype)
     for repeat in range(arguments.repeats + 1):
         for layer, span_H in enumerate(span_XH):
@@ -108,11 +127,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 if repeat:  # the first compiles
                     times[name][layer].append(second)
     after = machine.matmul_gflops(arguments.dtype)
-    means = {name: statistics.mean(map(statistics.median, by_layer)) for name, by_layer in times.items()}
+    means = {
+        name: statistics.mean(map(statistics.median, by_layer)) for name, by_layer in times.items()
+    }
     forward, gradients = means["forward", arguments.dropout], means["both", arguments.dropout]
     rate, flops = (before + after) / 2 * 1e9, required_flops(arguments, span_XH)
     return {
-        **{name: getattr(arguments, name) for name in ("geometry", "spans", "rows", "dropout", "dtype")},
+        **{
+            name: getattr(arguments, name)
+            for name in ("geometry", "spans", "rows", "dropout", "dtype")
+        },
         "implementation": arguments.implementation or "best here",
         "forward_ms": round(forward * 1e3, 2),
         "both_ms": round(gradients * 1e3, 2),
@@ -134,17 +158,24 @@ def tune_tiles(arguments: argparse.Namespace) -> dict[str, Any]:
     def seconds(tiles: Any) -> float:
         if tiles not in code:  # traced while these tiles are in force
             code[tiles] = jax.jit(both(operation(arguments, arguments.dropout)))
-        return sum(machine.seconds(functools.partial(code[tiles], *arrays, jnp.asarray(span_H))) for span_H in span_XH)
+        return sum(
+            machine.seconds(functools.partial(code[tiles], *arrays, jnp.asarray(span_H)))
+            for span_H in span_XH
+        )
 
     sizes = {"T": T, "L": L, "N": N, "K": K}
     row = tune.tune(implementation, sizes, seconds, arguments.repeats) | machine.provenance()
-    tune.enter(row | {"geometry": arguments.geometry, "spans": arguments.spans, "dtype": arguments.dtype})
+    tune.enter(
+        row | {"geometry": arguments.geometry, "spans": arguments.spans, "dtype": arguments.dtype}
+    )
     return row
 
 
 def main() -> None:
     """Parse the flags, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="small-8")
     parser.add_argument("--spans", default="full", help="full, zero, or a JSON file")
     parser.add_argument("--rows", type=int, default=8, help="B")
@@ -152,7 +183,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--implementation", choices=("", *IMPLEMENTATIONS), default="")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--tune", action="store_true", help="measure tile sizes and enter the best in the table")
+    parser.add_argument(
+        "--tune", action="store_true", help="measure tile sizes and enter the best in the table"
+    )
     arguments = parser.parse_args()
     sharding.use_cores(arguments.rows)
     print(json.dumps(tune_tiles(arguments) if arguments.tune else measure(arguments)))

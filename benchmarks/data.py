@@ -13,7 +13,9 @@ import numpy as np
 from allattn.data import Stream, prepare
 
 
-def measure(folder: Path, steps: int, batch: int, block: int, megabytes: int) -> dict[str, float | int | str]:
+def measure(
+    folder: Path, steps: int, batch: int, block: int, megabytes: int
+) -> dict[str, float | int | str]:
     """Prepares random text in `folder` and reads `steps` blocks of it in order; rates in million tokens a second."""
     rng = np.random.default_rng(0)
     texts = folder / "texts"

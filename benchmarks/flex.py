@@ -1,12 +1,14 @@
 """The operation written with PyTorch's FlexAttention, forward and with its gradients, on a GPU.
 
 Command:  python -m benchmarks.flex --geometry=enwik8_small --rows=64 --dtype=bfloat16 --spans=full
-It does the same job: persistent pairs are further keys, positions and the soft span are a score modification, the band
-and the spans' ends are a block mask, so blocks outside a head's reach are skipped. It differs in two things: dropout is
-not to be had (FlexAttention has none), and query.position stands in memory as B T H L float32 numbers, its gradient as
-well, since a score modification cannot multiply by a table. The block mask is made once, not at each call. Last line:
-JSON as benchmarks/attention.py prints it; share counts the same required products. Dimension key: B batch, T query
-position, S context key, C context key or persistent pair, L distance, N persistent pair, H head, K head width.
+It does the same job: persistent pairs are further keys, positions and the soft span are a score
+modification, the band and the spans' ends are a block mask, so blocks outside a head's reach are
+skipped. It differs in two things: dropout is not to be had (FlexAttention has none), and
+query.position stands in memory as B T H L float32 numbers, its gradient as well, since a score
+modification cannot multiply by a table. The block mask is made once, not at each call. Last line:
+JSON as benchmarks/attention.py prints it; share counts the same required products. Dimension key: B
+batch, T query position, S context key, C context key or persistent pair, L distance, N persistent
+pair, H head, K head width.
 """
 
 import argparse
@@ -52,11 +54,18 @@ def all_attention(
 ) -> Tensor:
     """`allattn.attention.all_attention` for S = T + L, as out_BHTK; `attention` is flex_attention, compiled or not."""
     (B, _, _, K), S, L = query_BHTK.shape, key_BHSK.shape[2], position_LK.shape[0]
-    by_distance_BHTL = ((query_BHTK * K**-0.5) @ position_LK.T).float()  # gradients are added to it atomically
-    bias_BHTL = by_distance_BHTL + log_mask(span_H, ramp, torch.arange(1, L + 1, device=span_H.device))[:, None]
+    by_distance_BHTL = (
+        (query_BHTK * K**-0.5) @ position_LK.T
+    ).float()  # gradients are added to it atomically
+    bias_BHTL = (
+        by_distance_BHTL
+        + log_mask(span_H, ramp, torch.arange(1, L + 1, device=span_H.device))[:, None]
+    )
 
     def score(logit, b, h, t, c):
-        row = (L + t - c - 1) % L  # of persistent pairs any row, different ones, for the sake of the atomic additions
+        row = (
+            L + t - c - 1
+        ) % L  # of persistent pairs any row, different ones, for the sake of the atomic additions
         return torch.where(c < S, logit + bias_BHTL[b, h, t, row], logit)
 
     key_BHCK = torch.cat([key_BHSK, persistent_key_HNK.expand(B, -1, -1, -1)], 2)
@@ -95,7 +104,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     span_XH = spans(arguments.spans, L, H)
     span_H = torch.tensor(span_XH[0], device="cuda", requires_grad=True)
     arrays = [*inputs(arguments), span_H]
-    mask, attention = block_mask(span_H.detach(), RAMP, T, L, N), torch.compile(flex_attention, dynamic=False)
+    mask, attention = (
+        block_mask(span_H.detach(), RAMP, T, L, N),
+        torch.compile(flex_attention, dynamic=False),
+    )
 
     def run() -> Tensor:
         return all_attention(*arrays, ramp=RAMP, mask=mask, attention=attention)
@@ -121,7 +133,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Parse the flags, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="enwik8_small")
     parser.add_argument("--spans", choices=("full", "zero"), default="full")
     parser.add_argument("--rows", type=int, default=64, help="B")
@@ -129,7 +143,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("FlexAttention: expected a GPU that PyTorch sees, since its backward pass needs one, found none")
+        sys.exit(
+            "FlexAttention: expected a GPU that PyTorch sees, since its backward pass needs one, found none"
+        )
     jax.config.update("jax_platforms", "cpu")  # the GPU's memory is PyTorch's
     print(json.dumps(measure(arguments)))
 

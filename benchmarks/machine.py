@@ -44,7 +44,9 @@ def _commit() -> str:
     """Short hash of the checkout that runs, with "-dirty" if files other than results have changed; "" outside one."""
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", *words], capture_output=True, text=True, check=False
+        ).stdout.strip()
 
     changes = git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
     return git("rev-parse", "--short", "HEAD") + ("-dirty" if changes else "")

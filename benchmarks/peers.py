@@ -1,11 +1,12 @@
 """Ours beside PyTorch formulations of the same training step, taken in turn in one run; the PyTorch side in a child.
 
-Command:  python -m benchmarks.peers [--geometry=tiny --geometry=small-8] [--python=.venv-peers/bin/python]
-The job: one update (forward, backward, Adagrad) at geometries of benchmarks/train.py with full spans, float32, no
-dropout, one thread per core. In each round everybody has a turn, and so has the machine's own matrix product; figures
-are medians over rounds. `products` are what one token requires, relative to ours; `share` is these products over the
-matrix product. What the peers do and what not is in PEERS; peers_torch.py has their code. The lines printed also go,
-as JSON, to a file under benchmarks/results.
+Command:  python -m benchmarks.peers [--geometry=tiny --geometry=small-8]
+[--python=.venv-peers/bin/python] The job: one update (forward, backward, Adagrad) at geometries of
+benchmarks/train.py with full spans, float32, no dropout, one thread per core. In each round
+everybody has a turn, and so has the machine's own matrix product; figures are medians over rounds.
+`products` are what one token requires, relative to ours; `share` is these products over the matrix
+product. What the peers do and what not is in PEERS; peers_torch.py has their code. The lines
+printed also go, as JSON, to a file under benchmarks/results.
 """
 
 import argparse
@@ -55,7 +56,9 @@ def start(arguments: argparse.Namespace, config: ModelConfig, block: int) -> sub
     job = {name: getattr(config, name) for name in names}
     job |= {"rows": arguments.rows, "block": block, "threads": os.cpu_count()}
     command = [arguments.python, "-m", "benchmarks.peers_torch", json.dumps(job)]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
 
 
 def ask(child: subprocess.Popen, name: str, count: int) -> float:
@@ -66,7 +69,9 @@ def ask(child: subprocess.Popen, name: str, count: int) -> float:
     return json.loads(child.stdout.readline())
 
 
-def take_turns(runs: dict[str, Callable[[int], float]], rounds: int) -> tuple[dict[str, float], float]:
+def take_turns(
+    runs: dict[str, Callable[[int], float]], rounds: int
+) -> tuple[dict[str, float], float]:
     """Seconds per step of everybody and the rate of the matrix product in GFLOP/s, medians over rounds."""
     for run in runs.values():
         run(2)  # compiles
@@ -77,7 +82,9 @@ def take_turns(runs: dict[str, Callable[[int], float]], rounds: int) -> tuple[di
         rates.append(machine.matmul_gflops())
         for name, run in runs.items():
             times[name].append(run(counts[name]) / counts[name])
-    return {name: statistics.median(taken) for name, taken in times.items()}, statistics.median(rates)
+    return {name: statistics.median(taken) for name, taken in times.items()}, statistics.median(
+        rates
+    )
 
 
 def required_flops(config: ModelConfig, block: int, name: str) -> float:
@@ -133,11 +140,17 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure every geometry, print the table, append to the file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--geometry", action="append", choices=tuple(train.GEOMETRIES))
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--python", default=str(ROOT / ".venv-peers/bin/python"), help="has torch and x-transformers")
+    parser.add_argument(
+        "--python",
+        default=str(ROOT / ".venv-peers/bin/python"),
+        help="has torch and x-transformers",
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     parser.set_defaults(dropout=0.0, dtype="float32", implementation="", remat="")
     arguments = parser.parse_args()

@@ -1,10 +1,10 @@
 """The PyTorch side of benchmarks/peers.py, in an environment of its own: networks, their training step, its time.
 
 Command:  python -m benchmarks.peers_torch JOB
-JOB is a JSON object with the fields of `Job`. The first line printed is JSON with the versions; then each line read,
-JSON [peer, steps], is answered with the seconds that these steps took. Dimension key: B row, T position in the block,
-S context position, C context position or persistent pair, L distance, N persistent pair, H head, K head width, D model
-width, V vocabulary.
+JOB is a JSON object with the fields of `Job`. The first line printed is JSON with the versions;
+then each line read, JSON [peer, steps], is answered with the seconds that these steps took.
+Dimension key: B row, T position in the block, S context position, C context position or persistent
+pair, L distance, N persistent pair, H head, K head width, D model width, V vocabulary.
 """
 
 import functools
@@ -47,12 +47,21 @@ def log_mask(span_H: Tensor, ramp: int, distance_L: Tensor) -> Tensor:
 def skew(by_distance_BHTL: Tensor) -> Tensor:
     """Values by distance, farthest first, moved to the keys that they belong to; -inf where there is no distance."""
     B, H, T, L = by_distance_BHTL.shape
-    shifted_BHTS = F.pad(by_distance_BHTL, (0, T + 1), value=-math.inf)  # one column more than keys, so rows move on
+    shifted_BHTS = F.pad(
+        by_distance_BHTL, (0, T + 1), value=-math.inf
+    )  # one column more than keys, so rows move on
     return shifted_BHTS.flatten(2)[..., : T * (T + L)].reshape(B, H, T, T + L)
 
 
 def all_attention(
-    query_BHTK, key_BHSK, value_BHSK, position_LK, persistent_key_HNK, persistent_value_HNK, span_H, ramp
+    query_BHTK,
+    key_BHSK,
+    value_BHSK,
+    position_LK,
+    persistent_key_HNK,
+    persistent_value_HNK,
+    span_H,
+    ramp,
 ):
     """The operation through PyTorch's fused attention: positions and spans are a bias, persistent pairs more keys.
 
@@ -68,7 +77,9 @@ def all_attention(
     """
     (B, _, _, K), L, N = query_BHTK.shape, position_LK.shape[0], persistent_key_HNK.shape[1]
     distance_L = torch.arange(L, 0, -1)
-    bias_BHTL = (query_BHTK * K**-0.5) @ position_LK.flip(0).T + log_mask(span_H, ramp, distance_L)[:, None]
+    bias_BHTL = (query_BHTK * K**-0.5) @ position_LK.flip(0).T + log_mask(span_H, ramp, distance_L)[
+        :, None
+    ]
     bias_BHTC = F.pad(skew(bias_BHTL), (0, N))
     key_BHCK = torch.cat([key_BHSK, persistent_key_HNK.expand(B, -1, -1, -1)], 2)
     value_BHCK = torch.cat([value_BHSK, persistent_value_HNK.expand(B, -1, -1, -1)], 2)
@@ -96,8 +107,13 @@ class Layer(nn.Module):
     def forward(self, h_BTD: Tensor, cache_BLD: Tensor, position_LK: Tensor) -> Tensor:
         D, H, K = self.query.shape
 
-        def project(kernel_DHK: Tensor, *states: Tensor) -> Tensor:  # apart, as the cache needs no gradient
-            parts = [(states_BSD @ kernel_DHK.reshape(D, H * K)).unflatten(2, (H, K)) for states_BSD in states]
+        def project(
+            kernel_DHK: Tensor, *states: Tensor
+        ) -> Tensor:  # apart, as the cache needs no gradient
+            parts = [
+                (states_BSD @ kernel_DHK.reshape(D, H * K)).unflatten(2, (H, K))
+                for states_BSD in states
+            ]
             return torch.cat(parts, 1).transpose(1, 2)
 
         out_BHTK = all_attention(
@@ -143,7 +159,12 @@ class XTransformers(nn.Module):
         from x_transformers import Decoder, TransformerWrapper  # benchmarks/flex.py does without
 
         layers = Decoder(
-            **dict(dim=job.width, depth=job.depth, heads=job.heads, attn_dim_head=job.width // job.heads),
+            **dict(
+                dim=job.width,
+                depth=job.depth,
+                heads=job.heads,
+                attn_dim_head=job.width // job.heads,
+            ),
             **dict(only_attn=True, pre_norm=False, rotary_pos_emb=True),
             **dict(attn_num_mem_kv=job.persistent, attn_flash=fused),
         )
@@ -194,7 +215,9 @@ def main() -> None:
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
     steps = {name: trainer(build(job), job) for name, build in PEERS.items()}
-    versions: dict[str, Any] = {name: importlib.metadata.version(name) for name in ("torch", "x-transformers")}
+    versions: dict[str, Any] = {
+        name: importlib.metadata.version(name) for name in ("torch", "x-transformers")
+    }
     print(json.dumps(versions), flush=True)
     for line in sys.stdin:
         name, count = json.loads(line)

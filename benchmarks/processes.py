@@ -1,11 +1,12 @@
 """Weak scaling, measured: what a process has to do where 1, 2 and 4 of them train together, with as many rows each.
 
 Command:  python -m benchmarks.processes [--steps=40] [--config.a.b=value ...]
-Real processes on this machine, started by launch/local.sh, with one device each, train the demo's network over gloo.
-Last line: JSON with the FLOPs per token of a process's program, by the compiler's count (of a loop's body once, however
-many processes there are), and the CPU seconds per token of the threads that compute. Processes on one machine slow each
-other down, so the seconds of those that train together are divided by those of as many that train at once, each by
-itself: medians of three such pairs, five minutes in all. Needs Linux.
+Real processes on this machine, started by launch/local.sh, with one device each, train the demo's
+network over gloo. Last line: JSON with the FLOPs per token of a process's program, by the
+compiler's count (of a loop's body once, however many processes there are), and the CPU seconds per
+token of the threads that compute. Processes on one machine slow each other down, so the seconds of
+those that train together are divided by those of as many that train at once, each by itself:
+medians of three such pairs, five minutes in all. Needs Linux.
 """
 
 import argparse
@@ -23,7 +24,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from allattn import config, data, distributed, sharding, train
+from allattn import config, data, sharding, train
+from allattn.sharding import processes
 from benchmarks.machine import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,9 +38,12 @@ def work(words: Sequence[str], processes: int, steps: int) -> dict[str, float]:
     changes = dict(word.removeprefix("--config.").split("=", 1) for word in words)
     changes |= {"train.batch": str(ROWS * processes), "model.vocab_size": str(VOCABULARY)}
     c = config.load(str(ROOT / "configs" / "demo.py"), changes)
-    program, bucket = train.Program(c, sharding.make_mesh(c)), c.model.span.limit
+    program, bucket = train.TrainProgram(c, sharding.make_mesh(c)), c.model.span.limit
     places = jax.tree.map(lambda x: x.sharding, program.abstract_state(bucket))
-    state, batch = jax.jit(program.init_state(bucket), out_shardings=places)(), random_batch(program)
+    state, batch = (
+        jax.jit(program.init_state(bucket), out_shardings=places)(),
+        random_batch(program),
+    )
     step = program.jitted_step(bucket).lower(state, batch).compile()
     state = repeat(step, state, batch, WARM)
     began = computing()
@@ -48,18 +53,22 @@ def work(words: Sequence[str], processes: int, steps: int) -> dict[str, float]:
     return {"flops": flops / tokens, "cpu_s": spent / steps / tokens}
 
 
-def random_batch(program: train.Program) -> data.Batch:
+def random_batch(program: train.TrainProgram) -> data.Batch:
     """A block of random symbols, of which this process draws its own rows."""
-    c, rng = program.config, np.random.default_rng(distributed.index())
+    c, rng = program.config, np.random.default_rng(processes.index())
     rows = sharding.Rows(program.mesh, c.train.batch)
 
     def draw() -> jax.Array:
-        return rows.place(rng.integers(VOCABULARY, size=(len(rows.local), c.train.block), dtype=np.int32))
+        return rows.place(
+            rng.integers(VOCABULARY, size=(len(rows.local), c.train.block), dtype=np.int32)
+        )
 
     return data.Batch(draw(), draw(), np.int32(c.model.span.limit))
 
 
-def repeat(step: jax.stages.Compiled, state: train.TrainState, batch: data.Batch, times: int) -> train.TrainState:
+def repeat(
+    step: jax.stages.Compiled, state: train.TrainState, batch: data.Batch, times: int
+) -> train.TrainState:
     """The state after so many steps, each of which is waited for."""
     for _ in range(times):
         state, _ = jax.block_until_ready(step(state, batch))
@@ -81,27 +90,45 @@ def at_once(processes: int, words: Sequence[str]) -> dict[str, float]:
     program = [sys.executable, "-m", "benchmarks.processes", *words]
     command = ["launch/local.sh", f"--processes={processes}", "--tries=1", *program]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    found = [json.loads(text) for text in re.findall(r"{.*?}", done.stdout)]  # others may write into the same line
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    found = [
+        json.loads(text) for text in re.findall(r"{.*?}", done.stdout)
+    ]  # others may write into the same line
     if done.returncode or len(found) != processes:
-        raise RuntimeError(f"{processes} processes: expected a line of each, found {found}: {done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"{processes} processes: expected a line of each, found {found}: {done.stderr[-2000:]}"
+        )
     return {name: max(one[name] for one in found) for name in found[0]}
 
 
 def measure(words: Sequence[str] = ()) -> dict[str, Any]:
     """Work per token where 1, 2 and 4 processes train together, and over that of processes that train by themselves."""
-    pairs = [[(at_once(n, words), at_once(n, ["--alone", *words])) for n in COUNTS] for _ in range(REPEATS)]
+    pairs = [
+        [(at_once(n, words), at_once(n, ["--alone", *words])) for n in COUNTS]
+        for _ in range(REPEATS)
+    ]
     found: dict[str, Any] = {"processes": COUNTS, "cores": os.cpu_count()}
     for name in ("flops", "cpu_s"):
-        of_count = [[(joined[name], alone[name]) for joined, alone in column] for column in zip(*pairs, strict=True)]
-        found[f"{name}_per_token"] = [statistics.median(joined for joined, _ in column) for column in of_count]
-        found[f"{name}_ratio"] = [round(statistics.median(a / b for a, b in column), 4) for column in of_count]
+        of_count = [
+            [(joined[name], alone[name]) for joined, alone in column]
+            for column in zip(*pairs, strict=True)
+        ]
+        found[f"{name}_per_token"] = [
+            statistics.median(joined for joined, _ in column) for column in of_count
+        ]
+        found[f"{name}_ratio"] = [
+            round(statistics.median(a / b for a, b in column), 4) for column in of_count
+        ]
     return found
 
 
 def main() -> None:
     """The command, or one of the processes that it starts."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, kind in (("coordinator", str), ("processes", int), ("process", int)):
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
@@ -115,9 +142,9 @@ def main() -> None:
         print(json.dumps({"benchmark": "processes", **found, **provenance()}))
         return
     if not arguments.alone:
-        distributed.start(arguments.coordinator, arguments.processes, arguments.process)
-    print(json.dumps(work(words, distributed.count(), arguments.steps)), flush=True)
-    distributed.stop(0)
+        processes.start(arguments.coordinator, arguments.processes, arguments.process)
+    print(json.dumps(work(words, processes.count(), arguments.steps)), flush=True)
+    processes.stop(0)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Where a training step's time goes, by kind of operation.
 
 Command:  python -m benchmarks.profile --geometry=small-8 --spans=full
-Each line: time of one step (on a CPU of all its threads), share, number of calls, kind. On a CPU, products are the
-operations that XLA runs as matrix products, whatever it calls them; nested scopes (loops, calls) are left out, so that
-nothing counts twice. On a GPU a kind is a kernel, and its own are named as in `gpu_kernels`.
+Each line: time of one step (on a CPU of all its threads), share, number of calls, kind. On a CPU,
+products are the operations that XLA runs as matrix products, whatever it calls them; nested scopes
+(loops, calls) are left out, so that nothing counts twice. On a GPU a kind is a kernel, and its own
+are named as in `gpu_kernels`.
 """
 
 import argparse
@@ -20,7 +21,9 @@ from allattn.model import Model, ModelConfig
 from benchmarks import train
 
 PRODUCTS = re.compile(r"ynn_fusion|dot|.*matmul")
-SCOPES = re.compile(r"while|call|conditional|Thunk|\$|end:|Wait|Rendezvous|Pjit|cpp_|shard_arg|.*Execute|.*Launch")
+SCOPES = re.compile(
+    r"while|call|conditional|Thunk|\$|end:|Wait|Rendezvous|Pjit|cpp_|shard_arg|.*Execute|.*Launch"
+)
 
 
 def events(folder: str) -> dict[str, tuple[float, int]]:
@@ -29,7 +32,11 @@ def events(folder: str) -> dict[str, tuple[float, int]]:
     path = next(Path(folder).rglob("*.xplane.pb"))
     on_gpu = jax.default_backend() == "gpu"
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-        lines = [line for line in plane.lines if not on_gpu or ("GPU" in plane.name and "Stream" in line.name)]
+        lines = [
+            line
+            for line in plane.lines
+            if not on_gpu or ("GPU" in plane.name and "Stream" in line.name)
+        ]
         for event in (event for line in lines for event in line.events):
             kind = event.name.split(".")[0]
             kind = "products" if PRODUCTS.match(event.name) and not on_gpu else kind
@@ -41,7 +48,9 @@ def events(folder: str) -> dict[str, tuple[float, int]]:
 
 def main() -> None:
     """Trace one step after two, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--geometry", choices=tuple(train.GEOMETRIES), default="small-8")
     parser.add_argument("--spans", default="full", help="full, zero, mixed, or a JSON file")
     parser.add_argument("--rows", type=int, default=8)

@@ -1,9 +1,9 @@
 """Scaling on paper: step time and efficiency from 1 to 4096 chips, from FLOPs, chips' rates and compiled collectives.
 
 Command:  python -m benchmarks.scaling [--config=enwik8_large] [--chip=v5e]
-Reads the newest benchmarks/results/*-compile.jsonl, and writes DATE-scaling.md and .png beside it. Measured here is one
-thing, that a process has no more to do where there are more of them (benchmarks/processes.py). `ASSUMED` says what the
-rest stands on.
+Reads the newest benchmarks/results/*-compile.jsonl, and writes DATE-scaling.md and .png beside it.
+Measured here is one thing, that a process has no more to do where there are more of them
+(benchmarks/processes.py). `ASSUMED` says what the rest stands on.
 """
 
 import argparse
@@ -18,8 +18,10 @@ import matplotlib
 import ml_collections
 import numpy as np
 
-from allattn import config, topology, traffic
+from allattn import config
 from allattn.model import ModelConfig, forward_flops
+from allattn.planning import communication
+from allattn.planning.chips import CHIPS
 from benchmarks import processes
 
 matplotlib.use("Agg")  # no screen
@@ -53,12 +55,15 @@ class Step:
     activations: tuple[float, int]  # of one row over `tensor`, in how many collectives
 
 
-# --- the model ---------------------------------------------------------------------------------------------------
+# --- the model
+#
+#
+# ---------------------------------------------------------------------------------------------------
 
 
 def summing(sent: tuple[float, int], chips: int, name: str) -> float:
     """Seconds to sum arrays of so many bytes, in so many collectives, over chips of the kind named."""
-    chip, (size, count) = topology.CHIPS[name], sent
+    chip, (size, count) = CHIPS[name], sent
     dimensions = len(chip.shapes[0].split("x"))
     slice_chips = int(np.prod([int(n) for n in chip.shapes[-1].split("x")]))
     inside, slices = min(chips, slice_chips), max(1, chips // slice_chips)
@@ -72,7 +77,7 @@ def summing(sent: tuple[float, int], chips: int, name: str) -> float:
 
 def weak(step: Step, chips: int, name: str) -> tuple[float, float]:
     """Seconds of computing and of sending where every chip has one row, so that the batch grows."""
-    return step.flops / topology.CHIPS[name].flops / SHARE, summing(step.gradients, chips, name)
+    return step.flops / CHIPS[name].flops / SHARE, summing(step.gradients, chips, name)
 
 
 def strong(step: Step, chips: int, name: str) -> tuple[float, float] | None:
@@ -81,10 +86,12 @@ def strong(step: Step, chips: int, name: str) -> tuple[float, float] | None:
     tensor = chips // data
     if tensor > step.heads:
         return None
-    computing = step.flops * step.rows / chips / topology.CHIPS[name].flops / SHARE
+    computing = step.flops * step.rows / chips / CHIPS[name].flops / SHARE
     gradients = (step.gradients[0] / tensor, step.gradients[1])
     rows, (size, count) = step.rows // data, step.activations
-    sending = summing(gradients, data, name) + (summing((size * rows, count), tensor, name) if tensor > 1 else 0)
+    sending = summing(gradients, data, name) + (
+        summing((size * rows, count), tensor, name) if tensor > 1 else 0
+    )
     return computing, sending
 
 
@@ -103,46 +110,62 @@ def curve(step: Step, name: str) -> list[dict[str, Any]]:
     rows = []
     for chips in (2**n for n in range(13)):
         row: dict[str, Any] = {"chips": chips, "weak": None, "strong": None}
-        for way, found in (("weak", weak(step, chips, name)), ("strong", strong(step, chips, name))):
+        for way, found in (
+            ("weak", weak(step, chips, name)),
+            ("strong", strong(step, chips, name)),
+        ):
             if found:
                 computing, sending = found
-                times = {"seconds": computing + sending, "efficiency": computing / (computing + sending)}
+                times = {
+                    "seconds": computing + sending,
+                    "efficiency": computing / (computing + sending),
+                }
                 row[way] = {**times, "overlapped": computing / max(computing, sending)}
         rows.append(row)
     return rows
 
 
-# --- what it stands on -------------------------------------------------------------------------------------------
+# --- what it stands on
+# -------------------------------------------------------------------------------------------
 
 
 def read(c: ml_collections.ConfigDict, name: str, reach: float, file: Path) -> Step:
     """The step of a configuration from the file of compiled ones; spans that reach so far on average."""
-    rows = [json.loads(line) for line in reversed(file.read_text().splitlines())]  # the newest first
+    rows = [
+        json.loads(line) for line in reversed(file.read_text().splitlines())
+    ]  # the newest first
     plain = {"name": name, "slices": 1, "accumulation": 1}
     rows = [row for row in rows if plain.items() <= row.items() and row["mesh"]["fsdp"] == 1]
     whole = next((row for row in rows if row["mesh"]["tensor"] == 1), None)
     split = next((row for row in rows if row["mesh"]["tensor"] > 1), None)
     if not (whole and split):
-        sys.exit(f"{file}: expected {name} with heads spread and with none spread; run python -m benchmarks.compile")
+        sys.exit(
+            f"{file}: expected {name} with heads spread and with none spread; run python -m benchmarks.compile"
+        )
 
     def sent(row: dict[str, Any], role: str) -> tuple[float, int]:
         uses = [use for use in row["traffic"] if use["role"] == role]
         return sum(use["bytes"] for use in uses), sum(use["count"] * use["times"] for use in uses)
 
     rows_there = split["batch"] // split["mesh"]["data"]
-    size, count = sent(split, traffic.ACTIVATION)
+    size, count = sent(split, communication.ACTIVATION)
     flops = 3 * forward_flops(ModelConfig.from_config(c), reach, c.train.block) * c.train.block
-    gradients = sent(whole, traffic.GRADIENT)
+    gradients = sent(whole, communication.GRADIENT)
     return Step(flops, c.train.batch, c.model.heads, gradients, (size / rows_there, count))
 
 
 def mean_reach(c: ml_collections.ConfigDict) -> float:
     """Tokens that heads reach on average with the spans that all benchmarks assume to be like the paper's."""
-    spans_XH = np.array(json.loads((ROOT / "benchmarks" / "paper_like_spans.json").read_text())["spans"])
+    spans_XH = np.array(
+        json.loads((ROOT / "benchmarks" / "paper_like_spans.json").read_text())["spans"]
+    )
     return float(np.minimum(spans_XH + c.model.span.ramp, c.model.span.limit).mean())
 
 
-# --- saying it ---------------------------------------------------------------------------------------------------
+# --- saying it
+#
+#
+# ---------------------------------------------------------------------------------------------------
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -155,7 +178,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [str(row["chips"])]
         for found in (row["weak"], row["strong"]):
             if found:
-                cells += [f"{found['seconds'] * 1e3:.3g}", f"{found['efficiency']:.0%}", f"{found['overlapped']:.0%}"]
+                cells += [
+                    f"{found['seconds'] * 1e3:.3g}",
+                    f"{found['efficiency']:.0%}",
+                    f"{found['overlapped']:.0%}",
+                ]
             else:
                 cells += ["-"] * 3
         lines.append("| " + " | ".join(cells) + " |")
@@ -164,11 +191,23 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def measured(found: dict[str, Any]) -> str:
     """What several processes really did, as a Markdown table."""
-    lines = ["Of a process that trains the demo's network with others, 8 rows each, over one by itself, per token:", ""]
-    lines += ["| processes | FLOPs of its program | CPU seconds of the threads that compute |", "|---|---|---|"]
+    lines = [
+        "Of a process that trains the demo's network with others, 8 rows each, over one by itself, per token:",
+        "",
+    ]
+    lines += [
+        "| processes | FLOPs of its program | CPU seconds of the threads that compute |",
+        "|---|---|---|",
+    ]
     rows = zip(found["processes"], found["flops_ratio"], found["cpu_s_ratio"], strict=True)
     lines += [f"| {count} | {flops:.4f} | {seconds:.2f} |" for count, flops, seconds in rows]
-    return "\n".join([*lines, "", f"CPU seconds are over those of as many processes at once; {found['cores']} cores."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"CPU seconds are over those of as many processes at once; {found['cores']} cores.",
+        ]
+    )
 
 
 def plot(curves: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
@@ -177,7 +216,10 @@ def plot(curves: dict[str, list[dict[str, Any]]], title: str, path: Path) -> Non
 
     figure, axes = plt.subplots(figsize=(7, 4))
     for name, rows in curves.items():
-        for way, label, style in (("weak", "a row for each chip", "-"), ("strong", "batch kept", "--")):
+        for way, label, style in (
+            ("weak", "a row for each chip", "-"),
+            ("strong", "batch kept", "--"),
+        ):
             points = [(row["chips"], row[way]["efficiency"]) for row in rows if row[way]]
             axes.plot(*zip(*points, strict=True), style, label=f"{name}, {label}")
     axes.set(xscale="log", xlabel="chips", ylabel="efficiency", ylim=(0, 1.02), title=title)
@@ -189,24 +231,36 @@ def plot(curves: dict[str, list[dict[str, Any]]], title: str, path: Path) -> Non
 
 def main() -> None:
     """Print and write the tables and the plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="enwik8_large")
-    parser.add_argument("--chip", default="v5e", choices=[n for n, c in topology.CHIPS.items() if c.platform == "tpu"])
+    parser.add_argument(
+        "--chip", default="v5e", choices=[n for n, c in CHIPS.items() if c.platform == "tpu"]
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     files = sorted(RESULTS.glob("*-compile.jsonl"))
     if not files:
-        sys.exit(f"expected a file *-compile.jsonl in {RESULTS}, found none; run python -m benchmarks.compile")
+        sys.exit(
+            f"expected a file *-compile.jsonl in {RESULTS}, found none; run python -m benchmarks.compile"
+        )
     c = config.load(str(ROOT / "configs" / f"{arguments.config}.py"))
     reaches = {"full spans": float(c.model.span.limit), "spans like the paper's": mean_reach(c)}
     curves = {
-        name: curve(read(c, arguments.config, reach, files[-1]), arguments.chip) for name, reach in reaches.items()
+        name: curve(read(c, arguments.config, reach, files[-1]), arguments.chip)
+        for name, reach in reaches.items()
     }
     title = f"{arguments.config} on {arguments.chip}"
-    parts = [f"# Scaling on paper: {title}, {datetime.date.today()}", f"From {files[-1].name}. Assumed:\n\n{ASSUMED}"]
+    parts = [
+        f"# Scaling on paper: {title}, {datetime.date.today()}",
+        f"From {files[-1].name}. Assumed:\n\n{ASSUMED}",
+    ]
     for name, rows in curves.items():
         ends = f"A row for each chip: {stops(rows, 'weak')}. Batch kept at {c.train.batch}: {stops(rows, 'strong')}."
-        parts.append(f"## With {name} (mean reach {reaches[name]:.0f} tokens)\n\n{ends}\n\n{table(rows)}")
+        parts.append(
+            f"## With {name} (mean reach {reaches[name]:.0f} tokens)\n\n{ends}\n\n{table(rows)}"
+        )
     parts.append(f"## Measured\n\n{measured(processes.measure())}")
     text, path = "\n\n".join(parts) + "\n", arguments.output / f"{datetime.date.today()}-scaling.md"
     path.write_text(text)

@@ -1,8 +1,8 @@
 """The CPU figures beside those asked: `python -m benchmarks.table FILE.jsonl`, of rows that `make bench` prints.
 
-The authors' PyTorch code was timed on two cores whose float32 matrix product ran at 165 GFLOP/s. A speed here is
-divided by theirs after both are divided by the rate of their own machine's product. Where a file has several rows for
-a line, the last one counts.
+The authors' PyTorch code was timed on two cores whose float32 matrix product ran at 165 GFLOP/s. A
+speed here is divided by theirs after both are divided by the rate of their own machine's product.
+Where a file has several rows for a line, the last one counts.
 """
 
 import json
@@ -35,7 +35,9 @@ LINES = (
 def find(rows: list[dict[str, Any]], line: Line) -> dict[str, Any] | None:
     """The last row of the measurement that a line names."""
     wanted = {"mode": line.mode, "geometry": line.geometry, "spans": line.spans, "dropout": 0.0}
-    matching = [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+    matching = [
+        row for row in rows if all(row.get(name) == value for name, value in wanted.items())
+    ]
     return matching[-1] if matching else None
 
 

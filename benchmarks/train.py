@@ -1,8 +1,9 @@
 """Speed of training and evaluation, beside the machine's own matrix product measured in the same run.
 
-Command:  python -m benchmarks.train --geometry=small-8 --spans=full [--mode=evaluate] [--seconds=20]
-Last line: JSON with tokens_per_s, matmul_gflops (before and after), share (required FLOPs over that rate) and
-peak_memory_mb. Dimension key: X layer, H head, B batch, T position in the block.
+Command:  python -m benchmarks.train --geometry=small-8 --spans=full [--mode=evaluate]
+[--seconds=20] Last line: JSON with tokens_per_s, matmul_gflops (before and after), share (required
+FLOPs over that rate) and peak_memory_mb. Dimension key: X layer, H head, B batch, T position in the
+block.
 """
 
 import argparse
@@ -20,8 +21,10 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from allattn import data, evaluate, optim, sharding, train
+from allattn import data, sharding, train
+from allattn.evaluation import scoring
 from allattn.model import Model, ModelConfig, forward_flops
+from allattn.train import optim
 from benchmarks import machine
 from configs import base
 
@@ -38,7 +41,9 @@ def configuration(arguments: argparse.Namespace) -> ml_collections.ConfigDict:
     """A geometry as a configuration; the rate is 0, so that the spans stay as they are set."""
     c = base.get_config()
     m = c.model
-    m.depth, m.width, m.heads, m.span.limit, c.train.block, m.persistent = GEOMETRIES[arguments.geometry]
+    m.depth, m.width, m.heads, m.span.limit, c.train.block, m.persistent = GEOMETRIES[
+        arguments.geometry
+    ]
     c.train.batch, m.vocab_size, m.dropout = arguments.rows, VOCABULARY, arguments.dropout
     c.train.remat = arguments.remat
     m.dtype, m.implementation = arguments.dtype, arguments.implementation
@@ -52,24 +57,35 @@ def spans(c: ml_collections.ConfigDict, name: str) -> np.ndarray:
     if name.endswith(".json"):
         tokens_XH = np.array(json.loads(Path(name).read_text())["spans"], np.float32)
         return np.minimum(np.resize(tokens_XH, (c.model.depth, heads)), limit) / limit
-    tokens_H = {"full": [limit] * heads, "zero": [0] * heads, "mixed": [32] * (heads - 1) + [limit]}[name]
+    tokens_H = {
+        "full": [limit] * heads,
+        "zero": [0] * heads,
+        "mixed": [32] * (heads - 1) + [limit],
+    }[name]
     return np.tile(np.array(tokens_H, np.float32) / limit, (c.model.depth, 1))
 
 
-def trainer(c: ml_collections.ConfigDict, params: Any, model: Model, longest: float, mesh: Mesh) -> Callable[[], Any]:
+def trainer(
+    c: ml_collections.ConfigDict, params: Any, model: Model, longest: float, mesh: Mesh
+) -> Callable[[], Any]:
     """A function that makes one update of a running state."""
     bucket, limit = train.choose_bucket(c, longest), c.model.span.limit
     optimizer = optim.optimizer(c)
     cache_XBSD = model.empty_cache(c.train.batch, train.next_bucket(bucket, limit))
     key = jax.random.key_data(jax.random.key(0))
     state = train.TrainState(jnp.int32(0), params, optimizer.init(params), cache_XBSD, key)
-    places, attention = sharding.shardings(mesh, state), sharding.attention_over(mesh, c.train.batch)
+    places, attention = (
+        sharding.shardings(mesh, state),
+        sharding.attention_over(mesh, c.train.batch),
+    )
     step = train.make_train_step(model, optimizer, c, bucket, attention, mesh)
     step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
     rng, holder = np.random.default_rng(0), [jax.device_put(state, places)]
     tokens_BT = rng.integers(VOCABULARY, size=(c.train.batch, c.train.block + 1), dtype=np.int32)
     place = sharding.Rows(mesh, c.train.batch).place
-    batch = data.Batch(place(tokens_BT[:, :-1]), place(tokens_BT[:, 1:]), np.int32(c.model.span.limit))
+    batch = data.Batch(
+        place(tokens_BT[:, :-1]), place(tokens_BT[:, 1:]), np.int32(c.model.span.limit)
+    )
 
     def run() -> Any:
         holder[0], values = step(holder[0], batch)
@@ -78,17 +94,21 @@ def trainer(c: ml_collections.ConfigDict, params: Any, model: Model, longest: fl
     return run
 
 
-def evaluator(c: ml_collections.ConfigDict, params: Any, model: Model, mesh: Mesh) -> Callable[[], Any]:
+def evaluator(
+    c: ml_collections.ConfigDict, params: Any, model: Model, mesh: Mesh
+) -> Callable[[], Any]:
     """A function that scores one block of 8 rows."""
     rng, block = np.random.default_rng(0), c.train.block
     tokens = rng.integers(VOCABULARY, size=EVALUATED * (block + 1), dtype=np.int32)
-    plan, context = evaluate.authors_plan(len(tokens), block), evaluate.context_length(model, params)
-    holder = [evaluate.empty_cache(model, mesh, EVALUATED, context + block)]
+    plan, context = scoring.authors_plan(len(tokens), block), scoring.context_length(model, params)
+    holder = [scoring.empty_cache(model, mesh, EVALUATED, context + block)]
     params = jax.device_put(params, sharding.shardings(mesh, params))
-    arrays = [*map(sharding.Rows(mesh, EVALUATED).place, evaluate.read_block(tokens, plan, block, 0))]
+    arrays = [
+        *map(sharding.Rows(mesh, EVALUATED).place, scoring.read_block(tokens, plan, block, 0))
+    ]
 
     def run() -> Any:
-        holder[0], nll = evaluate.score_block(model, mesh, None, params, holder[0], context, *arrays)
+        holder[0], nll = scoring.score_block(model, mesh, None, params, holder[0], context, *arrays)
         return nll
 
     return run
@@ -105,7 +125,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     model, z_XH = Model(config), spans(c, arguments.spans)
     params = jax.jit(model.init)(jax.random.key(0))
     params["layers"]["span"] = jnp.asarray(z_XH)
-    run = evaluator(c, params, model, mesh) if evaluates else trainer(c, params, model, float(z_XH.max()), mesh)
+    run = (
+        evaluator(c, params, model, mesh)
+        if evaluates
+        else trainer(c, params, model, float(z_XH.max()), mesh)
+    )
     before = machine.matmul_gflops(arguments.dtype)
     for _ in range(2):
         jax.block_until_ready(run())
@@ -116,7 +140,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     after = machine.matmul_gflops(arguments.dtype)
     tokens, second = rows * c.train.block, statistics.median(times)
     reach = float(np.minimum(z_XH * config.limit + config.ramp, config.limit).mean())
-    flops = tokens * forward_flops(config, reach, c.train.block, cached=evaluates) * (1 if evaluates else 3)
+    flops = (
+        tokens
+        * forward_flops(config, reach, c.train.block, cached=evaluates)
+        * (1 if evaluates else 3)
+    )
     return {
         "geometry": arguments.geometry,
         "spans": arguments.spans,
@@ -136,7 +164,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Parse the flags, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="tiny")
     parser.add_argument("--spans", default="full", help="full, zero, mixed, or a JSON file")
     parser.add_argument("--rows", type=int, default=8, help="of a training batch")

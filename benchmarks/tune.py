@@ -12,14 +12,26 @@ from typing import Any
 from allattn.attention import tuning
 
 CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
-    "xla": {"queries": (64, 128, 256), "few": (32, 64, 128), "elements": (2**18, 2**19, 2**20, 2**21)},
+    "xla": {
+        "queries": (64, 128, 256),
+        "few": (32, 64, 128),
+        "elements": (2**18, 2**19, 2**20, 2**21),
+    },
     "pallas_tpu": {"queries": (128, 256), "keys": (256, 512, 1024)},
-    "pallas_gpu": {"queries": (64, 128), "keys": (32, 64), "few": (16, 32, 64), "warps": (4, 8), "stages": (1, 2, 3)},
+    "pallas_gpu": {
+        "queries": (64, 128),
+        "keys": (32, 64),
+        "few": (16, 32, 64),
+        "warps": (4, 8),
+        "stages": (1, 2, 3),
+    },
 }
 GAIN = 0.97  # of the time before; what is less may be noise
 
 
-def tune(implementation: str, sizes: dict[str, int], seconds: Callable[[Any], float], repeats: int) -> dict[str, Any]:
+def tune(
+    implementation: str, sizes: dict[str, int], seconds: Callable[[Any], float], repeats: int
+) -> dict[str, Any]:
     """Improve the default, parameter by parameter, then time the best beside the default once more.
 
     Args:
@@ -33,17 +45,27 @@ def tune(implementation: str, sizes: dict[str, int], seconds: Callable[[Any], fl
     """
     default = best = tuning.DEFAULTS[implementation]
     for name, values in CANDIDATES[implementation].items():
-        rivals = [best, *(best._replace(**{name: value}) for value in values if value != getattr(best, name))]
+        rivals = [
+            best,
+            *(best._replace(**{name: value}) for value in values if value != getattr(best, name)),
+        ]
         times = _times(implementation, rivals, seconds, repeats)
         fastest = min(times, key=lambda tiles: times[tiles])
         best = fastest if times[fastest] < GAIN * times[best] else best
     times = _times(implementation, [default, best], seconds, repeats)
     best = best if times[best] < GAIN * times[default] else default
-    found = {"implementation": implementation, "device": tuning.device()[1], "sizes": sizes, "tiles": best._asdict()}
+    found = {
+        "implementation": implementation,
+        "device": tuning.device()[1],
+        "sizes": sizes,
+        "tiles": best._asdict(),
+    }
     return found | {"default_ms": round(times[default] * 1e3, 2), "ms": round(times[best] * 1e3, 2)}
 
 
-def _times(implementation: str, rivals: list, seconds: Callable[[Any], float], repeats: int) -> dict[Any, float]:
+def _times(
+    implementation: str, rivals: list, seconds: Callable[[Any], float], repeats: int
+) -> dict[Any, float]:
     """Medians, the rivals taken in turn; one that does not fit the machine takes forever."""
     times: dict[Any, list[float]] = {tiles: [] for tiles in rivals}
     for repeat in range(repeats + 1):

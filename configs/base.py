@@ -25,22 +25,26 @@ def get_config() -> ConfigDict:
     c.model.feed_forward = 0  # inner units of transformer and transformer_xl
     c.model.pre_norm = False  # transformer_xl: normalise the sublayers' inputs, not their outputs
     c.model.vocab_size = 205  # checked against the data; 0: as many as it has
-    c.model.dropout = 0.0  # on attention weights and after ReLU; transformer_xl: on all but the weights
+    c.model.dropout = (
+        0.0  # on attention weights and after ReLU; transformer_xl: on all but the weights
+    )
     c.model.attention_dropout = 0.0  # on attention weights; transformer_xl only
     c.model.embedding_dropout = 0.0  # on the embedding's output and the final hidden state
-    c.model.dtype = "bfloat16"  # of activations and products; parameters and softmax statistics stay float32
+    c.model.dtype = (
+        "bfloat16"  # of activations and products; parameters and softmax statistics stay float32
+    )
     c.model.implementation = ""  # of the attention operation; "": the best for the device
 
     c.model.span = ConfigDict()
-    c.model.span.limit = (
-        8192  # farthest distance in tokens, rows of the position table (L); transformer_xl: length of the memory
-    )
+    c.model.span.limit = 8192  # farthest distance in tokens, rows of the position table (L); transformer_xl: length of the memory
     c.model.span.adaptive = True  # False: every head always sees `limit` tokens
     c.model.span.ramp = 32  # length of the soft end in tokens (R)
     c.model.span.init = 0.0  # initial span as a fraction of the limit
     c.model.span.loss = 1e-7  # coefficient of limit x mean span, summed over layers
     c.model.span.check_every = 100  # steps between choices of the context bucket
-    c.model.span.margin = 32  # tokens that the bucket exceeds the longest reach by when it is chosen
+    c.model.span.margin = (
+        32  # tokens that the bucket exceeds the longest reach by when it is chosen
+    )
 
     c.model.adaptive_io = ConfigDict()
     c.model.adaptive_io.cutoffs = ()  # first id of each cluster of rarer symbols, as in 20000,40000; (): plain softmax
@@ -50,8 +54,12 @@ def get_config() -> ConfigDict:
     c.optimizer = ConfigDict()
     c.optimizer.name = "adagrad"  # adagrad (the paper's rule), adam or adamw
     c.optimizer.learning_rate = 0.07
-    c.optimizer.warmup = 32_000  # updates over which the rate rises linearly; too few spoil a wide network
-    c.optimizer.schedule = "constant"  # after the warm-up: constant, or cosine (falling to 0 at train.steps)
+    c.optimizer.warmup = (
+        32_000  # updates over which the rate rises linearly; too few spoil a wide network
+    )
+    c.optimizer.schedule = (
+        "constant"  # after the warm-up: constant, or cosine (falling to 0 at train.steps)
+    )
     c.optimizer.clip = 0.03  # gradient norm: per tensor with adagrad, global with adam; 0: none
     c.optimizer.weight_decay = 0.0  # adamw only
 
@@ -65,7 +73,9 @@ def get_config() -> ConfigDict:
     c.train.finetune_steps = 30_000  # further steps at a tenth of the rate
     c.train.log_every = 100  # steps
     c.train.profile = 0  # step after which TensorBoard's profiler watches three; 0: none
-    c.train.peak_flops = 0.0  # FLOP/s of one device in this dtype, for the MFU metric; 0: not reported
+    c.train.peak_flops = (
+        0.0  # FLOP/s of one device in this dtype, for the MFU metric; 0: not reported
+    )
 
     c.mesh = ConfigDict()  # devices; -1: what is left
     c.mesh.data = -1  # rows

@@ -2,13 +2,16 @@
 
 python launch/gke.py --name=NAME --image=IMAGE --processes=N [OPTIONS] COMMAND...
 
-python launch/gke.py --name=large --image=$IMAGE --processes=4 --tpu=tpu-v5-lite-podslice --topology=4x4 --chips=4 \\
-    --service_account=trainer python -m allattn train --config=configs/enwik8_large.py --workdir=gs://$BUCKET/large
+python launch/gke.py --name=large --image=$IMAGE --processes=4 --tpu=tpu-v5-lite-podslice
+--topology=4x4 --chips=4 \\
+    --service_account=trainer python -m allattn train --config=configs/enwik8_large.py
+    --workdir=gs://$BUCKET/large
 
-The manifest goes to `kubectl apply`; with --dry-run it is printed instead, as JSON, which kubectl reads like YAML.
-A pod that ends with exit code 75 (its state is saved) or is evicted is replaced and does not count; one that ends with
-exit code 2 (a mistake in the input) ends the Job; others are replaced, with Kubernetes's own growing delays, until
---tries attempts have failed. Needs Kubernetes 1.31 or newer, and Python alone.
+The manifest goes to `kubectl apply`; with --dry-run it is printed instead, as JSON, which kubectl
+reads like YAML. A pod that ends with exit code 75 (its state is saved) or is evicted is replaced
+and does not count; one that ends with exit code 2 (a mistake in the input) ends the Job; others are
+replaced, with Kubernetes's own growing delays, until --tries attempts have failed. Needs Kubernetes
+1.31 or newer, and Python alone.
 """
 
 import argparse
@@ -52,21 +55,34 @@ def _job(options: argparse.Namespace) -> dict[str, Any]:
         "completionMode": "Indexed",
         "completions": options.processes,
         "parallelism": options.processes,
-        "backoffLimit": options.tries * options.processes - 1,  # when one process fails, all do, and each counts
+        "backoffLimit": options.tries * options.processes
+        - 1,  # when one process fails, all do, and each counts
         "podFailurePolicy": {
             "rules": [
                 {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}},
                 {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [75]}},
-                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                {
+                    "action": "Ignore",
+                    "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+                },
             ]
         },
         "template": {"spec": _pod(options)},
     }
-    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": options.name}, "spec": spec}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": options.name},
+        "spec": spec,
+    }
 
 
 def _pod(options: argparse.Namespace) -> dict[str, Any]:
-    container: dict[str, Any] = {"name": "train", "image": options.image, "command": _command(options)}
+    container: dict[str, Any] = {
+        "name": "train",
+        "image": options.image,
+        "command": _command(options),
+    }
     pod = {
         "subdomain": options.name,
         "restartPolicy": "Never",  # the Job replaces pods, by the policy above
@@ -90,7 +106,11 @@ def _pod(options: argparse.Namespace) -> dict[str, Any]:
 def _command(options: argparse.Namespace) -> list[str]:
     """The command, told where the processes meet; Kubernetes puts in the pod's number."""
     coordinator = f"{options.name}-0.{options.name}:{PORT}"
-    place = [f"--coordinator={coordinator}", f"--processes={options.processes}", "--process=$(JOB_COMPLETION_INDEX)"]
+    place = [
+        f"--coordinator={coordinator}",
+        f"--processes={options.processes}",
+        "--process=$(JOB_COMPLETION_INDEX)",
+    ]
     return [*options.command, *place]
 
 
@@ -105,19 +125,34 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser("gke.py", description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--name", required=True, help="of the Job, its Service and its pods")
-    parser.add_argument("--image", required=True, help="container image that holds allattn, with its registry and tag")
-    parser.add_argument("--processes", required=True, type=int, help="pods; of a TPU slice: its number of hosts")
-    parser.add_argument("--tpu", help="kind of TPU slice, such as tpu-v5-lite-podslice; with --topology and --chips")
+    parser.add_argument(
+        "--image",
+        required=True,
+        help="container image that holds allattn, with its registry and tag",
+    )
+    parser.add_argument(
+        "--processes", required=True, type=int, help="pods; of a TPU slice: its number of hosts"
+    )
+    parser.add_argument(
+        "--tpu", help="kind of TPU slice, such as tpu-v5-lite-podslice; with --topology and --chips"
+    )
     parser.add_argument("--topology", help="of the TPU slice, such as 4x4")
     parser.add_argument("--gpu", help="kind of GPU, such as nvidia-h100-80gb; with --chips")
     parser.add_argument("--chips", type=int, help="TPU chips or GPUs of each pod")
-    parser.add_argument("--service_account", help="Kubernetes service account that may read and write the workdir")
     parser.add_argument(
-        "--grace", type=int, default=120, help="seconds to save in after SIGTERM; a spot node gives less"
+        "--service_account", help="Kubernetes service account that may read and write the workdir"
+    )
+    parser.add_argument(
+        "--grace",
+        type=int,
+        default=120,
+        help="seconds to save in after SIGTERM; a spot node gives less",
     )
     parser.add_argument("--tries", type=int, default=5, help="attempts that may fail")
     parser.add_argument("--dry-run", action="store_true", help="print the manifest, apply nothing")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="allattn train or evaluate, with its flags")
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, help="allattn train or evaluate, with its flags"
+    )
     options = parser.parse_args(words)
     _check(parser, options)
     return options
@@ -132,7 +167,9 @@ def _check(parser: _Parser, options: argparse.Namespace) -> None:
     if options.chips is not None and options.chips < 1:
         parser.error(f"--chips: expected at least 1, found {options.chips}")
     if options.tpu and options.gpu or bool(options.tpu or options.gpu) != bool(options.chips):
-        parser.error("expected --tpu, --topology and --chips, or --gpu and --chips, or none of them for CPUs")
+        parser.error(
+            "expected --tpu, --topology and --chips, or --gpu and --chips, or none of them for CPUs"
+        )
     if bool(options.tpu) != bool(options.topology):
         parser.error("expected --tpu and --topology together")
     if options.topology:
@@ -159,9 +196,14 @@ def main() -> int:
         print(text)
         return 0
     try:
-        return subprocess.run(["kubectl", "apply", "--filename=-"], input=text, text=True, check=False).returncode
+        return subprocess.run(
+            ["kubectl", "apply", "--filename=-"], input=text, text=True, check=False
+        ).returncode
     except FileNotFoundError:
-        print("gke.py: expected kubectl on the PATH, found none; --dry-run prints the manifest", file=sys.stderr)
+        print(
+            "gke.py: expected kubectl on the PATH, found none; --dry-run prints the manifest",
+            file=sys.stderr,
+        )
         return 2
 
 

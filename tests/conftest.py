@@ -9,7 +9,8 @@ import pytest
 jax.config.update("jax_compilation_cache_dir", tempfile.gettempdir() + "/allattn-test-cache")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
-# One device in this process, whichever test comes first; commands in processes of their own make one per core.
+# One device in this process, whichever test comes first; commands in processes of their own make
+# one per core.
 jax.config.update("jax_num_cpu_devices", 1)
 
 

@@ -11,9 +11,10 @@ import ml_collections
 import pytest
 
 from allattn import config as configuration
-from allattn import optim, sharding, train
+from allattn import sharding, train
 from allattn.errors import UserError
 from allattn.model import ModelConfig
+from allattn.train import optim
 from configs import base
 
 BASE = Path(base.__file__)
@@ -23,19 +24,41 @@ def changed(**changes: Any) -> ml_collections.ConfigDict:
     """The base configuration for that data set; a double underscore stands for a dot."""
     c = base.get_config()
     c.model.vocab_size = 2
-    c.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    c.update_from_flattened_dict(
+        {name.replace("__", "."): value for name, value in changes.items()}
+    )
     return c
 
 
-# --- reading -----------------------------------------------------------------------------------------------------
+# --- reading
+#
+#
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_overrides_take_the_type_of_the_field() -> None:
-    texts = {"model.width": "1_024", "optimizer.learning_rate": "2e-3", "model.span.adaptive": "False", "seed": "7"}
+    texts = {
+        "model.width": "1_024",
+        "optimizer.learning_rate": "2e-3",
+        "model.span.adaptive": "False",
+        "seed": "7",
+    }
     c = configuration.load(str(BASE), {**texts, "dataset.name": "text8", "model.span.loss": "1"})
-    assert (c.model.width, c.optimizer.learning_rate, c.model.span.adaptive, c.seed) == (1024, 2e-3, False, 7)
-    assert c.dataset.name == "text8" and c.model.span.loss == 1.0 and isinstance(c.model.span.loss, float)
-    assert dict(configuration.fields(configuration.load(str(BASE)))).keys() == dict(configuration.fields(c)).keys()
+    assert (c.model.width, c.optimizer.learning_rate, c.model.span.adaptive, c.seed) == (
+        1024,
+        2e-3,
+        False,
+        7,
+    )
+    assert (
+        c.dataset.name == "text8"
+        and c.model.span.loss == 1.0
+        and isinstance(c.model.span.loss, float)
+    )
+    assert (
+        dict(configuration.fields(configuration.load(str(BASE)))).keys()
+        == dict(configuration.fields(c)).keys()
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,8 +74,15 @@ def test_overrides_of_a_tuple(text: str, cutoffs: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        *(("model.adaptive_io.cutoffs", text, "whole numbers with commas") for text in ("3,,4", "3,", "a", "1.5")),
-        ("model.widht", "3", r"--config.model.widht: no such field; did you mean --config.model.width\?"),
+        *(
+            ("model.adaptive_io.cutoffs", text, "whole numbers with commas")
+            for text in ("3,,4", "3,", "a", "1.5")
+        ),
+        (
+            "model.widht",
+            "3",
+            r"--config.model.widht: no such field; did you mean --config.model.width\?",
+        ),
         ("optimiser.learning_rate", "1", r"did you mean --config.optimizer.learning_rate\?"),
         ("qqq", "1", "no such field; did you mean --config"),
         ("model", "3", "--config.model: no such field"),
@@ -115,13 +145,19 @@ def test_file_outside_of_the_repository(tmp_path: Path) -> None:
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "allattn").symlink_to(BASE.parents[1] / "allattn")
     (tmp_path / "configs").mkdir()
-    for name, base_name in (("mine", "demo"), ("configs/first", "demo"), ("configs/second", "first")):
+    for name, base_name in (
+        ("mine", "demo"),
+        ("configs/first", "demo"),
+        ("configs/second", "first"),
+    ):
         (tmp_path / f"{name}.py").write_text(OWN.format(base=base_name))
     program = "import sys; from allattn import config; c = config.load(sys.argv[1]); print(c.seed, c.model.width)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "package")}
     for name in ("mine", "configs/first", "configs/second"):
         words = [sys.executable, "-P", "-c", program, str(tmp_path / f"{name}.py")]
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        )
         assert done.stdout == "3 128\n", done.stderr
 
 
@@ -129,14 +165,18 @@ def test_files_of_two_folders(tmp_path: Path) -> None:
     """In one process: each imports those beside it, before ours and whatever the other has imported."""
     for folder, width in (("a", 24), ("b", 48)):
         (tmp_path / folder / "configs").mkdir(parents=True)
-        text = (
-            f"from configs import demo\ndef get_config():\n    c = demo.get_config(); c.model.width = {width}; return c"
-        )
+        text = f"from configs import demo\ndef get_config():\n    c = demo.get_config(); c.model.width = {width}; return c"
         (tmp_path / folder / "configs" / "base_of.py").write_text(text)
-        (tmp_path / folder / "configs" / "enwik8_small.py").write_text("from configs.base_of import get_config")
-        (tmp_path / folder / "configs" / "mine.py").write_text("from configs.enwik8_small import get_config")
+        (tmp_path / folder / "configs" / "enwik8_small.py").write_text(
+            "from configs.base_of import get_config"
+        )
+        (tmp_path / folder / "configs" / "mine.py").write_text(
+            "from configs.enwik8_small import get_config"
+        )
     for folder, width in (("a", 24), ("b", 48), ("a", 24)):
-        assert configuration.load(str(tmp_path / folder / "configs" / "mine.py")).model.width == width
+        assert (
+            configuration.load(str(tmp_path / folder / "configs" / "mine.py")).model.width == width
+        )
     assert configuration.load(str(BASE.parent / "enwik8_small.py")).model.width == 512
 
 
@@ -149,7 +189,13 @@ def test_json_holds_everything() -> None:
 
 def test_changed_fields() -> None:
     """What decides an update may not change within a workdir; the rest may."""
-    free = changed(train__steps=9, train__log_every=3, checkpoint__keep=1, evaluate__protocol="full", mesh__fsdp=2)
+    free = changed(
+        train__steps=9,
+        train__log_every=3,
+        checkpoint__keep=1,
+        evaluate__protocol="full",
+        mesh__fsdp=2,
+    )
     assert configuration.changed_fields(changed(), free) == []
     other = changed(model__width=64, optimizer__learning_rate=0.5)
     found = configuration.changed_fields(changed(), other)
@@ -159,7 +205,8 @@ def test_changed_fields() -> None:
     ]
 
 
-# --- values that cannot run --------------------------------------------------------------------------------------
+# --- values that cannot run
+# --------------------------------------------------------------------------------------
 
 
 def start(config: ml_collections.ConfigDict) -> ModelConfig:
@@ -175,33 +222,64 @@ def start(config: ml_collections.ConfigDict) -> ModelConfig:
 def test_mesh_that_does_not_fit() -> None:
     """The message has what was written."""
     for data, fsdp in ((-1, 3), (2, 3)):
-        with pytest.raises(UserError, match=rf"^mesh: expected .* = 2 devices, found {data} x {fsdp} x 1$"):
+        with pytest.raises(
+            UserError, match=rf"^mesh: expected .* = 2 devices, found {data} x {fsdp} x 1$"
+        ):
             sharding.make_mesh(changed(mesh__data=data, mesh__fsdp=fsdp), [None, None])
 
 
 def test_rematerialisation() -> None:
     """A mistake is refused at the start; the geometry of a workdir does not depend on how it was trained."""
-    with pytest.raises(UserError, match=r"train.remat: expected one of \('', 'projections', 'layer'\), found 'all'"):
+    with pytest.raises(
+        UserError, match=r"train.remat: expected one of \('', 'projections', 'layer'\), found 'all'"
+    ):
         start(changed(train__remat="all"))
     stored = changed().to_dict()
     stored["train"]["remat"] = False  # as workdirs from before it had names
-    assert ModelConfig.from_config(configuration.from_json(json.dumps(stored))) == start(changed(train__remat="layer"))
+    assert ModelConfig.from_config(configuration.from_json(json.dumps(stored))) == start(
+        changed(train__remat="layer")
+    )
 
 
 def test_base_is_accepted() -> None:
     geometry = start(changed())
-    assert (geometry.depth, geometry.width, geometry.vocab_size, geometry.limit) == (18, 512, 2, 8192)
+    assert (geometry.depth, geometry.width, geometry.vocab_size, geometry.limit) == (
+        18,
+        512,
+        2,
+        8192,
+    )
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         *(("model.vocab_size", 3), ("train.batch", 0), ("train.block", 0), ("train.block", -8)),
-        *(("train.accumulation", 0), ("train.accumulation", 3), ("train.batch", 10), ("train.log_every", 0)),
+        *(
+            ("train.accumulation", 0),
+            ("train.accumulation", 3),
+            ("train.batch", 10),
+            ("train.log_every", 0),
+        ),
         *(("mesh.data", 3), ("mesh.fsdp", 0), ("mesh.tensor", -2)),
-        *(("model.span.limit", 0), ("model.span.ramp", 0), ("model.span.init", 1.5), ("model.span.init", -0.1)),
-        *(("model.span.check_every", 1), ("model.depth", 0), ("model.width", 0), ("model.heads", 3)),
-        *(("model.dropout", -0.1), ("model.dropout", 1.5), ("model.layer", "lstm"), ("model.integration", "both")),
+        *(
+            ("model.span.limit", 0),
+            ("model.span.ramp", 0),
+            ("model.span.init", 1.5),
+            ("model.span.init", -0.1),
+        ),
+        *(
+            ("model.span.check_every", 1),
+            ("model.depth", 0),
+            ("model.width", 0),
+            ("model.heads", 3),
+        ),
+        *(
+            ("model.dropout", -0.1),
+            ("model.dropout", 1.5),
+            ("model.layer", "lstm"),
+            ("model.integration", "both"),
+        ),
         *(("optimizer.name", "sgd"),),
         *(("model.heads", 0), ("model.persistent", -1), ("model.dropout", 1.0)),
         *(("model.embedding_dropout", 1.0), ("model.embedding_dropout", -0.5)),
@@ -209,10 +287,25 @@ def test_base_is_accepted() -> None:
         *(("model.span.margin", -100), ("optimizer.clip", -1.0), ("train.steps", -1)),
         *(("train.finetune_steps", -1), ("checkpoint.every", 0), ("checkpoint.keep", 0)),
         *(("evaluate.every", 0), ("evaluate.protocol", "ful"), ("evaluate.max_tokens", -5)),
-        *(("model.adaptive_io.cutoffs", cutoffs) for cutoffs in ((2,), (0,), (-1,), (1, 1), (1, 0), (0.5,))),
-        *(("model.feed_forward", -1), ("model.attention_dropout", 1.0), ("evaluate.target_length", 0)),
-        *(("evaluate.memory_length", 0), ("evaluate.clamp_length", -1), ("evaluate.protocol", "xl")),
-        *(("optimizer.schedule", "linear"), ("optimizer.learning_rate", float("nan")), ("evaluate.batch", 0)),
+        *(
+            ("model.adaptive_io.cutoffs", cutoffs)
+            for cutoffs in ((2,), (0,), (-1,), (1, 1), (1, 0), (0.5,))
+        ),
+        *(
+            ("model.feed_forward", -1),
+            ("model.attention_dropout", 1.0),
+            ("evaluate.target_length", 0),
+        ),
+        *(
+            ("evaluate.memory_length", 0),
+            ("evaluate.clamp_length", -1),
+            ("evaluate.protocol", "xl"),
+        ),
+        *(
+            ("optimizer.schedule", "linear"),
+            ("optimizer.learning_rate", float("nan")),
+            ("evaluate.batch", 0),
+        ),
     ],
 )
 def test_values_out_of_range(field: str, value: Any) -> None:
@@ -222,7 +315,8 @@ def test_values_out_of_range(field: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("division", "message"), [(0, "expected at least 1, found 0"), (513, "power 1 is at most .* 512")]
+    ("division", "message"),
+    [(0, "expected at least 1, found 0"), (513, "power 1 is at most .* 512")],
 )
 def test_division_out_of_range(division: int, message: str) -> None:
     with pytest.raises(UserError, match=f"^model.adaptive_io.division: .*{message}"):
@@ -239,8 +333,14 @@ def test_combinations_that_exist() -> None:
     for integration in ("joint", "split", "head_split", "single_head"):
         start(changed(model__integration=integration))
     start(changed(**TRANSFORMER, model__integration="ff_attention", model__span__adaptive=False))
-    geometry = start(changed(**XL, model__dropout=0.1, model__attention_dropout=0.2, model__pre_norm=True))
-    assert (geometry.dropout, geometry.embedding_dropout, geometry.attention_dropout) == (0.1, 0.1, 0.2)
+    geometry = start(
+        changed(**XL, model__dropout=0.1, model__attention_dropout=0.2, model__pre_norm=True)
+    )
+    assert (geometry.dropout, geometry.embedding_dropout, geometry.attention_dropout) == (
+        0.1,
+        0.1,
+        0.2,
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,19 +354,46 @@ def test_combinations_that_exist() -> None:
             {**TRANSFORMER, "model__integration": "split"},
             "model.integration: .* with transformer and split, found",
         ),
-        ({**XL, "model__integration": "single_head"}, "model.integration: .* with transformer_xl and single_head"),
-        ({"model__feed_forward": 8}, "model.feed_forward: expected 0 with all_attention and joint, found 8"),
-        ({**TRANSFORMER, "model__feed_forward": 0}, "model.feed_forward: expected at least 1 with transformer"),
-        ({**XL, "model__persistent": 3}, "model.persistent: expected 0 with transformer_xl and joint, found 3"),
-        ({"model__persistent": 0, "model__integration": "split"}, "model.persistent: expected at least 1 with all_att"),
-        ({"model__heads": 1, "model__integration": "head_split"}, "model.heads: expected an even number .* found 1"),
-        ({**XL, "model__width": 9, "model__heads": 3}, "model.width: expected an even number .* found 9"),
-        ({**XL, "model__span__adaptive": True}, "model.span.adaptive: expected False with transformer_xl"),
+        (
+            {**XL, "model__integration": "single_head"},
+            "model.integration: .* with transformer_xl and single_head",
+        ),
+        (
+            {"model__feed_forward": 8},
+            "model.feed_forward: expected 0 with all_attention and joint, found 8",
+        ),
+        (
+            {**TRANSFORMER, "model__feed_forward": 0},
+            "model.feed_forward: expected at least 1 with transformer",
+        ),
+        (
+            {**XL, "model__persistent": 3},
+            "model.persistent: expected 0 with transformer_xl and joint, found 3",
+        ),
+        (
+            {"model__persistent": 0, "model__integration": "split"},
+            "model.persistent: expected at least 1 with all_att",
+        ),
+        (
+            {"model__heads": 1, "model__integration": "head_split"},
+            "model.heads: expected an even number .* found 1",
+        ),
+        (
+            {**XL, "model__width": 9, "model__heads": 3},
+            "model.width: expected an even number .* found 9",
+        ),
+        (
+            {**XL, "model__span__adaptive": True},
+            "model.span.adaptive: expected False with transformer_xl",
+        ),
         (
             {**XL, "model__embedding_dropout": 0.1},
             "model.embedding_dropout: expected 0, as model.dropout acts",
         ),
-        ({"model__attention_dropout": 0.1}, "model.attention_dropout: expected 0 with all_attention"),
+        (
+            {"model__attention_dropout": 0.1},
+            "model.attention_dropout: expected 0 with all_attention",
+        ),
         (
             {**TRANSFORMER, "model__pre_norm": True},
             "model.pre_norm: expected False with transformer and joint",

@@ -40,7 +40,13 @@ class Swept(NamedTuple):
 
 def command(place: Path) -> list[str]:
     """A sweep over the experiments of a folder; two seeds of 640 tokens each."""
-    words = ["sweep", f"--configs={place / 'configs'}", f"--workdir={place / 'runs'}", "--seeds=2", "--budget=640"]
+    words = [
+        "sweep",
+        f"--configs={place / 'configs'}",
+        f"--workdir={place / 'runs'}",
+        "--seeds=2",
+        "--budget=640",
+    ]
     fields = {**TINY, "dataset.data_dir": place / "texts"}
     for name in ("model.persistent", "train.steps", "train.finetune_steps"):
         del fields[name]
@@ -52,8 +58,12 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Swept]:
     """A sweep of one good experiment and a broken one."""
     place = tmp_path_factory.mktemp("sweep")
     (place / "configs").mkdir()
-    (place / "configs" / "good.py").write_text(CONFIG.format(published="2.25", body="c.model.persistent = 6"))
-    (place / "configs" / "broken.py").write_text(CONFIG.format(published="-", body="c.model.no_such_field = 6"))
+    (place / "configs" / "good.py").write_text(
+        CONFIG.format(published="2.25", body="c.model.persistent = 6")
+    )
+    (place / "configs" / "broken.py").write_text(
+        CONFIG.format(published="-", body="c.model.no_such_field = 6")
+    )
     (place / "configs" / "_part.py").write_text("raise RuntimeError\n")
     write_texts(place)
     with pytest.MonkeyPatch.context() as patch:
@@ -68,13 +78,21 @@ def test_a_broken_experiment_leaves_the_others(swept: Swept) -> None:
     assert swept.code == 2 and swept.error.count("\n") == 1
     assert "2 of 4 runs failed" in swept.error and "no_such_field" in swept.error
     broken, good = csv.DictReader((runs / "sweep.csv").open())
-    assert broken["config"] == "broken" and "no_such_field" in broken["failed"] and not broken["test"]
-    scores = [json.loads((runs / f"good-seed{seed}" / "scores.json").read_text()) for seed in (0, 1)]
+    assert (
+        broken["config"] == "broken" and "no_such_field" in broken["failed"] and not broken["test"]
+    )
+    scores = [
+        json.loads((runs / f"good-seed{seed}" / "scores.json").read_text()) for seed in (0, 1)
+    ]
     assert scores[0]["bpc"] != scores[1]["bpc"]
-    mean, deviation = (f([score["bpc"] for score in scores]) for f in (statistics.mean, statistics.stdev))
+    mean, deviation = (
+        f([score["bpc"] for score in scores]) for f in (statistics.mean, statistics.stdev)
+    )
     assert good["test"] == f"{mean:.4f} ± {deviation:.4f}" and good["failed"] == ""
     rows = [sweep.metrics.read_jsonl(str(runs / f"good-seed{seed}")) for seed in (0, 1)]
-    reach = statistics.mean([row["mean_reach"] for row in each if "mean_reach" in row][-1] for each in rows)
+    reach = statistics.mean(
+        [row["mean_reach"] for row in each if "mean_reach" in row][-1] for each in rows
+    )
     forward = (
         2 * 16 * (3 * reach + 2 * 6) + 4 * 16**2 * (2 + reach / 16) + 2 * 16 * 9
     )  # width 16, N 6, block 16, 9 symbols
@@ -87,7 +105,10 @@ def test_a_broken_experiment_leaves_the_others(swept: Swept) -> None:
 
 def test_a_budget_keeps_the_share_at_a_tenth_of_the_rate() -> None:
     c = sweep.configuration.load("configs/base.py", {"train.batch": "4", "train.block": "16"})
-    assert sweep._budget(c, 64 * 160) == {"train.steps": "150", "train.finetune_steps": "10"}  # 450,000 and 30,000
+    assert sweep._budget(c, 64 * 160) == {
+        "train.steps": "150",
+        "train.finetune_steps": "10",
+    }  # 450,000 and 30,000
     assert sweep._budget(c, 0) == {}
 
 
@@ -111,7 +132,9 @@ def test_what_has_ended_is_not_run_again(swept: Swept, monkeypatch: pytest.Monke
         ("--launcher=no-such-program", "--launcher"),
     ],
 )
-def test_other_settings_need_another_workdir(swept: Swept, tmp_path: Path, change: str, message: str) -> None:
+def test_other_settings_need_another_workdir(
+    swept: Swept, tmp_path: Path, change: str, message: str
+) -> None:
     """No score is reported under settings that it does not have; nothing is overwritten."""
     before = (swept.place / "runs" / "good-seed0" / "scores.json").read_text()
     place = f"--workdir={tmp_path}" if "launcher" in change else f"--workdir={swept.place / 'runs'}"
@@ -123,7 +146,9 @@ def test_other_settings_need_another_workdir(swept: Swept, tmp_path: Path, chang
 def test_a_launcher_submits_once(swept: Swept, tmp_path: Path) -> None:
     """Runs that a launcher took are not failures, are not submitted again, and count once they have scores."""
     for _ in range(2):
-        assert call(*swept.words, "--only=good", f"--workdir={tmp_path}", "--launcher=echo").code == 0
+        assert (
+            call(*swept.words, "--only=good", f"--workdir={tmp_path}", "--launcher=echo").code == 0
+        )
         (row,) = csv.DictReader((tmp_path / "sweep.csv").open())
         assert row["failed"].startswith("submitted") and not row["test"]
     log = (tmp_path / "good-seed1" / "log.txt").read_text()

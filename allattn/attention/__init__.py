@@ -1,7 +1,7 @@
 """The one expensive operation: joint attention over context and persistent key-value pairs.
 
-Dimension key: B batch, T query position in the block, S context key, L distance, N persistent pair, H head,
-K head width.
+Dimension key: B batch, T query position in the block, S context key, L distance, N persistent pair,
+H head, K head width.
 """
 
 from typing import Any
@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from allattn.attention import pallas_gpu, pallas_tpu, reference, tuning, xla
-from allattn.attention.tiles import pack
+from allattn.attention import gpu, reference, tpu, tuning, xla
+from allattn.attention.contract import pack
 
 Array = jax.Array
 
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
-_FUSED = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+_FUSED = {"xla": xla, "pallas_tpu": tpu, "pallas_gpu": gpu}
 
 
 def all_attention(
@@ -43,17 +43,19 @@ def all_attention(
 ) -> Array | tuple[Array, Array]:
     """One softmax over the keys within reach of each query and the head's persistent pairs.
 
-    Query t sits at key index query_start + t, key j at distance d = query_start + t - j from it. The pair counts when
-    first_distance <= d < first_distance + L and key_start <= j < S. Its weight is m(d) exp(scale (q.k_j + q'.p_d)),
-    a persistent pair's exp(scale q.k_n), all divided by their sum (Sukhbaatar et al. 2019, arXiv 1907.01470, eq. 5 to
-    9; m(d) from arXiv 1905.07799, eq. 4). With no pair at all, output and gradients are 0. A pair's exp(logit) over
-    the sum, the weight's derivative with regard to m, counts as 1e5 at most (it is larger only where m is almost 0).
+    Query t sits at key index query_start + t, key j at distance d = query_start + t - j from it.
+    The pair counts when first_distance <= d < first_distance + L and key_start <= j < S. Its weight
+    is m(d) exp(scale (q.k_j + q'.p_d)), a persistent pair's exp(scale q.k_n), all divided by their
+    sum (Sukhbaatar et al. 2019, arXiv 1907.01470, eq. 5 to 9; m(d) from arXiv 1905.07799, eq. 4).
+    With no pair at all, output and gradients are 0. A pair's exp(logit) over the sum, the weight's
+    derivative with regard to m, counts as 1e5 at most (it is larger only where m is almost 0).
 
     Args:
       query_BTHK: queries; float32, bfloat16 or (under x64) float64, which every other array shares.
       key_BSHK: context keys, oldest first.
       value_BSHK: context values.
-      position_HLK: position keys, row i for distance first_distance + i; its H may be 1, shared by all heads.
+      position_HLK: position keys, row i for distance first_distance + i; its H may be 1, shared by
+        all heads.
       position_query_BTHK: queries for the position keys (Transformer-XL); None: the same queries.
       first_distance: 1 if the current token is not attended, 0 if it is.
       persistent_key_HNK: persistent keys, used as given; None: no pairs.
@@ -67,18 +69,22 @@ def all_attention(
       row_offset: global index of row 0.
       head_offset: global index of head 0.
       scale: factor of every logit; None: 1/sqrt(K).
-      return_persistent_mass: also return the share of each query's weight that lies on persistent pairs.
-      implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu" (slowly interpreted elsewhere); None: the best
-        here.
+      return_persistent_mass: also return the share of each query's weight that lies on persistent
+        pairs.
+      implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu" (slowly interpreted
+        elsewhere); None: the best here.
 
     Returns:
-      out_BTHK in the query's dtype and, if asked for, mass_BTH in float32, before dropout and without a gradient.
+      out_BTHK in the query's dtype and, if asked for, mass_BTH in float32, before dropout and
+      without a gradient.
 
     Raises:
       ValueError: an argument has the wrong shape, dtype or range.
       NotImplementedError: the named implementation does not support the case.
     """
-    _check_rank(query_BTHK=query_BTHK, key_BSHK=key_BSHK, value_BSHK=value_BSHK, position_HLK=position_HLK)
+    _check_rank(
+        query_BTHK=query_BTHK, key_BSHK=key_BSHK, value_BSHK=value_BSHK, position_HLK=position_HLK
+    )
     B, T, H, K = query_BTHK.shape
     S, L = key_BSHK.shape[1], position_HLK.shape[1]
     if persistent_key_HNK is None and persistent_value_HNK is None:
@@ -93,7 +99,9 @@ def all_attention(
         "first_distance": first_distance,
         "persistent_key_HNK": persistent_key_HNK,
         "persistent_value_HNK": persistent_value_HNK,
-        "span_H": None if span_H is None else span_H + jax.lax.stop_gradient(jnp.clip(span_H, 0, L) - span_H),
+        "span_H": None
+        if span_H is None
+        else span_H + jax.lax.stop_gradient(jnp.clip(span_H, 0, L) - span_H),
         "ramp": ramp,
         "query_start_B": _per_row("query_start", S - T if query_start is None else query_start, B),
         "key_start_B": _per_row("key_start", key_start, B),
@@ -109,18 +117,26 @@ def all_attention(
     elif implementation in _FUSED:
         run = _FUSED[implementation].all_attention
         arguments |= {"whole_context": static_start, "one_query": position_query_BTHK is None}
-        arguments["tiles"] = tuning.tiles(implementation, T=T, L=L, N=arguments["persistent_key_HNK"].shape[1], K=K)
+        arguments["tiles"] = tuning.tiles(
+            implementation, T=T, L=L, N=arguments["persistent_key_HNK"].shape[1], K=K
+        )
         out_BTHK, mass_BTH = run(*pack(query_BTHK, key_BSHK, value_BSHK, **arguments))
     else:
-        raise NotImplementedError(f"implementation: expected one of {IMPLEMENTATIONS}, found {implementation!r}")
+        raise NotImplementedError(
+            f"implementation: expected one of {IMPLEMENTATIONS}, found {implementation!r}"
+        )
     return (out_BTHK, mass_BTH) if return_persistent_mass else out_BTHK
 
 
 def best_here(dtype: Any) -> str:
     """The fastest implementation for the machine that the code is traced for."""
-    kernels = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"} if dtype in (jnp.float32, jnp.bfloat16) else {}
+    kernels = (
+        {"tpu": "pallas_tpu", "gpu": "pallas_gpu"} if dtype in (jnp.float32, jnp.bfloat16) else {}
+    )
     capability, _, _ = getattr(jax.devices()[0], "compute_capability", "").partition(".")
-    if capability.isdecimal() and int(capability) < 8:  # Triton compiles for Ampere and later: not for a T4
+    if (
+        capability.isdecimal() and int(capability) < 8
+    ):  # Triton compiles for Ampere and later: not for a T4
         return "xla"
     return kernels.get(tuning.device()[0], "xla")
 
@@ -176,7 +192,9 @@ def _check_numbers(H, L, first_distance, span_H, ramp, dropout_rate, dropout_see
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate: expected a number in [0, 1), found {dropout_rate}")
     if dropout_rate and dropout_seed is None:
-        raise ValueError(f"dropout_seed: expected an integer with dropout_rate {dropout_rate}, found None")
+        raise ValueError(
+            f"dropout_seed: expected an integer with dropout_rate {dropout_rate}, found None"
+        )
     if span_H is None:
         return
     if span_H.shape != (H,):
@@ -186,4 +204,6 @@ def _check_numbers(H, L, first_distance, span_H, ramp, dropout_rate, dropout_see
     if not isinstance(span_H, jax.core.Tracer):
         span = np.asarray(span_H, np.float64)
         if not ((span >= 0) & (span <= L)).all():
-            raise ValueError(f"span_H: expected spans in [0, {L}], found {span[(span < 0) | (span > L)][:1]}")
+            raise ValueError(
+                f"span_H: expected spans in [0, {L}], found {span[(span < 0) | (span > L)][:1]}"
+            )

@@ -1,9 +1,10 @@
 """The counter-based dropout mask: a pure function of where a weight sits, never of how the work is cut.
 
-A weight is named by (seed, global row, global head, query index in the block, index), where index is the distance
-of a context key or the number of a persistent pair; the two kinds, and features, draw from domains of their own. Every
-implementation, tile size, context bucket and mesh therefore drops the same weights. The mixing function is the
-two-multiply "lowbias32" integer hash (C. Wellons, "Prospecting for Hash Functions", 2018).
+A weight is named by (seed, global row, global head, query index in the block, index), where index
+is the distance of a context key or the number of a persistent pair; the two kinds, and features,
+draw from domains of their own. Every implementation, tile size, context bucket and mesh therefore
+drops the same weights. The mixing function is the two-multiply "lowbias32" integer hash (C.
+Wellons, "Prospecting for Hash Functions", 2018).
 """
 
 import jax
@@ -38,7 +39,9 @@ def _multiplied(word: Array) -> Array:
     return word * jnp.uint32(0x846CA68B)
 
 
-def query_key(seed: Array | int, row: Array | int, head: Array | int, query: Array | int, domain: int) -> Array:
+def query_key(
+    seed: Array | int, row: Array | int, head: Array | int, query: Array | int, domain: int
+) -> Array:
     """The hash that all weights of one query share.
 
     Args:
@@ -62,7 +65,8 @@ def moved(key: Array, index: Array) -> Array:
       index: integers that broadcast with key.
 
     Returns:
-      uint32 of the broadcast shape: keys for which index 0 means what `index` means for the given ones.
+      uint32 of the broadcast shape: keys for which index 0 means what `index` means for the given
+        ones.
     """
     return key + jnp.asarray(index).astype(jnp.uint32) * jnp.uint32(_STEP)
 

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
-# A pair's exp(logit) over the row's sum is its derivative with regard to m. Nothing bounds it where m = 0, so it counts
-# as this at most, which it cannot exceed where m is 1e-5 or more: see docs/exactness.md.
-LARGEST = 1e5
-# The logit of a pair that does not count: far below any real one, yet finite, so that no inf - inf can arise.
-NOTHING = -1e30
+# A pair's exp(logit) over the row's sum is its derivative with regard to m. Nothing bounds it where
+# m = 0, so it counts as this at most, which it cannot exceed where m is 1e-5 or more: see
+# docs/exactness.md.
+MAX_MASK_DERIVATIVE = 1e5
+# The logit of a pair that does not count: far below any real one, yet finite, so that no inf - inf
+# can arise.
+MASKED_LOGIT = -1e30
 
 
 def ramp_position(distance: Array, span: Array, ramp: int) -> Array:
@@ -27,8 +29,8 @@ def ramp_position(distance: Array, span: Array, ramp: int) -> Array:
 
 
 def log_span_mask(distance: Array, span: Array, ramp: int) -> Array:
-    """log m(d), finite everywhere: NOTHING where m = 0."""
-    return jnp.maximum(jnp.log(jnp.clip(ramp_position(distance, span, ramp), 0, 1)), NOTHING)
+    """log m(d), finite everywhere: MASKED_LOGIT where m = 0."""
+    return jnp.maximum(jnp.log(jnp.clip(ramp_position(distance, span, ramp), 0, 1)), MASKED_LOGIT)
 
 
 def last_distance(span: Array, ramp: int) -> Array:

@@ -1,7 +1,7 @@
 """How large the tiles of an implementation are: measured for some devices and sizes, a default for the others.
 
-The table `tuned.json` lists what `python -m benchmarks.attention --tune` found: device, sizes of the call, tiles, the
-time before and after, date and versions.
+The table `tuned.json` lists what `python -m benchmarks.attention --tune` found: device, sizes of
+the call, tiles, the time before and after, date and versions.
 """
 
 import json
@@ -17,7 +17,9 @@ class XlaTiles(NamedTuple):
 
     queries: int = 128
     few: int = 64
-    elements: int = 2**20  # weights worked on at once, if rows are grouped: products of many queries run faster
+    elements: int = (
+        2**20
+    )  # weights worked on at once, if rows are grouped: products of many queries run faster
 
 
 class TpuTiles(NamedTuple):
@@ -38,12 +40,16 @@ class GpuTiles(NamedTuple):
 
 
 DEFAULTS: dict[str, Any] = {"xla": XlaTiles(), "pallas_tpu": TpuTiles(), "pallas_gpu": GpuTiles()}
-TABLE: list[dict[str, Any]] = json.loads(resources.files(__package__).joinpath("tuned.json").read_text())
+TABLE: list[dict[str, Any]] = json.loads(
+    resources.files(__package__).joinpath("tuned.json").read_text()
+)
 
 
 def device() -> tuple[str, str]:
     """Platform and kind of the device that the code is traced for."""
-    described = jax.sharding.get_abstract_mesh().abstract_device  # named where code is compiled for another machine
+    described = (
+        jax.sharding.get_abstract_mesh().abstract_device
+    )  # named where code is compiled for another machine
     if described:
         return described.platform, described.device_kind
     return jax.default_backend(), jax.devices()[0].device_kind
@@ -60,9 +66,13 @@ def tiles(implementation: str, **sizes: int) -> Any:
       XlaTiles, TpuTiles or GpuTiles.
     """
     default, (_, kind) = DEFAULTS[implementation], device()
-    measured = [row for row in TABLE if row["implementation"] == implementation and row["device"] == kind]
+    measured = [
+        row for row in TABLE if row["implementation"] == implementation and row["device"] == kind
+    ]
 
     def far(row: dict[str, Any]) -> float:
-        return sum(abs(math.log2((1 + row["sizes"][name]) / (1 + size))) for name, size in sizes.items())
+        return sum(
+            abs(math.log2((1 + row["sizes"][name]) / (1 + size))) for name, size in sizes.items()
+        )
 
     return default._replace(**min(measured, key=far)["tiles"]) if measured else default

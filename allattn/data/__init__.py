@@ -1,6 +1,14 @@
 """Text as tokens: prepared data sets, the vocabulary, the training stream."""
 
-from allattn.data.dataset import DATASETS, SPLITS, Dataset, Tokens, cache_dir, default_data_dir, prepare
+from allattn.data.dataset import (
+    DATASETS,
+    SPLITS,
+    Dataset,
+    Tokens,
+    cache_dir,
+    default_data_dir,
+    prepare,
+)
 from allattn.data.stream import Batch, Stream, TokenSource
 from allattn.data.vocabulary import Vocabulary
 

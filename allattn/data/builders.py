@@ -1,6 +1,7 @@
 """TFDS builders: each split is stored as fixed-size records of raw ids, the vocabulary in the builder's metadata.
 
-Nothing here needs TensorFlow: records are written as ArrayRecord and read back with `as_data_source`.
+Nothing here needs TensorFlow: records are written as ArrayRecord and read back with
+`as_data_source`.
 """
 
 import abc
@@ -36,7 +37,9 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
     expected_tokens: ClassVar[dict[str, int]] = {}
     """Tokens of each split, where they are published."""
 
-    def __init__(self, *, manual_dir: epath.Path | None = None, downloads: Path, **options: Any) -> None:
+    def __init__(
+        self, *, manual_dir: epath.Path | None = None, downloads: Path, **options: Any
+    ) -> None:
         self.manual_dir = manual_dir
         self.downloads = downloads
         super().__init__(file_format="array_record", **options)
@@ -49,28 +52,40 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
-            features=tfds.features.FeaturesDict({"tokens": tfds.features.Tensor(shape=(), dtype=np.object_)}),
+            features=tfds.features.FeaturesDict(
+                {"tokens": tfds.features.Tensor(shape=(), dtype=np.object_)}
+            ),
             disable_shuffling=True,
             metadata=tfds.core.MetadataDict(),
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator[tuple[int, dict]]]:
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[int, dict]]]:
         texts = self.texts()
         vocabulary = Vocabulary.from_text(texts["train"], self.unit)
         if self.expected_size not in (None, vocabulary.size):
-            raise UserError(f"{self.name}: expected a vocabulary of {self.expected_size}, found {vocabulary.size}")
+            raise UserError(
+                f"{self.name}: expected a vocabulary of {self.expected_size}, found {vocabulary.size}"
+            )
         self.info.metadata["vocabulary"] = vocabulary.to_json()
-        return {split: self._generate_examples(split, text, vocabulary) for split, text in texts.items()}
+        return {
+            split: self._generate_examples(split, text, vocabulary) for split, text in texts.items()
+        }
 
     def _generate_examples(
         self, split: str, text: Iterable[bytes], vocabulary: Vocabulary
     ) -> Iterator[tuple[int, dict[str, bytes]]]:
         count = 0
-        for key, ids in enumerate(_records(_encoded(text, vocabulary, f"{self.name}, split {split}"))):
+        for key, ids in enumerate(
+            _records(_encoded(text, vocabulary, f"{self.name}, split {split}"))
+        ):
             count += ids.size
             yield key, {"tokens": ids.astype(vocabulary.dtype).tobytes()}
         if count != self.expected_tokens.get(split, count):
-            raise UserError(f"{self.name}: expected {self.expected_tokens[split]} {split} tokens, found {count}")
+            raise UserError(
+                f"{self.name}: expected {self.expected_tokens[split]} {split} tokens, found {count}"
+            )
 
 
 class Enwik8(TextBuilder):
@@ -96,7 +111,11 @@ class Enwik8(TextBuilder):
         """The three stretches of the one file."""
         (text,) = self.corpus.find(self.manual_dir, self.downloads).values()
         train, valid, _ = self.sizes
-        cuts = {"train": (0, train), "valid": (train, train + valid), "test": (train + valid, sum(self.sizes))}
+        cuts = {
+            "train": (0, train),
+            "valid": (train, train + valid),
+            "test": (train + valid, sum(self.sizes)),
+        }
         return {split: Text(text.path, text.member, *cut) for split, cut in cuts.items()}
 
 
@@ -121,11 +140,16 @@ class Wikitext103(TextBuilder):
     name = "wikitext103"
     unit = "word"
     expected_size = 267_735
-    expected_tokens: ClassVar[dict[str, int]] = {"train": 103_227_021, "valid": 217_646, "test": 245_569}
+    expected_tokens: ClassVar[dict[str, int]] = {
+        "train": 103_227_021,
+        "valid": 217_646,
+        "test": 245_569,
+    }
     corpus = Corpus(
         name="wikitext103",
         archive="wikitext-103-v1.zip",
-        # The original bucket (the second) no longer answers everywhere; the first is the author's own copy.
+        # The original bucket (the second) no longer answers everywhere; the first is the author's
+        # own copy.
         urls=(
             "https://wikitext.smerity.com/wikitext-103-v1.zip",
             "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-v1.zip",
@@ -133,9 +157,18 @@ class Wikitext103(TextBuilder):
         checksum="sha256:242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590",
         size=None,
         members={
-            "wikitext-103/wiki.train.tokens": ("sha1:b7497e2dfe77e72cfef5e3dbc61b7b53712ac211", None),
-            "wikitext-103/wiki.valid.tokens": ("sha1:c326ac59dc587676d58c422eb8a03e119582f92b", 1_142_309),
-            "wikitext-103/wiki.test.tokens": ("sha1:8a5befc548865cec54ed4273cf87dbbad60d1e47", 1_281_077),
+            "wikitext-103/wiki.train.tokens": (
+                "sha1:b7497e2dfe77e72cfef5e3dbc61b7b53712ac211",
+                None,
+            ),
+            "wikitext-103/wiki.valid.tokens": (
+                "sha1:c326ac59dc587676d58c422eb8a03e119582f92b",
+                1_142_309,
+            ),
+            "wikitext-103/wiki.test.tokens": (
+                "sha1:8a5befc548865cec54ed4273cf87dbbad60d1e47",
+                1_281_077,
+            ),
         },
     )
 
@@ -150,12 +183,18 @@ class Stdlib(TextBuilder):
 
     name = "stdlib"
     # Another interpreter has another text, so it makes another data set.
-    BUILDER_CONFIGS: ClassVar[list] = [tfds.core.BuilderConfig(name=f"python{platform.python_version()}")]
+    BUILDER_CONFIGS: ClassVar[list] = [
+        tfds.core.BuilderConfig(name=f"python{platform.python_version()}")
+    ]
 
     def texts(self) -> dict[str, Iterable[bytes]]:
         """The last 200 kB are valid and test."""
         text, held = standard_library(), STDLIB_HELD_OUT
-        return {"train": [text[: -2 * held]], "valid": [text[-2 * held : -held]], "test": [text[-held:]]}
+        return {
+            "train": [text[: -2 * held]],
+            "valid": [text[-2 * held : -held]],
+            "test": [text[-held:]],
+        }
 
 
 class Files(TextBuilder):

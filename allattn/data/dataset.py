@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from etils import epath
 
-from allattn import bucket
 from allattn.data.sources import fingerprint, folder_of_texts
 from allattn.data.vocabulary import Unit, Vocabulary, check_unit
-from allattn.distributed import lead
 from allattn.errors import UserError
+from allattn.sharding.processes import first_on_leader
+from allattn.storage import paths
 
 if TYPE_CHECKING:
     from allattn.data.builders import TextBuilder
@@ -79,7 +79,9 @@ class Dataset:
         try:
             return Tokens(self._builder.as_data_source(split), self.vocabulary.dtype)
         except (OSError, LookupError, RuntimeError) as error:
-            raise UserError(f"{self.path} is damaged ({error}); remove that folder to prepare it again") from None
+            raise UserError(
+                f"{self.path} is damaged ({error}); remove that folder to prepare it again"
+            ) from None
 
     def summary(self) -> dict[str, Any]:
         """Name, path, unit, vocabulary size and tokens per split, ready for JSON."""
@@ -100,13 +102,14 @@ def prepare(
 ) -> Dataset:
     """Loads a data set, and prepares it first where that has not been done.
 
-    What lies in a bucket is copied to this machine once and read there; what the bucket lacks is prepared here and put
-    into the bucket. Of several processes the first prepares while the others wait.
+    What lies in a bucket is copied to this machine once and read there; what the bucket lacks is
+    prepared here and put into the bucket. Of several processes the first prepares while the others
+    wait.
 
     Args:
       name: one of `DATASETS`.
-      data_dir: folder or bucket URL of prepared data; None: `default_data_dir`. For `files` it is the folder of the
-        texts, which is only read; they are prepared in `default_data_dir`.
+      data_dir: folder or bucket URL of prepared data; None: `default_data_dir`. For `files` it is
+        the folder of the texts, which is only read; they are prepared in `default_data_dir`.
       manual_dir: folder or bucket URL of source files placed by hand, where there is no network.
       unit: "byte" or "word"; `files` only.
 
@@ -114,24 +117,24 @@ def prepare(
       The data set.
 
     Raises:
-      UserError: unknown name, missing or damaged source, a symbol that the training text lacks, a folder that
-        cannot be written, no such bucket.
+      UserError: unknown name, missing or damaged source, a symbol that the training text lacks, a
+        folder that cannot be written, no such bucket.
       RunError: the bucket does not answer.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: {_nearest(name)}")
-    return lead("data", lambda: _prepare(name, data_dir, manual_dir, unit))
+    return first_on_leader("data", lambda: _prepare(name, data_dir, manual_dir, unit))
 
 
 def default_data_dir() -> epath.Path:
     """$ALLATTN_DATA_DIR, else ~/.cache/allattn."""
-    return bucket.parse("ALLATTN_DATA_DIR", os.environ.get("ALLATTN_DATA_DIR") or "~/.cache/allattn")
+    return paths.parse("ALLATTN_DATA_DIR", os.environ.get("ALLATTN_DATA_DIR") or "~/.cache/allattn")
 
 
 def cache_dir() -> Path:
     """`default_data_dir`, or ~/.cache/allattn where that is a bucket."""
     default = default_data_dir()
-    return Path("~/.cache/allattn").expanduser() if bucket.is_url(default) else Path(default)
+    return Path("~/.cache/allattn").expanduser() if paths.is_url(default) else Path(default)
 
 
 def _local(root: epath.Path) -> Path:
@@ -140,7 +143,7 @@ def _local(root: epath.Path) -> Path:
     Args:
       root: where they are asked for; what is a bucket has a folder of its own in `cache_dir`.
     """
-    if not bucket.is_url(root):
+    if not paths.is_url(root):
         return Path(root)
     return cache_dir() / str(root).replace("://", "/")
 
@@ -153,24 +156,30 @@ def _nearest(name: str) -> str:
 def _prepare(name: str, data_dir: Any, manual_dir: Any, unit: Unit) -> Dataset:
     root, options = _options(name, data_dir, manual_dir, unit)
     local = _local(root)
-    make = functools.partial(_builder, name, data_dir=local, downloads=local / "downloads", **options)
+    make = functools.partial(
+        _builder, name, data_dir=local, downloads=local / "downloads", **options
+    )
     folder = epath.Path(make().data_path)
-    wanted = root / folder.relative_to(local) if bucket.is_url(root) else folder
-    if not (bucket.is_whole(folder) and bucket.is_whole(wanted)):
+    wanted = root / folder.relative_to(local) if paths.is_url(root) else folder
+    if not (paths.is_whole(folder) and paths.is_whole(wanted)):
         with _locked(Path(folder.parent)):
             _prepare_once(make(), folder, wanted)
     return Dataset(make())  # made anew, since a builder knows only what was there when it was made
 
 
-def _options(name: str, data_dir: Any, manual_dir: Any, unit: Unit) -> tuple[epath.Path, dict[str, Any]]:
+def _options(
+    name: str, data_dir: Any, manual_dir: Any, unit: Unit
+) -> tuple[epath.Path, dict[str, Any]]:
     """Where the data set is to be prepared, and the builder's other arguments."""
-    given = None if data_dir is None else bucket.parse("data_dir", data_dir)
+    given = None if data_dir is None else paths.parse("data_dir", data_dir)
     if name != "files":
         return given or default_data_dir(), {"manual_dir": _manual(manual_dir)}
     if given is None:
-        raise UserError("data set files needs data_dir, the folder with train.txt, valid.txt and test.txt")
+        raise UserError(
+            "data set files needs data_dir, the folder with train.txt, valid.txt and test.txt"
+        )
     check_unit(unit)
-    with bucket.reached(given):
+    with paths.reached(given):
         variant = f"{unit}-{fingerprint(folder_of_texts(given))}"
     return default_data_dir(), {"manual_dir": given, "unit": unit, "variant": variant}
 
@@ -178,8 +187,8 @@ def _options(name: str, data_dir: Any, manual_dir: Any, unit: Unit) -> tuple[epa
 def _manual(folder: str | os.PathLike[str] | None) -> epath.Path | None:
     if folder is None:
         return None
-    path = bucket.parse("manual_dir", folder)
-    with bucket.reached(path):
+    path = paths.parse("manual_dir", folder)
+    with paths.reached(path):
         if not path.is_dir():
             raise UserError(f"manual_dir: {path} is not a folder")
     return path
@@ -194,17 +203,18 @@ def _builder(name: str, **options: Any) -> "TextBuilder":
 
 def _prepare_once(builder: "TextBuilder", folder: epath.Path, wanted: epath.Path) -> None:
     """Fills both folders unless another process has; to be called under the lock."""
-    if not bucket.is_whole(folder):
-        # Both ways write into a folder "incomplete.*" and rename it; those here were left by killed processes.
+    if not paths.is_whole(folder):
+        # Both ways write into a folder "incomplete.*" and rename it; those here were left by killed
+        # processes.
         for leftover in folder.parent.glob("incomplete.*"):
             leftover.rmtree()
-        if bucket.is_whole(wanted):
-            return bucket.fetch(wanted, folder)
-        if bucket.is_url(wanted):
-            bucket.check_writable(wanted.parent)
+        if paths.is_whole(wanted):
+            return paths.fetch(wanted, folder)
+        if paths.is_url(wanted):
+            paths.check_writable(wanted.parent)
         builder.download_and_prepare(download_dir=builder.downloads)
-    if not bucket.is_whole(wanted):
-        bucket.put(folder, wanted)
+    if not paths.is_whole(wanted):
+        paths.put(folder, wanted)
 
 
 @contextmanager

@@ -12,13 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from allattn.errors import UserError
 
 _TIMEOUT_SECONDS = 30.0
 _CHUNK_BYTES = 1 << 18
-_REFUSED = (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError)
+_REFUSED = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ssl.SSLError,
+    ConnectionError,
+    TimeoutError,
+)
 
 
 def fetch(
@@ -32,8 +45,8 @@ def fetch(
 ) -> Path:
     """Downloads one file; an interrupted download goes on where it stopped.
 
-    The bytes gather in DESTINATION.part and get their name only when whole and checked; an existing file is returned
-    as it is.
+    The bytes gather in DESTINATION.part and get their name only when whole and checked; an existing
+    file is returned as it is.
 
     Args:
       urls: mirrors of the same file, tried in turn; all of them are tried `attempts` times.
@@ -91,7 +104,9 @@ def _receive(url: str, part: Path, label: str) -> None:
     begin = part.stat().st_size if part.exists() else 0
     headers = {"User-Agent": "allattn"} | ({"Range": f"bytes={begin}-"} if begin else {})
     try:
-        answer = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_SECONDS)
+        answer = urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_SECONDS
+        )
     except urllib.error.HTTPError as error:
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
@@ -108,8 +123,17 @@ def _receive(url: str, part: Path, label: str) -> None:
 
 
 def _copy(answer: Any, part: Path, begin: int, total: int | None, label: str) -> None:
-    columns = (TextColumn(label), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with part.open("ab" if begin else "wb") as file, Progress(*columns, console=Console(stderr=True)) as progress:
+    columns = (
+        TextColumn(label),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with (
+        part.open("ab" if begin else "wb") as file,
+        Progress(*columns, console=Console(stderr=True)) as progress,
+    ):
         task = progress.add_task(label, total=total, completed=begin)
         while chunk := answer.read(_CHUNK_BYTES):
             file.write(chunk)

@@ -12,9 +12,9 @@ from typing import IO
 
 from etils import epath
 
-from allattn import bucket
 from allattn.data.download import digest_of, fetch
 from allattn.errors import UserError
+from allattn.storage import paths
 
 CHUNK_BYTES = 1 << 20
 STDLIB_BYTES = 8_000_000
@@ -59,7 +59,7 @@ class Text:
 
     @contextmanager
     def _opened(self) -> Iterator[IO[bytes]]:
-        with bucket.reached(self.path), self.path.open("rb") as file:
+        with paths.reached(self.path), self.path.open("rb") as file:
             if self.member is None:
                 yield file
                 return
@@ -67,7 +67,9 @@ class Text:
                 with zipfile.ZipFile(file) as archive, archive.open(self.member) as member:
                     yield member
             except KeyError:
-                raise UserError(f"{self.path} holds no {self.member}; expected the original archive") from None
+                raise UserError(
+                    f"{self.path} holds no {self.member}; expected the original archive"
+                ) from None
             except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                 size = self.path.stat().length
                 raise UserError(
@@ -99,7 +101,8 @@ class Corpus:
         """Finds the texts, or downloads them, and checks them.
 
         Args:
-          manual_dir: folder of files placed by hand (the archive or its files); None: use, or fill, `downloads`.
+          manual_dir: folder of files placed by hand (the archive or its files); None: use, or fill,
+            `downloads`.
           downloads: folder for downloaded archives.
 
         Returns:
@@ -110,7 +113,9 @@ class Corpus:
         """
         texts = self._present(manual_dir or epath.Path(downloads))
         if texts is None and manual_dir is not None:
-            raise UserError(f"{self.name}: {self._missing(manual_dir)} in {manual_dir}; {self._advice()}")
+            raise UserError(
+                f"{self.name}: {self._missing(manual_dir)} in {manual_dir}; {self._advice()}"
+            )
         if texts is None:
             self._download(downloads)
             texts = self._in_archive(epath.Path(downloads) / self.archive)
@@ -123,7 +128,9 @@ class Corpus:
             paths = [base / Path(member).name for member in self.members]
             if all(path.is_file() for path in paths):
                 return {path.name: Text(path) for path in paths}
-        return self._in_archive(folder / self.archive) if (folder / self.archive).is_file() else None
+        return (
+            self._in_archive(folder / self.archive) if (folder / self.archive).is_file() else None
+        )
 
     def _in_archive(self, path: epath.Path) -> dict[str, Text]:
         return {Path(member).name: Text(path, member) for member in self.members}
@@ -146,9 +153,10 @@ class Corpus:
 def standard_library(folder: Path | None = None) -> bytes:
     """The first 8,000,000 bytes of the standard library's source text, in sorted order of relative path.
 
-    Left out: tests, installed packages, generated files that differ from one machine to another, and every file with
-    a byte other than printable ASCII or newline, so that a short end of the text holds no byte that the long beginning
-    lacks.
+    Left out: tests, installed packages, generated files that differ from one machine to another,
+      and every file with
+    a byte other than printable ASCII or newline, so that a short end of the text holds no byte that
+    the long beginning lacks.
 
     Args:
       folder: the library's folder; None: the running interpreter's.
@@ -158,7 +166,10 @@ def standard_library(folder: Path | None = None) -> bytes:
     """
     root = folder or Path(sysconfig.get_paths()["stdlib"])
     parts, size = [], 0
-    for path in sorted((p for p in root.rglob("*.py") if _is_library(p.relative_to(root))), key=lambda p: p.as_posix()):
+    for path in sorted(
+        (p for p in root.rglob("*.py") if _is_library(p.relative_to(root))),
+        key=lambda p: p.as_posix(),
+    ):
         text = path.read_bytes()
         if not text.translate(None, _PLAIN):
             parts.append(text)
@@ -166,7 +177,9 @@ def standard_library(folder: Path | None = None) -> bytes:
         if size >= STDLIB_BYTES:
             break
     if size < 10 * STDLIB_HELD_OUT:
-        raise UserError(f"stdlib: {root} holds {size} bytes of source text, expected at least {10 * STDLIB_HELD_OUT}")
+        raise UserError(
+            f"stdlib: {root} holds {size} bytes of source text, expected at least {10 * STDLIB_HELD_OUT}"
+        )
     return b"".join(parts)[:STDLIB_BYTES]
 
 
@@ -185,10 +198,14 @@ def folder_of_texts(folder: epath.Path) -> dict[str, Text]:
     texts = {split: Text(folder / f"{split}.txt") for split in ("train", "valid", "test")}
     missing = [text.path.name for text in texts.values() if not text.path.is_file()]
     if missing:
-        raise UserError(f"files: {folder} needs train.txt, valid.txt and test.txt; missing: {', '.join(missing)}")
+        raise UserError(
+            f"files: {folder} needs train.txt, valid.txt and test.txt; missing: {', '.join(missing)}"
+        )
     empty = [text.path.name for text in texts.values() if not text.path.stat().length]
     if empty:
-        raise UserError(f"files: {folder} needs three texts that are not empty; empty: {', '.join(empty)}")
+        raise UserError(
+            f"files: {folder} needs three texts that are not empty; empty: {', '.join(empty)}"
+        )
     return texts
 
 

@@ -1,6 +1,7 @@
 """The training stream: which tokens a given step reads, as a pure function of the step.
 
-Dimension key: B row of the batch, T position in the block, W position in the window of tokens held in memory.
+Dimension key: B row of the batch, T position in the block, W position in the window of tokens held
+in memory.
 """
 
 from bisect import bisect_right
@@ -38,9 +39,10 @@ class Batch(NamedTuple):
 class Stream:
     """Reads a split as `batch` contiguous rows, block after block, pass after pass.
 
-    Row b holds the tokens from b * (tokens // batch). A pass goes on while a block and the target after it fit in the
-    row. The first begins at 0, each later one at an offset below one block, drawn from (seed, pass). The block at a
-    step depends on (tokens, batch, block, seed, step) and nothing else, so any step can be asked for.
+    Row b holds the tokens from b * (tokens // batch). A pass goes on while a block and the target
+    after it fit in the row. The first begins at 0, each later one at an offset below one block,
+    drawn from (seed, pass). The block at a step depends on (tokens, batch, block, seed, step) and
+    nothing else, so any step can be asked for.
 
     Args:
       tokens: the ids of the split.
@@ -53,9 +55,13 @@ class Stream:
       UserError: the split is too short for one block of every row.
     """
 
-    def __init__(self, tokens: TokenSource, batch: int, block: int, seed: int = 0, rows: Any = slice(None)) -> None:
+    def __init__(
+        self, tokens: TokenSource, batch: int, block: int, seed: int = 0, rows: Any = slice(None)
+    ) -> None:
         if batch < 1 or block < 1 or seed < 0:
-            raise UserError(f"batch and block must be at least 1 and seed 0, found {batch}, {block} and {seed}")
+            raise UserError(
+                f"batch and block must be at least 1 and seed 0, found {batch}, {block} and {seed}"
+            )
         self.row_length = len(tokens) // batch
         if self.row_length <= block:
             raise UserError(

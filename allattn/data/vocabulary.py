@@ -32,7 +32,9 @@ class Vocabulary:
     def __post_init__(self) -> None:
         check_unit(self.unit)
         if END_OF_LINE not in self._ids or len(self._ids) != len(self.symbols):
-            raise UserError(f"a vocabulary needs distinct symbols and the end of line, found {self.symbols!r:.80}")
+            raise UserError(
+                f"a vocabulary needs distinct symbols and the end of line, found {self.symbols!r:.80}"
+            )
         if self.unit == "byte" and not all(len(s) == 1 and ord(s) < 256 for s in self.symbols):
             raise UserError("a byte vocabulary needs symbols of one byte each, found others")
 
@@ -40,8 +42,8 @@ class Vocabulary:
     def from_text(cls, text: bytes | Iterable[bytes], unit: Unit = "byte") -> "Vocabulary":
         """Numbers the symbols of a training text.
 
-        Bytes are numbered in order of first appearance; words by falling count, the later first appearance first
-        among equals. The text's last line is closed if it is not.
+        Bytes are numbered in order of first appearance; words by falling count, the later first
+        appearance first among equals. The text's last line is closed if it is not.
 
         Args:
           text: the whole text, or its chunks in order, cut anywhere.
@@ -77,7 +79,8 @@ class Vocabulary:
 
         Args:
           text: the bytes; for words, UTF-8 split at white space.
-          close: append the end-of-line symbol if the text is not empty and does not end in a newline.
+          close: append the end-of-line symbol if the text is not empty and does not end in a
+            newline.
           offset: where the text begins in its file, in bytes (for messages only).
 
         Returns:
@@ -88,7 +91,11 @@ class Vocabulary:
         """
         if close and text and not text.endswith(b"\n"):
             text += b"\n"
-        return self._encode_bytes(text, offset) if self.unit == "byte" else self._encode_words(text, offset)
+        return (
+            self._encode_bytes(text, offset)
+            if self.unit == "byte"
+            else self._encode_words(text, offset)
+        )
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> bytes:
         """Turns ids back into text; words are joined by single spaces, lines end in a newline."""
@@ -105,7 +112,9 @@ class Vocabulary:
     def from_json(cls, value: dict[str, Any]) -> "Vocabulary":
         """The inverse of `to_json`; UserError if `value` is something else."""
         if not isinstance(value, dict) or not {"unit", "symbols"} <= set(value):
-            raise UserError(f"a stored vocabulary needs the keys unit and symbols, found {value!r:.80}")
+            raise UserError(
+                f"a stored vocabulary needs the keys unit and symbols, found {value!r:.80}"
+            )
         return cls(value["unit"], tuple(value["symbols"]))
 
     @cached_property
@@ -123,7 +132,9 @@ class Vocabulary:
         if ids.size and ids.min() < 0:
             first = int(np.argmax(ids < 0))
             byte = text[first : first + 1]
-            raise UserError(f"byte {byte!r} at offset {offset + first} is none of the vocabulary's {self.size} symbols")
+            raise UserError(
+                f"byte {byte!r} at offset {offset + first} is none of the vocabulary's {self.size} symbols"
+            )
         return ids
 
     def _encode_words(self, text: bytes, offset: int) -> np.ndarray:

@@ -13,5 +13,7 @@ from configs import text8_large
 def get_config():
     c = text8_large.get_config()
     c.model.integration = "head_split"
-    c.model.persistent = 4096  # in half of the heads: as many numbers in persistent pairs as the others have
+    c.model.persistent = (
+        4096  # in half of the heads: as many numbers in persistent pairs as the others have
+    )
     return c

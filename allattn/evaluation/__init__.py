@@ -1,0 +1,1 @@
+"""Scoring a trained network, and sampling from it."""

@@ -1,0 +1,1 @@
+"""Will a training step fit, and what does it send? Answered without an accelerator."""

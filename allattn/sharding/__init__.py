@@ -1,0 +1,43 @@
+"""Where every array lives, on one process or several."""
+
+from allattn.sharding.rules import (
+    AXES,
+    OPERATION,
+    ROWS,
+    RULES,
+    Rows,
+    attention_over,
+    constrain,
+    gather_tables,
+    heads_to_spread,
+    make_mesh,
+    mesh_over_rows,
+    nll_over,
+    put_on_mesh,
+    row_sharding,
+    row_shards,
+    shardings,
+    use_cores,
+    use_cores_for,
+)
+
+__all__ = [
+    "AXES",
+    "OPERATION",
+    "ROWS",
+    "RULES",
+    "Rows",
+    "attention_over",
+    "constrain",
+    "gather_tables",
+    "heads_to_spread",
+    "make_mesh",
+    "mesh_over_rows",
+    "nll_over",
+    "put_on_mesh",
+    "row_sharding",
+    "row_shards",
+    "shardings",
+    "use_cores",
+    "use_cores_for",
+]

@@ -1,0 +1,1 @@
+"""Paths that may lie in a bucket, and checkpoints."""

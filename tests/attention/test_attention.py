@@ -1,0 +1,399 @@
+"""The contract of the operation, for every implementation.
+
+Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K
+head width.
+"""
+
+import dataclasses
+import subprocess
+import sys
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import CASES, SMALL_TILES, Case, arrays, call, error, options, results
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from allattn import attention
+from allattn.attention import dropout, tuning
+
+IMPLEMENTATIONS = [name for name in attention.IMPLEMENTATIONS if name != "reference"]
+
+
+DEFAULTS = tuning.DEFAULTS  # before the fixture makes them small
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 8 queries, so that small cases have several."""
+    monkeypatch.setattr(tuning, "DEFAULTS", SMALL_TILES)
+    monkeypatch.setattr(tuning, "TABLE", [])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_reference(name: str, implementation: str) -> None:
+    case = CASES[name]
+    with jax.enable_x64(True):
+        expected = results(case, arrays(case, np.float64), "reference")
+    with jax.default_matmul_precision("highest"):
+        assert error(results(case, arrays(case), implementation), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["ties and full", "dropout with starts"])
+def test_bfloat16(name: str, implementation: str) -> None:
+    case = CASES[name]
+    inputs = arrays(case, jnp.bfloat16)
+    expected = results(case, jax.tree.map(lambda x: x.astype(jnp.float32), inputs), "reference")
+    found = results(case, inputs, implementation)
+    assert (
+        found["out"].dtype == found["key"].dtype == jnp.bfloat16
+        and found["mass"].dtype == jnp.float32
+    )
+    assert error(found, expected) <= 2e-2
+
+
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_gradient_of_a_span_whose_end_hides_a_large_logit(implementation: str) -> None:
+    """As in WikiText-103's first layer, whose inputs are sqrt(D) times as large as those of the others: e^60 and more.
+
+    At the distance where m = 0 the derivative is min(exp(logit) / sum, 1e5) times what a weight
+    there would add.
+    """
+    inputs = arrays(Case(B=1, T=1, S=8, H=1, K=4, L=8, N=0, magnitude=0), np.float32)
+    inputs["query"], inputs["span_H"] = jnp.ones_like(inputs["query"]), jnp.array([2.0])
+    value_S = np.arange(8.0)
+    inputs["value"] = inputs["value"].at[..., 0].set(value_S[:, None])
+
+    def first_of_output(
+        span_H: jax.Array, excess: float
+    ) -> jax.Array:  # ramp 2: the tie is distance 5, key 2
+        key = (
+            jnp.zeros_like(inputs["key"]).at[:, 2].set(excess / 2)
+        )  # four lanes at a scale of 1 / 2
+        positionless = inputs | {
+            "key": key,
+            "position_HLK": jnp.zeros_like(inputs["position_HLK"]),
+            "span_H": span_H,
+        }
+        return call(positionless, ramp=2, implementation=implementation)[0, 0, 0, 0]
+
+    mask_D = np.array([1, 1, 1, 0.5])  # distances 1 to 4: keys 6 to 3
+    mean = (mask_D * value_S[6:2:-1]).sum() / mask_D.sum()
+    for excess in (3.0, 60.0, 200.0):
+        found = jax.grad(first_of_output)(inputs["span_H"], excess)[0]
+        on_ramp = (
+            value_S[3:5] - mean
+        ).sum() / mask_D.sum()  # distances 4 and 3, whose m is 1/2 and, tied, 1
+        at_tie = min(np.exp(excess) / mask_D.sum(), 1e5) * (value_S[2] - mean)
+        np.testing.assert_allclose(found, (on_ramp + at_tie) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [("7.5", "xla"), ("8.0", "pallas_gpu"), ("10.0", "pallas_gpu"), ("gfx942", "pallas_gpu")],
+)
+def test_gpus_that_triton_compiles_for(
+    monkeypatch: pytest.MonkeyPatch, capability: str, expected: str
+) -> None:
+    gpu = types.SimpleNamespace(device_kind="a GPU", compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [gpu])
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert attention.best_here(jnp.float32) == expected
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_logits_whose_own_rounding_shows(implementation: str) -> None:
+    """Of logits near 60 float32 rounds so much that the definition itself loses up to 9e-6: nobody loses twice that."""
+    case = dataclasses.replace(CASES["spans that hide large logits"], magnitude=15.0)
+    with jax.enable_x64(True):
+        expected = results(case, arrays(case, np.float64), "reference")
+    with jax.default_matmul_precision("highest"):
+        own = error(results(case, arrays(case), "reference"), expected)
+        assert error(results(case, arrays(case), implementation), expected) <= 2 * own <= 2e-5
+
+
+@pytest.mark.parametrize(
+    "case", [CASES["ties and full"], Case(H=4, spans=(0.0, 3.0, 5.0, 3e-4), magnitude=15.0)]
+)
+def test_float64(case: Case) -> None:
+    with jax.enable_x64(True):
+        inputs = arrays(case, np.float64)
+        assert error(results(case, inputs, "xla"), results(case, inputs, "reference")) <= 1e-9
+        for name in ("pallas_tpu", "pallas_gpu"):
+            with pytest.raises(
+                NotImplementedError,
+                match=f"{name}: expected dtype float32 or bfloat16, found float64",
+            ):
+                call(inputs, implementation=name)
+
+
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_nothing_to_attend(implementation: str) -> None:
+    """A query without any key, and N = 0: output and gradients are exactly 0; the other queries are not touched."""
+    case = Case(N=0, query_start=0, key_start=3, spans=None)
+    found = results(case, arrays(case), implementation)
+    assert not found["out"][:, :4].any() and found["out"][:, 4].any()
+    assert not found["query"][:, :4].any() and not found["key"][:, :3].any()
+    assert all(np.isfinite(x).all() for x in found.values())
+
+
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_causality(implementation: str) -> None:
+    """The gradient of the output at t with respect to later keys and values, and the current one, is exactly 0."""
+    case = Case(T=6, S=14, spans=None)
+    inputs, t = arrays(case), 2
+
+    def at_t(key: jax.Array, value: jax.Array) -> jax.Array:
+        return call({**inputs, "key": key, "value": value}, implementation=implementation)[
+            :, t
+        ].sum()
+
+    for gradient in jax.grad(at_t, argnums=(0, 1))(inputs["key"], inputs["value"]):
+        assert not gradient[:, case.S - case.T + t :].any()
+        assert gradient[:, case.S - case.T + t - 1].any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_far_keys_are_not_touched(implementation: str) -> None:
+    """Keys, values and positions that no head of small span can reach may be anything, even not a number."""
+    case = Case(T=8, S=520, L=512, spans=(0.0, 20.0), H=2)
+    inputs = arrays(case)
+    clean = results(case, inputs, implementation)
+    far = 300
+    poisoned = {name: inputs[name].at[:, :far].set(jnp.nan) for name in ("key", "value")}
+    poisoned["position_HLK"] = inputs["position_HLK"].at[:, case.L - far :].set(jnp.nan)
+    found = results(case, {**inputs, **poisoned}, implementation)
+    np.testing.assert_array_equal(found["out"], clean["out"])
+    np.testing.assert_array_equal(found["query"], clean["query"])
+    assert not found["key"][:, :far].any()
+
+
+def kept(case: Case, inputs: dict[str, Any], implementation: str, **rest: Any) -> jax.Array:
+    return call(inputs, implementation=implementation, **{**options(case), **rest})
+
+
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_dropout_does_not_depend_on_the_cut(
+    implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tile size, rows and heads done apart, and a longer table drop the same weights."""
+    case = dataclasses.replace(CASES["dropout"], B=4, H=4, spans=(9.0, 30.0, 3.0, 0.0))
+    inputs = arrays(case)
+    whole = kept(case, inputs, implementation)
+    close = dict(rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(tuning, "DEFAULTS", DEFAULTS)
+    np.testing.assert_allclose(kept(case, inputs, implementation), whole, **close)
+    rows = {name: inputs[name][2:] for name in ("query", "key", "value")}
+    np.testing.assert_allclose(
+        kept(case, {**inputs, **rows}, implementation, row_offset=2), whole[2:], **close
+    )
+    heads = {name: inputs[name][:, :, 3:] for name in ("query", "key", "value")}
+    heads |= {
+        name: inputs[name][3:] for name in ("persistent_key_HNK", "persistent_value_HNK", "span_H")
+    }
+    np.testing.assert_allclose(
+        kept(case, {**inputs, **heads}, implementation, head_offset=3), whole[:, :, 3:], **close
+    )
+    padded = {
+        name: jnp.pad(inputs[name], ((0, 0), (90, 0), (0, 0), (0, 0))) for name in ("key", "value")
+    }
+    padded["position_HLK"] = jnp.pad(inputs["position_HLK"], ((0, 0), (0, 70), (0, 0)))
+    some = [
+        0,
+        2,
+        3,
+    ]  # head 1 sees all distances of the shorter table, so the longer one shows it more
+    found = kept(case, {**inputs, **padded}, implementation)
+    np.testing.assert_allclose(found[:, :, some], whole[:, :, some], **close)
+    assert not np.allclose(kept(case, inputs, implementation, dropout_seed=8), whole, **close)
+
+
+def test_dropout_rate() -> None:
+    key = dropout.query_key(
+        3, jnp.arange(20)[:, None, None], jnp.arange(4)[:, None], jnp.arange(32), dropout.CONTEXT
+    )
+    stays = np.asarray(dropout.keep(key[..., None], jnp.arange(64), 0.3))
+    assert abs(stays.mean() - 0.7) < 4 * np.sqrt(0.21 / stays.size)
+    for axis in range(4):  # no place is favoured
+        rest = tuple(i for i in range(4) if i != axis)
+        count = stays.size / stays.shape[axis]
+        assert np.abs(stays.mean(rest) - 0.7).max() < 5 * np.sqrt(0.21 / count)
+    other = np.asarray(dropout.keep(key[..., None] + 0, jnp.arange(1, 65), 0.3))
+    assert abs((stays == other).mean() - 0.58) < 0.01  # neighbours are independent: 0.7^2 + 0.3^2
+
+
+def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The backward pass keeps no array of T x S x H: under 64 MiB beyond inputs and outputs for a row of 8 heads."""
+    monkeypatch.setattr(tuning, "DEFAULTS", DEFAULTS)
+    case = Case(B=1, T=512, S=8704, H=8, K=64, L=8192, N=1024, spans=(8192.0,) * 8, ramp=32)
+    shapes = jax.eval_shape(lambda: arrays(case))
+
+    def loss(inputs: dict[str, Any]) -> jax.Array:
+        return call(inputs, implementation="xla").sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower(shapes).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
+
+
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_deterministic(implementation: str) -> None:
+    case = CASES["dropout"]
+    first, second = (results(case, arrays(case), implementation) for _ in range(2))
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"key": np.zeros((2, 17, 3, 8), np.float32)},
+            r"key_BSHK: expected shape \(2, 17, 2, 8\), found \(2, 17, 3",
+        ),
+        (
+            {"value": np.zeros((2, 16, 2, 8), np.float32)},
+            r"value_BSHK: expected shape \(2, 17, 2, 8\)",
+        ),
+        (
+            {"value": np.zeros((2, 17, 2, 8), np.float16)},
+            "value_BSHK: expected dtype float32 .* found float16",
+        ),
+        (
+            {"query": np.zeros((2, 5, 8), np.float32)},
+            r"query_BTHK: expected 4 dimensions, found shape \(2, 5, 8\)",
+        ),
+        (
+            {"position_HLK": np.zeros((3, 12, 8), np.float32)},
+            "position_HLK: expected 1 or 2 heads, found 3",
+        ),
+        (
+            {"position_HLK": np.zeros((12, 8), np.float32)},
+            r"position_HLK: expected 3 dimensions, found shape \(12, 8",
+        ),
+        ({"persistent_key_HNK": None}, "persistent_key_HNK: expected an array beside its partner"),
+        (
+            {"span_H": np.array([0.0, 12.5], np.float32)},
+            r"span_H: expected spans in \[0, 12\], found \[12.5\]",
+        ),
+        ({"span_H": np.zeros(3, np.float32)}, r"span_H: expected shape \(2,\), found \(3,\)"),
+        (
+            {"dropout_rate": 0.1},
+            "dropout_seed: expected an integer with dropout_rate 0.1, found None",
+        ),
+        (
+            {"dropout_rate": 1.0, "dropout_seed": 1},
+            r"dropout_rate: expected a number in \[0, 1\), found 1.0",
+        ),
+        ({"first_distance": 2}, "first_distance: expected 0 or 1, found 2"),
+        (
+            {"query_start": np.zeros(3, int)},
+            r"query_start: expected a scalar or shape \(2,\), found shape \(3,\)",
+        ),
+    ],
+)
+def test_bad_input(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call({**arrays(CASES["plain"]), **change})
+
+
+def test_unknown_implementation() -> None:
+    with pytest.raises(NotImplementedError, match="'magic'"):
+        call(arrays(CASES["plain"]), implementation="magic")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_second_derivatives_are_refused(implementation: str) -> None:
+    inputs = arrays(CASES["plain"])
+
+    def slope(query: jax.Array) -> jax.Array:
+        def loss(query: jax.Array) -> jax.Array:
+            return (call({**inputs, "query": query}, implementation=implementation) ** 2).sum()
+
+        return jax.grad(loss)(query).sum()
+
+    with pytest.raises(NotImplementedError, match="all_attention: expected first derivatives only"):
+        jax.grad(slope)(inputs["query"])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(draw=st.data())
+def test_property(draw: st.DataObject, implementation: str) -> None:
+    """Any sizes, starts and spans agree with the definition."""
+    T, L, N = (
+        draw.draw(st.integers(1, 19)),
+        draw.draw(st.integers(0, 20)),
+        draw.draw(st.integers(0, 5)),
+    )
+    S = T + draw.draw(st.integers(0, 20))
+    spans = (
+        tuple(draw.draw(st.floats(0, L, width=16)) for _ in range(2))
+        if draw.draw(st.booleans())
+        else None
+    )
+    first = draw.draw(st.integers(0, 1))
+    start = draw.draw(st.none() | st.integers(0, S - T))
+    case = Case(B=1, T=T, S=S, L=L, N=N, K=4, spans=spans, first_distance=first, query_start=start)
+    with jax.enable_x64(True):
+        expected = results(case, arrays(case, np.float64), "reference")
+    with jax.default_matmul_precision("highest"):
+        assert error(results(case, arrays(case), implementation), expected) <= 1e-5
+
+
+MESH = """
+import sys; sys.path[:0] = {path!r}
+import dataclasses, jax, numpy as np
+from attention_cases import *
+from allattn.sharding import attention_over, make_mesh
+from configs import base
+c = base.get_config(); c.mesh.fsdp = c.mesh.tensor = 2; c.train.batch = 8
+mesh = make_mesh(c)
+case = dataclasses.replace(CASES["dropout"], B=8, H=4, spans=(9.0, 30.0, 3.0, 0.0))
+inputs = arrays(case)
+def run(attention):
+    def loss(inputs):
+        rest = dict(inputs)
+        first = [rest.pop(n) for n in ("query", "key", "value")]
+        return (attention(*first, **rest, implementation={name!r}, dropout_rate=0.3, dropout_seed=5, ramp=4) ** 2).sum()
+    return jax.jit(jax.value_and_grad(loss))
+single, spread = run(all_attention)(inputs), run(attention_over(mesh, 8))(inputs)
+for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(spread), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+print("agree on", mesh.size)
+"""
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_mesh(implementation: str) -> None:
+    """2 x 2 x 2 devices give the outputs, gradients and dropout of one."""
+    code = MESH.format(path=[str(p) for p in sys.path if p], name=implementation)
+    flags = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PATH": "/usr/bin:/bin",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=flags, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.strip().endswith("agree on 8"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_large_logits_where_the_ramp_ends(implementation: str) -> None:
+    """There m = 0 and the logit is not among those that the maximum is taken over: its exponential may overflow."""
+    case = Case(spans=(0.0, 3.0))
+    inputs = arrays(case)
+    inputs["query"] *= 100
+    for name, found in results(case, inputs, implementation).items():
+        assert np.isfinite(found).all(), name

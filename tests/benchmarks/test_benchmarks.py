@@ -1,0 +1,258 @@
+"""The benchmarks run and say what they promise; how fast is not a test's business.
+
+Dimension key: X layer, H head.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import geometry
+
+from allattn import config
+from allattn.model import forward_flops
+from benchmarks import (
+    attention,
+    compile,
+    gpu,
+    machine,
+    overhead,
+    peers,
+    profile,
+    table,
+    train,
+    vocabulary,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def arguments(**changes: object) -> argparse.Namespace:
+    fields = dict(
+        geometry="tiny",
+        spans="full",
+        rows=1,
+        dropout=0.1,
+        dtype="float32",
+        implementation="xla",
+        repeats=1,
+    )
+    return argparse.Namespace(**{**fields, **changes})
+
+
+def test_the_operation_alone() -> None:
+    found = attention.measure(arguments())
+    assert 0 < found["forward_ms"] < found["both_ms"] and 0 < found["share_both"] < 1
+
+
+def test_required_flops_are_those_of_the_model() -> None:
+    """What the operation needs is what the model needs beyond its projections and its output."""
+    H, K, L, T, N = attention.GEOMETRIES["small-8"]
+    span_XH = np.array([[0.0, 32.0, 100.0, L]])
+    config = geometry(
+        depth=1, width=H * K, heads=H, persistent=N, vocab_size=2, limit=L, ramp=attention.RAMP
+    )
+    reach = float(np.minimum(span_XH + attention.RAMP, L).mean())
+    others = 8 * config.width**2 + 2 * config.width * config.vocab_size
+    expected = 3 * T * (forward_flops(config, reach, T, cached=True) - others)
+    assert attention.required_flops(
+        arguments(geometry="small-8", rows=3), span_XH
+    ) == pytest.approx(expected)
+
+
+def test_peers_name_all_that_a_step_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    taken: list[str] = []
+
+    def measure(arguments: argparse.Namespace) -> list:
+        taken.append(train.configuration(arguments).model.dtype)
+        return []
+
+    monkeypatch.setattr(peers, "measure", measure)
+    monkeypatch.setattr(
+        sys, "argv", ["peers", f"--python={sys.executable}", f"--results={tmp_path}"]
+    )
+    peers.main()
+    assert taken == ["float32", "float32"]
+
+
+def test_required_flops_of_the_peers() -> None:
+    """x-transformers: each query has L earlier states, the block up to itself and N pairs, and no position keys."""
+    config, T = geometry(depth=3), 7
+    D, L, N = config.width, config.limit, config.persistent
+    pairs = sum(L + t + 1 + N for t in range(T)) / T
+    expected = 3 * (2 * D * 2 * pairs + 8 * D**2 + 4 * D**2 * L / T) + 2 * D * config.vocab_size
+    assert peers.required_flops(config, T, "x-transformers, fused") == pytest.approx(expected)
+    assert peers.required_flops(config, T, peers.TORCH) == forward_flops(config, L, T)
+
+
+def test_spans_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "spans.json"
+    path.write_text(json.dumps({"spans": [[8, 16, 9000, 0], [1, 2, 3, 4]]}))
+    np.testing.assert_array_equal(attention.spans(str(path), 256, 3), [[8, 16, 256], [1, 2, 3]])
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_training_and_evaluation(mode: str) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.train",
+        f"--mode={mode}",
+        "--spans=zero",
+        "--seconds=2",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    promised = {"tokens_per_s", "matmul_gflops", "share", "peak_memory_mb", "date", "commit"}
+    assert promised <= set(found) and 0 < found["share"] < 1 and len(found["matmul_gflops"]) == 2
+
+
+def test_the_gpu_table(tmp_path: Path) -> None:
+    """Every line runs on a small call, a failing one leaves the others, and the file holds what the table says."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--geometry=tiny",
+        "--rows=2",
+        "--dtype=float32",
+    ]
+    command.append(f"--results={tmp_path}")
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=540, check=True
+    )
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    assert len(found) == len(gpu.LINES) and all(0 < row["share"] < 1 for row in found[:-1])
+    last = found[-1]  # needs PyTorch, and a GPU that it sees
+    assert last["share"] or ("torch" in last["error"].lower() and last["error"] in done.stdout)
+    assert str(path) in done.stdout and "paper-like spans take" in done.stdout
+    failed = {
+        "name": "x",
+        "asked": None,
+        "share": None,
+        **gpu.run("attention", ["--geometry=huge"], 60),
+    }
+    assert "invalid choice: 'huge'" in gpu.report([failed, *found])
+    assert gpu.run("attention", [], 0.1) == {"error": "no result in 0 s"}
+
+
+def test_table_divides_both_speeds_by_their_machines_rates() -> None:
+    """Twice the authors' tokens/s on a machine twice as fast is once their speed; the last row of a line counts."""
+    line = table.Line("train", "tiny", "full", 2500, 1.3, 1.8)
+    row = {
+        "mode": "train",
+        "geometry": "tiny",
+        "spans": "full",
+        "dropout": 0.0,
+        "matmul_gflops": [329.0, 331.0],
+    }
+    rows = [
+        row | {"tokens_per_s": 1.0},
+        row | {"tokens_per_s": 5000.0},
+        row | {"tokens_per_s": 1.0, "dropout": 0.3},
+    ]
+    assert table.ratio(table.find(rows, line), line) == pytest.approx(1.0)
+    assert "5000" in table.report(rows) and table.find(rows[2:], line) is None
+
+
+def test_memory_of_the_vocabulary() -> None:
+    """At WikiText-103's, adaptive input and softmax need less than a third of what plain ones need,
+    parameters apart and all together. Compiled, not run."""
+    steps = (
+        vocabulary.compiled(vocabulary.geometry(kind, "float32"), rows=8)
+        for kind in ("plain", "adaptive")
+    )
+    plain, adaptive = map(vocabulary.memory, steps)
+    assert plain["temporary"] > 8 * 256 * 267_735 * 4 / 2**20, "all logits at once"
+    for name in ("temporary", "memory_mib"):
+        assert plain[name] > 3 * adaptive[name]
+
+
+def test_the_vocabulary() -> None:
+    fields = argparse.Namespace(rows=1, dtype="float32", repeats=1)
+    found = {kind: vocabulary.measure(kind, fields) for kind in ("adaptive", "worst")}
+    assert found["adaptive"]["step_ms"] > 0 and found["worst"]["step_ms"] > 0
+    ids_BT = vocabulary.tokens(64, worst=False)
+    assert (ids_BT < 20_000).mean() == pytest.approx(0.937, abs=0.01)
+    assert (vocabulary.tokens(64, worst=True) < 20_000).mean() == pytest.approx(0.075, abs=0.01)
+
+
+def test_profile_sums_by_kind_and_counts_nothing_twice(tmp_path: Path) -> None:
+    """A product and what is no product, in a loop: the loop itself has no line."""
+
+    def step(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 5, lambda _, x: jnp.sin(x @ x), x)
+
+    x, run = jnp.ones((64, 64)), jax.jit(step)
+    run(x).block_until_ready()
+    with jax.profiler.trace(str(tmp_path)):
+        run(x).block_until_ready()
+    found = profile.events(str(tmp_path))
+    assert found["products"][1] == 5 and "while" not in found and len(found) > 1
+
+
+def test_overhead_is_measured_on_the_devices_of_the_demo() -> None:
+    nothing = "from benchmarks import overhead\ndef nothing(): return {}\noverhead.starts = overhead.saves = nothing\n"
+    code = f"{nothing}overhead.main()"
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+        "JAX_PLATFORMS": "cpu"
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True
+    )
+    batch, cores = config.load(overhead.DEMO).train.batch, len(os.sched_getaffinity(0))
+    devices = max(n for n in range(1, cores + 1) if batch % n == 0)
+    assert [json.loads(line)["devices"] for line in done.stdout.splitlines()] == [
+        f"{devices} cpu"
+    ] * 2
+
+
+def test_both_costs_of_a_save() -> None:
+    """Shares of a step beside which nothing is written: how long the loop is held, how much longer its steps take."""
+    steps = [3.0, 2.5, *[2.0] * (overhead.BETWEEN - 2)]
+    found = overhead.summary([0.1, 0.1, 9.0], [steps, steps, [9.0] * overhead.BETWEEN])
+    costs = {"save_s": 0.1, "save_share": 0.05, "writing_s": 1.5, "writing_share": 0.75}
+    assert found == pytest.approx({"step_s": 2.0, **costs, "step_after_save_s": 3.0})
+
+
+def test_compiled_rows_of_other_code_are_not_taken_over(tmp_path: Path) -> None:
+    here, file = {"commit": "aaa", "jax": "1", "date": "d"}, tmp_path / "rows.jsonl"
+    assert compile.finished(file, here) == {}
+    others = ({}, {"commit": "bbb"}, {"jax": "2"})
+    rows = [{**here, "case": ["a", number], **other} for number, other in enumerate(others)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert compile.finished(file, here) == {("a", 0): rows[0]}
+    for commit in ("aaa-dirty", ""):  # of which there may be many
+        file.write_text(json.dumps({**rows[0], "commit": commit}) + "\n")
+        assert compile.finished(file, {**here, "commit": commit}) == {}
+
+
+def test_a_checkout_with_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any file but the results, which a benchmark itself writes, marks the commit."""
+    monkeypatch.chdir(tmp_path)
+    assert machine.provenance()["commit"] == ""
+    (tmp_path / "benchmarks/results").mkdir(parents=True)
+    code, result = tmp_path / "code.py", tmp_path / "benchmarks/results/a.jsonl"
+    code.touch()
+    result.touch()
+    for words in ("init -q", "add .", "-c user.name=a -c user.email=a commit -qm a"):
+        subprocess.run(["git", *words.split()], check=True)
+    result.write_text("{}")
+    result.with_name("b.jsonl").touch()
+    commit = machine.provenance()["commit"]
+    assert commit and "-dirty" not in commit
+    code.write_text("1")
+    assert machine.provenance()["commit"] == f"{commit}-dirty"
+    subprocess.run(["git", "checkout", "-q", "code.py"], check=True)
+    code.with_name("new.py").touch()
+    assert machine.provenance()["commit"] == f"{commit}-dirty"

@@ -1,0 +1,403 @@
+"""Several processes on this machine, over gloo: the numbers of one, and an end with a message for all.
+
+Dimension key: B row of the batch.
+"""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from command_line import Result, flags, trainer
+from several_processes import (
+    ROOT,
+    RUN,
+    Processes,
+    expect,
+    free_port,
+    prepared_texts,
+    train,
+    wait_for,
+)
+
+from allattn import data
+from allattn.storage.checkpoint import Checkpointer
+from benchmarks.processes import at_once
+
+pytestmark = pytest.mark.usefixtures("own_data_dir")
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["nll"] for row in rows if "nll" in row}
+
+
+COPY = """
+import sys
+from allattn import distributed, resume
+from allattn.checkpoint import Checkpointer
+from command_line import trainer
+from several_processes import RUN
+index, port, texts, workdir, copy = sys.argv[1:]
+distributed.start(f"localhost:{port}", 4, int(index))
+four = trainer(texts, **RUN, mesh__fsdp=4)
+with Checkpointer(workdir, create=False) as checkpoints:
+    state, bucket = resume.restore(four, checkpoints)
+with Checkpointer(copy) as checkpoints:
+    checkpoints.save(int(state.step), state.params, state.optimizer, state.cache, four.meta(state, bucket))
+distributed.stop(0)
+"""
+
+
+def arrays(texts: Path, workdir: Path, step: int) -> tuple[Any, Any, Any]:
+    """All arrays of a checkpoint, read by this process."""
+    with Checkpointer(workdir, create=False) as checkpoints:
+        state = trainer(texts, **RUN).abstract_state(checkpoints.restore_meta(step)["bucket"])
+        return checkpoints.restore(state.params, state.optimizer, state.cache, step)
+
+
+def test_killed_and_resumed_on_other_meshes(tmp_path: Path) -> None:
+    """2 processes x 4 devices are killed and go on as 4 x 2 and as 1 x 8: the losses of one process and one device.
+
+    What 4 x 2 restore and save at once is, read by one process, what 2 x 4 saved, bit for bit.
+    """
+    texts, workdir, other = prepared_texts(tmp_path), tmp_path / "run", tmp_path / "other"
+    with train(texts, workdir, 2, 4, train__steps=100_000, mesh__fsdp=2, mesh__tensor=2) as first:
+        wait_for(workdir, "checkpoints/20")
+        first.send(signal.SIGKILL)
+        first.results()
+    saved = max(
+        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()
+    )
+    shutil.copytree(workdir, other)
+    words = [str(place) for place in (texts, workdir, tmp_path / "copy")]
+    with Processes(
+        4, 2, lambda i, started: ["-c", COPY, str(i), str(started.port), *words]
+    ) as four:
+        for result in four.results():
+            assert result.code == 0, result.err[-2000:]
+    same = (arrays(texts, place, saved) for place in (workdir, tmp_path / "copy"))
+    jax.tree.map(np.testing.assert_array_equal, *same)
+    whole = {"train__steps": saved + 5}
+    with (
+        train(texts, workdir, 4, 2, mesh__fsdp=4, **whole) as second,
+        train(texts, other, 1, 8, **whole) as third,
+    ):
+        for result in (*second.results(), *third.results()):
+            assert result.code == 0, result.err[-2000:]
+    with train(texts, tmp_path / "alone", 1, 1, **whole) as alone:
+        assert alone.results()[0].code == 0
+    expected = losses(tmp_path / "alone")
+    assert list(expected) == list(range(1, saved + 6))
+    for resumed in (workdir, other):
+        found = losses(resumed)
+        assert {step: found[step] for step in expected} == pytest.approx(expected, rel=2e-5)
+
+
+def test_a_machine_that_is_taken_away(tmp_path: Path) -> None:
+    """SIGTERM to one of two processes: both save and exit with 75; the run goes on; only process 0 writes logs."""
+    texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
+    with train(texts, workdir, 2, 1, train__steps=100_000, checkpoint__every=100_000) as both:
+        wait_for(workdir, "metrics.jsonl")
+        both.running[1].send_signal(signal.SIGTERM)
+        results = both.results()
+    assert [result.code for result in results] == [75, 75]
+    lines = {result.err.strip().splitlines()[-1] for result in results}
+    (saved,) = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
+    assert lines == {
+        f"allattn: stopped at step {saved}: this machine is being taken away; run again to go on"
+    }
+    assert results[1].out == "" and len(list(workdir.glob("events*"))) == 1
+    with train(texts, workdir, 1, 2, train__steps=saved + 2) as again:
+        (result,) = again.results()
+    assert result.code == 0 and result.last()["step"] == saved + 2
+    assert sorted(losses(workdir)) == list(range(1, saved + 3))
+
+
+def test_different_configurations(tmp_path: Path) -> None:
+    texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
+    with train(
+        texts, workdir, 3, 1, each=lambda i: {"seed": int(i == 2), "train__batch": 6}
+    ) as three:
+        found = "process 2 has another configuration than process 0: seed: 0 on process 0, 1 there"
+        expect(three.results(), 2, f"allattn: {found}")
+    assert not workdir.exists()
+
+
+def together(words: Any) -> list[Result]:
+    """Two processes, each with words of its own beside the coordinator."""
+
+    def all_words(i: int, started: Processes) -> list[str]:
+        return [
+            "-m",
+            "allattn",
+            *words(i),
+            f"--coordinator=localhost:{started.port}",
+            f"--process={i}",
+        ]
+
+    with Processes(2, 1, all_words) as two:
+        return two.results(60)
+
+
+def test_different_commands(tmp_path: Path) -> None:
+    shared = [f"--workdir={tmp_path}/run", "--processes=2"]
+    results = together(
+        lambda i: [("train", "evaluate")[i], *shared, *(flags(tmp_path) if i == 0 else [])]
+    )
+    found = "evaluate by 2 processes in place of train by 2 processes"
+    expect(results, 2, f"allattn: process 1 has another command than process 0: {found}")
+
+
+def test_different_numbers_of_processes(tmp_path: Path) -> None:
+    results = together(lambda i: ["evaluate", f"--workdir={tmp_path}/run", f"--processes={2 + i}"])
+    found = "evaluate by 3 processes in place of evaluate by 2 processes"
+    expect(results, 2, f"allattn: process 1 has another command than process 0: {found}")
+
+
+def test_different_texts(tmp_path: Path) -> None:
+    """Each process may have its data in a place of its own, but they must be the same data."""
+    texts = [prepared_texts(tmp_path), tmp_path / "other"]
+    shutil.copytree(*texts)
+    (texts[1] / "valid.txt").write_bytes((texts[0] / "valid.txt").read_bytes()[::-1])
+    data.prepare("files", texts[1])
+    with train(
+        texts[0], tmp_path / "run", 2, 1, each=lambda i: {"dataset__data_dir": texts[i]}
+    ) as two:
+        results = two.results()
+    line = results[0].err.strip().splitlines()[-1]
+    name = r"files/byte-\w+/1.0.0"
+    assert re.fullmatch(
+        rf"allattn: process 1 has another data set than process 0: {name} in place of {name}", line
+    )
+    expect(results, 2, line)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_of_one_process_alone(tmp_path: Path) -> None:
+    """The others do not wait for it: all end at once, with one line."""
+    texts, nothing = prepared_texts(tmp_path), tmp_path / "nothing"
+    nothing.mkdir()
+    with train(
+        texts, tmp_path / "run", 2, 1, each=lambda i: {"dataset__data_dir": (texts, nothing)[i]}
+    ) as two:
+        results = two.results(60)
+    line = results[0].err.strip().splitlines()[-1]
+    assert (
+        line.startswith("allattn: process 1 has another data set than process 0: ")
+        and "train.txt" in line
+    )
+    expect(results, 2, line)
+
+
+def test_data_that_are_damaged_on_one_process(tmp_path: Path) -> None:
+    texts, prepared, other = prepared_texts(tmp_path), tmp_path / "prepared", tmp_path / "other"
+    shutil.copytree(prepared, other)
+    next(other.rglob("*test*record*")).unlink()
+    own = f"import os; os.environ['ALLATTN_DATA_DIR'] = '{other}'"
+    with train(texts, tmp_path / "run", 2, 1, before=lambda i: own if i else "") as two:
+        results = two.results(60)
+    line = results[0].err.strip().splitlines()[-1]
+    assert line.startswith(
+        f"allattn: process 1 has another data set than process 0: {other}/files/"
+    )
+    assert "is damaged" in line
+    expect(results, 2, line)
+    assert not (tmp_path / "run").exists()
+
+
+SILENT = """
+from allattn import bucket, errors
+def silent(folder):
+    raise errors.RunError("gs://texts: expected an answer")
+bucket.is_whole = silent
+"""
+
+
+def test_a_bucket_that_does_not_answer_one_process(tmp_path: Path) -> None:
+    """All end with the exit code on which a launcher tries again."""
+    with train(
+        prepared_texts(tmp_path), tmp_path / "run", 2, 1, before=lambda i: SILENT if i else ""
+    ) as two:
+        results = two.results(60)
+    line = results[0].err.strip().splitlines()[-1]
+    assert (
+        "process 1 has another data set than process 0: gs://texts: expected an answer in place of files/"
+        in line
+    )
+    expect(results, 1, line)
+
+
+ALONE = """
+from allattn import errors
+from allattn.train import start
+def refuse(*_):
+    raise errors.UserError("alone")
+start.restore = refuse
+"""
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_mistake_that_the_others_do_not_learn_of(tmp_path: Path, number: int) -> None:
+    """The process that met it says so at once and keeps its exit code; the other ends as soon as it misses it."""
+    before = {number: ALONE}
+    with train(
+        prepared_texts(tmp_path), tmp_path / "run", 2, 1, before=lambda i: before.get(i, "")
+    ) as two:
+        results = two.results(60)
+    alone, other = results[number], results[1 - number]
+    assert (alone.code, alone.err.strip().splitlines()[-1]) == (2, "allattn: alone") and other.code
+
+
+def test_a_mistake_that_process_0_finds(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    with train(tmp_path / "texts", tmp_path / "run", 2, 1) as two:
+        results = two.results()
+    line = results[0].err.strip().splitlines()[-1]
+    assert "train.txt" in line
+    expect(results, 2, line)
+
+
+def test_workdir_that_is_not_shared(tmp_path: Path) -> None:
+    texts = prepared_texts(tmp_path)
+
+    def words(i: int, started: Processes) -> list[str]:
+        place = [f"--coordinator=localhost:{started.port}", "--processes=2", f"--process={i}"]
+        return ["-m", "allattn", "train", f"--workdir={tmp_path}/run{i}", *flags(texts), *place]
+
+    with Processes(2, 1, words) as two:
+        there, here = (f"{tmp_path}/run{i}/checkpoints" for i in (1, 0))
+        line = f"allattn: process 1 has another workdir than process 0: {there} in place of {here}"
+        expect(two.results(), 2, line)
+
+
+def test_a_process_that_never_comes(tmp_path: Path) -> None:
+    """Process 0 of 2 without the other, and process 1 without a coordinator: a message and exit code 1, in time."""
+
+    def words(i: int, started: Processes) -> list[str]:
+        place = [
+            f"--coordinator=localhost:{free_port()}",
+            "--processes=2",
+            f"--process={i}",
+            "--wait=3",
+        ]
+        return [
+            "-m",
+            "allattn",
+            "train",
+            "--config=configs/demo.py",
+            f"--workdir={tmp_path}/run",
+            *place,
+        ]
+
+    began = time.monotonic()
+    with Processes(2, 1, words) as strangers:
+        for i, result in enumerate(strangers.results(60)):
+            assert result.code == 1 and not (tmp_path / "run").exists()
+            assert result.err.startswith(
+                f"allattn: process {i} of 2: expected all processes at the coordinator at local"
+            )
+            assert result.err.count("\n") == 1
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ("--coordinator=localhost", "--processes=2", "--process=0"),
+            "--coordinator: expected HOST:PORT, found 'loc",
+        ),
+        (
+            ("--processes=2", "--process=0"),
+            "expected --coordinator, --processes and --process together, or",
+        ),
+        (
+            ("--coordinator=a:1", "--processes=2", "--process=2"),
+            "--process: expected a number from 0 to --processes",
+        ),
+    ],
+)
+def test_flags_that_do_not_go_together(tmp_path: Path, words: tuple[str, ...], line: str) -> None:
+    line_of = [
+        sys.executable,
+        "-m",
+        "allattn",
+        "train",
+        "--config=configs/demo.py",
+        f"--workdir={tmp_path}/run",
+    ]
+    done = subprocess.run([*line_of, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith(f"allattn: {line}")
+        and done.stderr.count("\n") == 1
+    )
+
+
+TRACED = """
+import jax
+jax.profiler.start_trace = lambda folder: print("traced")
+jax.profiler.stop_trace = lambda: None
+"""
+
+
+def test_process_0_says_where_it_runs_and_traces(tmp_path: Path) -> None:
+    """The other says nothing and leaves the workdir alone."""
+    texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
+    short = {"train__profile": 1, "train__steps": 3, "mesh__tensor": 2, "before": lambda _: TRACED}
+    with train(texts, workdir, 2, 2, **short) as two:
+        results = two.results()
+    assert [result.code for result in results] == [0, 0], results
+    size = json.loads((workdir / "scores.json").read_text())["parameters"]
+    line = f"2 processes, 4 cpu devices (mesh data 2 x fsdp 1 x tensor 2), reference, {size:,} parameters; from step 0"
+    assert results[0].out.splitlines()[0] == line and size > 1000
+    assert [result.out.count("traced\n") for result in results] == [1, 0] and results[1].out == ""
+    with train(texts, workdir, 1, 1, train__steps=4) as again:
+        (result,) = again.results()
+    line = (
+        f"1 process, 1 cpu device (mesh data 1 x fsdp 1 x tensor 1), reference, {size:,} parameters"
+    )
+    assert result.out.startswith(f"{line}; goes on at step 3\n")
+
+
+ROWS = """
+import sys
+import jax, numpy as np
+from jax.sharding import AxisType, Mesh
+from allattn.sharding import processes
+from allattn import sharding
+processes.start(f"localhost:{sys.argv[2]}", 2, int(sys.argv[1]))
+devices = np.array(jax.devices())[[0, 2, 1, 3]].reshape(4, 1, 1)
+rows = sharding.Rows(Mesh(devices, sharding.AXES, axis_types=(AxisType.Auto,) * 3), 8)
+assert rows.local.tolist() == ([0, 1, 4, 5], [2, 3, 6, 7])[jax.process_index()]
+placed_B = rows.place(10 * rows.local)
+for shard in placed_B.addressable_shards:
+    assert np.asarray(shard.data).tolist() == [10 * i for i in range(8)[shard.index[0]]], shard
+processes.stop(0)
+"""
+
+
+def test_rows_of_a_process_with_others_between() -> None:
+    """On a mesh that takes the devices of two processes in turn, each reads its own rows and they land in place."""
+    with Processes(2, 2, lambda i, started: ["-c", ROWS, str(i), str(started.port)]) as two:
+        assert [result.code for result in two.results()] == [0, 0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CPU seconds of threads are read from Linux")
+def test_no_process_has_more_to_do_where_there_are_more() -> None:
+    """2 and 4 processes train together, 8 rows each: the program of each has the FLOPs of one by itself."""
+    words = ["--config.model.depth=1", "--steps=1"]
+    alone = at_once(1, ["--alone", *words])["flops"]
+    assert alone > 1e5
+    assert [at_once(count, words)["flops"] / alone for count in (2, 4)] == pytest.approx(
+        [1, 1], rel=1e-3
+    )

@@ -1,0 +1,139 @@
+"""Several processes that score one checkpoint, and scoring that is interrupted."""
+
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from several_processes import evaluate, expect, prepared_texts, train, wait_for
+
+pytestmark = pytest.mark.usefixtures("own_data_dir")
+LONG = 10_000  # repetitions of a text that make it take ten seconds to score, or longer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of one process; its texts are beside it."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALLATTN_DATA_DIR", str(folder / "prepared"))
+        with train(prepared_texts(folder), folder / "run", 1, 1, train__steps=4) as run:
+            assert run.results()[0].code == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("protocol", ["authors", "full"])
+def test_several_processes_score_a_checkpoint(trained: Path, protocol: str) -> None:
+    """2 processes x 2 devices find what one finds, by the rows that each reads; only process 0 says it, and no more."""
+    words = ("--split=valid", f"--protocol={protocol}")
+    with evaluate(trained, 1, 1, *words) as alone:
+        (expected,) = alone.results()
+    with evaluate(trained, 2, 2, *words) as both:
+        results = both.results()
+    assert [result.code for result in (expected, *results)] == [0, 0, 0], results[0].err[-2000:]
+    found, score = results[0].last(), expected.last()
+    assert found == score | {
+        name: pytest.approx(score[name], rel=1e-6) for name in ("nll", "bpc", "ppl")
+    }
+    assert [result.out.count("\n") for result in results] == [1, 0]
+
+
+def refused(each: Any, workdir: Path) -> str:
+    """The line with which two processes refuse to score."""
+    with evaluate(workdir, 2, 1, each=each) as two:
+        results = two.results(60)
+    line = results[0].err.strip().splitlines()[-1]
+    assert [(result.code, result.err.strip().splitlines()[-1]) for result in results] == [
+        (2, line)
+    ] * 2
+    return line
+
+
+def test_processes_that_would_score_different_things(trained: Path) -> None:
+    line = refused(lambda i: [f"--split={('test', 'valid')[i]}"], trained)
+    different = (
+        r"authors, step 4, valid of (files/byte-\w+/1.0.0) in place of authors, step 4, test of \1"
+    )
+    assert re.fullmatch(f"allattn: process 1 has another task than process 0: {different}", line), (
+        line
+    )
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_process_that_alone_would_score_a_text(trained: Path, which: int) -> None:
+    text = f"--text={trained.parent}/texts/test.txt"
+    line = refused(lambda i: [text] if i == which else [], trained)
+    both = ["evaluate by 2 processes", "evaluate of a text by 2 processes"]
+    expected = f"{both[which]} in place of {both[1 - which]}"
+    assert line == f"allattn: process 1 has another command than process 0: {expected}"
+
+
+def test_processes_that_would_score_different_texts(trained: Path, tmp_path: Path) -> None:
+    """Or none: a mistake of one of them ends both at once, with the one line."""
+    texts = [tmp_path / "0.txt", tmp_path / "1.txt"]
+    for i, text in enumerate(texts):
+        text.write_bytes((trained.parent / "texts" / "test.txt").read_bytes() * (i + 1))
+    line = refused(lambda i: [f"--text={texts[i]}"], trained)
+    assert re.search(
+        r"has another task than process 0: .*, text \w{16} in place of .*, text \w{16}$", line
+    ), line
+    texts[1].unlink()
+    line = refused(lambda i: [f"--text={texts[i]}"], trained)
+    assert (
+        f"another task than process 0: --text: expected a file, found none at {texts[1]} in place of"
+        in line
+    )
+
+
+def test_processes_that_would_score_different_checkpoints(trained: Path, tmp_path: Path) -> None:
+    """Also of other parameters at the same step, or of none."""
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    line = refused(lambda i: [f"--workdir={(trained, other)[i]}"], trained)
+    assert line.startswith(
+        f"allattn: process 1 has another workdir than process 0: {other}/checkpoints in place of"
+    )
+    line = refused(lambda i: [f"--step={(4, 5)[i]}"], trained)
+    assert (
+        "another checkpoint than process 0: no checkpoint of step 5 in" in line
+        and line.endswith("in place of 4")
+    )
+    line = refused(lambda i: ["--step=5"], trained)
+    assert line.startswith("allattn: no checkpoint of step 5 in")
+
+
+def test_a_score_that_is_interrupted(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM to one of two processes that score: both end with 75."""
+    (tmp_path / "long.txt").write_bytes(
+        (trained.parent / "texts" / "valid.txt").read_bytes() * LONG
+    )
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    with evaluate(trained, 2, 1, f"--text={tmp_path}/long.txt") as two:
+        wait_for(tmp_path, "programs/jit_score_block*")
+        two.running[1].send_signal(signal.SIGTERM)
+        results = two.results(60)
+    expect(
+        results,
+        75,
+        "allattn: stopped while scoring: this machine is being taken away; run again to score",
+    )
+
+
+def test_a_single_process_that_is_taken_away_while_it_scores(tmp_path: Path) -> None:
+    """The state is saved without a score on dev."""
+    texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
+    (texts / "valid.txt").write_bytes((texts / "valid.txt").read_bytes() * LONG)
+    changes = {"train__steps": 100_000, "evaluate__every": 3, "checkpoint__every": 100_000}
+    with train(texts, workdir, 1, 1, **changes) as run:
+        wait_for(
+            workdir, "metrics.jsonl", lambda path: path.read_text().count("\n") >= 3
+        )  # written before scoring
+        run.send(signal.SIGTERM)
+        (result,) = run.results(60)
+    assert result.code == 75 and "stopped at step 3" in result.err
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["3"]

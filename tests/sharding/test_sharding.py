@@ -1,0 +1,276 @@
+"""Meshes of CPU devices: one per core by default, and the same numbers whatever their shape.
+
+Dimension key: none, only whole calls are compared.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import golden_data as golden
+import jax
+import numpy as np
+import pytest
+from command_line import TEST_PATH, flags, write_texts
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from allattn import config as configuration
+from allattn import data, sharding, train
+from allattn.errors import UserError
+from allattn.model import Model, ModelConfig
+from allattn.train import optim
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def fresh(code: str, devices: int | None = None, **environment: str) -> Any:
+    """The JSON that code prints last in a new process."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": TEST_PATH, **environment}
+    environment.pop("XLA_FLAGS", None)
+    if devices:
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+CORES = """
+import json, os
+os.sched_getaffinity = lambda _: range({cores})
+import jax
+from allattn import sharding
+from configs import base
+c = base.get_config()
+c.train.batch, c.mesh.data, c.mesh.tensor = {batch}, {data}, {tensor}
+sharding.use_cores_for(c)
+print(json.dumps(jax.device_count()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("cores", "batch", "data", "tensor", "devices"),
+    [
+        (2, 8, -1, 1, 2),
+        (6, 8, -1, 1, 4),  # the most that divide the rows
+        (3, 7, -1, 1, 1),
+        (4, 8, -1, 2, 4),
+        (4, 8, 1, 2, 2),  # what the mesh names
+        (2, 8, 3, 1, 1),  # more than there are: the mesh then says so
+    ],
+)
+def test_a_device_per_core(cores: int, batch: int, data: int, tensor: int, devices: int) -> None:
+    assert fresh(CORES.format(cores=cores, batch=batch, data=data, tensor=tensor)) == devices
+
+
+def test_a_chosen_number_of_devices_stays() -> None:
+    code = CORES.format(cores=2, batch=8, data=-1, tensor=1)
+    assert fresh(code, devices=3) == 3 and fresh(code, JAX_NUM_CPU_DEVICES="5") == 5
+
+
+EVALUATE = """
+import json, jax, numpy as np
+from tiny_model import geometry, random_params
+from allattn.evaluation import scoring
+from allattn import sharding
+from allattn.model import Model
+from configs import base
+c = base.get_config(); c.mesh.fsdp = c.mesh.tensor = {parts}; c.train.batch = 8
+model, mesh = Model(geometry(persistent=6)), sharding.make_mesh(c)
+params = random_params(model)
+params = jax.device_put(params, sharding.shardings(mesh, params))
+tokens = np.random.default_rng(0).integers(29, size=500)
+found = [scoring.evaluate_tokens(model, params, tokens, protocol=protocol, block=8, rows=3, mesh=mesh)
+         for protocol in ("authors", "full")]
+print(json.dumps([jax.device_count(), found]))
+"""
+
+
+def test_evaluation_on_a_mesh() -> None:
+    """8 rows, and 3 rows with an idle one, on 2 x 2 x 2 devices: the scores of one device."""
+    (one, expected), (eight, found) = (
+        fresh(EVALUATE.format(parts=1), 1),
+        fresh(EVALUATE.format(parts=2), 8),
+    )
+    assert (one, eight) == (1, 8)
+    assert found == [pytest.approx(scores, rel=1e-6) for scores in expected]
+
+
+# --- the table
+#
+#
+# ---------------------------------------------------------------------------------------------------
+
+WIKITEXT = ModelConfig.from_config(configuration.load(str(ROOT / "configs" / "wikitext103.py")))
+
+
+def test_tables_too_narrow_to_split() -> None:
+    """WikiText-103's last cluster, 67,735 rows of 8, is whole on each of 16 devices; the others are split by width."""
+    params = jax.eval_shape(Model(WIKITEXT).init, jax.random.key(0))
+    places = sharding.shardings(AbstractMesh((1, 16, 1), sharding.AXES), params)
+    specs = [place.spec for place in places["io"]["embedding"].values()]
+    assert specs == [PartitionSpec(None, "fsdp")] * 3 + [PartitionSpec()]
+    with pytest.raises(
+        UserError,
+        match=r"layers/\w+: expected a dimension divisible by mesh axis fsdp = 3, found 512",
+    ):
+        sharding.shardings(AbstractMesh((1, 3, 1), sharding.AXES), {"layers": params["layers"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"mesh.fsdp": "-1"},
+            "mesh: expected positive sizes and at most one -1, found {'data': -1, 'fsdp': -1, 't",
+        ),
+        (
+            {"train.batch": "24"},
+            "train.batch: expected a multiple of data x fsdp x accumulation = 16, found 24",
+        ),
+        ({"mesh.tensor": "16"}, "mesh.tensor: expected a divisor of 8 heads, found 16"),
+        (
+            {"mesh.tensor": "2", "model.integration": "head_split"},
+            "mesh.tensor: expected 1, as head_split has heads of two kinds, found 2",
+        ),
+    ],
+)
+def test_mistakes(changes: dict[str, str], message: str) -> None:
+    c = configuration.load(str(ROOT / "configs" / "enwik8_small.py"), changes)
+    with pytest.raises(UserError) as met:
+        sharding.make_mesh(c, [None] * 16)
+    assert str(met.value).startswith(message)
+
+
+def test_a_dimension_that_the_mesh_does_not_divide(tmp_path: Path) -> None:
+    """Refused before there is a workdir."""
+    words = [
+        "train",
+        f"--workdir={tmp_path}/run",
+        *flags(write_texts(tmp_path), mesh__fsdp=4, model__width=18),
+    ]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "ALLATTN_DATA_DIR": str(tmp_path / "prepared"),
+    }
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    command = [sys.executable, "-m", "allattn", *words]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    expected = r"allattn: .*: expected a dimension divisible by mesh axis fsdp = 4, found 18"
+    assert done.returncode == 2 and re.fullmatch(expected, done.stderr.splitlines()[-1])
+    assert not (tmp_path / "run").exists()
+
+
+def paths(config: Any) -> set[str]:
+    """Names of all arrays of a run."""
+    config.model.vocab_size = config.model.vocab_size or 96
+    model, optimizer = Model(ModelConfig.from_config(config)), optim.optimizer(config)
+
+    def state(key: jax.Array) -> tuple:
+        params = model.init(key)
+        cache_XBSD = model.empty_cache(1, 1)
+        state = train.TrainState(
+            np.int32(0), params, optimizer.init(params), cache_XBSD, jax.random.key_data(key)
+        )
+        return state, model.empty_key_value(1, 1)
+
+    flat = [
+        jax.tree_util.tree_flatten_with_path(t)[0] for t in jax.eval_shape(state, jax.random.key(0))
+    ]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/") for part in flat for path, _ in part
+    }
+
+
+def test_every_array_has_one_rule_and_every_rule_an_array() -> None:
+    files = [p for p in (ROOT / "configs").rglob("*.py") if p.stem not in ("__init__", "base")]
+    names = set().union(*(paths(configuration.load(str(file)).unlock()) for file in files))
+    matches = {
+        name: [pattern for pattern, _ in sharding.RULES if re.search(pattern, name)]
+        for name in names
+    }
+    assert {name: found for name, found in matches.items() if len(found) != 1} == {}
+    assert {pattern for pattern, _ in sharding.RULES} == {found[0] for found in matches.values()}
+
+
+# The paper's layer with Adam and its clip of all gradients together, then what that does not have.
+SHARED = {
+    "model__depth": 2,
+    "model__width": 32,
+    "model__heads": 4,
+    "model__dropout": 0.2,
+    "model__span__init": 0.3,
+}
+SHARED |= {"model__span__loss": 1e-3, "optimizer__learning_rate": 1e-3, "optimizer__clip": 0.3}
+SHARED |= {"train__batch": 8, "train__accumulation": 2}
+ADAGRAD = {"optimizer__name": "adagrad", "optimizer__learning_rate": 0.07, "optimizer__clip": 0.03}
+FEEDS = {"model__persistent": 0, "model__feed_forward": 24}
+XL = {
+    "model__layer": "transformer_xl",
+    "model__span__adaptive": False,
+    "model__attention_dropout": 0.2,
+}
+WHOLE = {"mesh__tensor": 1, "train__accumulation": 1}  # 4 x 2 x 1 devices, as many as rows
+KINDS: dict[str, dict[str, Any]] = {
+    "joint": {"model__embedding_dropout": 0.2},
+    "adaptive_io": {
+        "model__adaptive_io__cutoffs": (4, 7),
+        "model__adaptive_io__division": 2,
+        **ADAGRAD,
+    },
+    "head_split": {"model__integration": "head_split", **WHOLE},
+    "single_head": {"model__integration": "single_head", **WHOLE, **ADAGRAD},
+    "transformer": {"model__layer": "transformer", **FEEDS},
+    "transformer_xl": {**XL, **FEEDS},
+}
+TRAIN = """
+import os
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # it takes longer to optimise than to run
+import jax, numpy as np
+from command_line import trained, trainer
+from test_sharding import KINDS, SHARED
+found = {{}}
+for kind, changes in KINDS.items():
+    mesh = {{"mesh__fsdp": {parts}, "mesh__tensor": {parts}}}
+    state, _, losses = trained(trainer("{texts}", **SHARED | mesh | changes), 4)
+    tree = {{"losses": losses, "params": state.params, "optimizer": state.optimizer, "cache": state.cache}}
+    for path, x in jax.tree_util.tree_flatten_with_path({{kind: tree}})[0]:
+        found[jax.tree_util.keystr(path, simple=True, separator="/")] = np.asarray(x)
+np.savez("{file}", **found)
+print(jax.device_count())
+"""
+
+
+def test_training_on_a_mesh(tmp_path: Path, own_data_dir: None) -> None:
+    """Four steps of every kind of layer, most in two accumulated parts, with dropout everywhere, on
+    8 devices: the losses, parameters, optimizer state and cache of one device.
+
+    Float32 rounds to 6e-8 and each device sums a part, which moves a gradient by some 1e-6 of its
+    largest entry (as accumulation 4 in place of 2 does on one device). Parameters may move farther:
+    both optimizers divide a gradient by its own size, and so make a whole step of what is left of
+    one that cancels.
+    """
+    texts = write_texts(tmp_path)
+    data.prepare("files", texts)
+
+    def run(parts: int) -> dict[str, np.ndarray]:
+        file = tmp_path / f"{parts}.npz"
+        assert fresh(TRAIN.format(texts=texts, parts=parts, file=file), parts**3) == parts**3
+        return dict(np.load(file))
+
+    with ThreadPoolExecutor() as both:
+        one, eight = both.map(run, (1, 2))
+    assert list(one) == list(eight) and len(one) > 20 * len(KINDS)
+    errors = {name: golden.error(eight[name], one[name]) for name in one}
+    assert {
+        name: e for name, e in errors.items() if not e <= (5e-5 if "/params/" in name else 5e-6)
+    } == {}

@@ -1,0 +1,190 @@
+"""Calls of the operation that several tests share: their sizes, their inputs, and how results are compared.
+
+Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K
+head width.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from allattn.attention import all_attention, tuning
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes and options of one call; the defaults are a call with everything in it."""
+
+    B: int = 2
+    T: int = 5
+    S: int = 17
+    H: int = 2
+    K: int = 8
+    L: int = 12
+    N: int = 7
+    spans: tuple[float, ...] | None = (0.0, 3.5)
+    ramp: int = 4
+    first_distance: int = 1
+    position_heads: int = 1
+    two_queries: bool = False
+    query_start: int | tuple[int, ...] | None = None
+    key_start: int | tuple[int, ...] = 0
+    dropout: float = 0.0
+    magnitude: float = 1.0  # of the queries
+
+
+CASES = {
+    "plain": Case(),
+    "no spans": Case(spans=None, ramp=0),
+    "ties and full": Case(H=4, spans=(0.0, 3.0, 12.0, 11.25)),
+    "spans that hide large logits": Case(H=4, spans=(0.0, 3.0, 5.0, 3e-4), magnitude=8.0),
+    "the same with dropout": Case(
+        H=4, spans=(0.0, 3.0, 5.0, 3e-4), magnitude=8.0, dropout=0.3, two_queries=True
+    ),
+    "nothing but ties": Case(T=8, N=0, spans=(0.0, 1.0), ramp=1, query_start=0, key_start=3),
+    "one query": Case(T=1),
+    "one head": Case(H=1, spans=(5.5,)),
+    "several tiles": Case(T=21, S=60, L=30, spans=(9.0, 30.0)),
+    "tiles without a mask": Case(T=33, S=150, L=100, spans=(50.5, 100.0), dropout=0.2),
+    "block longer than context": Case(T=21, S=24, L=3, spans=(0.5, 3.0), ramp=2),
+    "empty cache": Case(T=9, S=9),
+    "no context": Case(S=0, L=0, spans=None),
+    "keys without distances": Case(L=0, spans=None),
+    "no persistent pairs": Case(N=0),
+    "current token": Case(first_distance=0),
+    "two queries": Case(two_queries=True, position_heads=2, first_distance=0, spans=None, N=0),
+    "memory that fills": Case(
+        two_queries=True,
+        position_heads=2,
+        first_distance=0,
+        spans=None,
+        N=0,
+        L=17,
+        key_start=3,
+        dropout=0.3,
+    ),
+    "starts": Case(query_start=4, key_start=3),
+    "starts by row": Case(query_start=(2, 11), key_start=(1, 9)),
+    "dropout": Case(T=21, S=60, L=30, spans=(9.0, 30.0), dropout=0.3),
+    "dropout with starts": Case(query_start=(2, 11), key_start=(1, 9), dropout=0.3),
+}
+
+
+def arrays(case: Case, dtype: Any = np.float32, seed: int = 0) -> dict[str, Any]:
+    """Random inputs of a case."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape).astype(np.float32), dtype)
+
+    B, T, S, H, K, L, N = case.B, case.T, case.S, case.H, case.K, case.L, case.N
+    found = {
+        "query": case.magnitude * normal(B, T, H, K),
+        "key": normal(B, S, H, K),
+        "value": normal(B, S, H, K),
+    }
+    found["position_HLK"] = normal(case.position_heads, L, K)
+    found["persistent_key_HNK"], found["persistent_value_HNK"] = normal(H, N, K), normal(H, N, K)
+    if case.two_queries:
+        found["position_query_BTHK"] = normal(B, T, H, K)
+    if case.spans is not None:
+        found["span_H"] = jnp.asarray(case.spans, jnp.promote_types(dtype, jnp.float32))
+    return found
+
+
+def options(case: Case) -> dict[str, Any]:
+    """The options of a case; the starts are traced where they are given."""
+    found: dict[str, Any] = {
+        "first_distance": case.first_distance,
+        "ramp": case.ramp,
+        "dropout_rate": case.dropout,
+    }
+    found |= {"dropout_seed": 7} if case.dropout else {}
+    for name in ("query_start", "key_start"):
+        start = getattr(case, name)
+        found[name] = start if start is None or start == 0 else jnp.array(start)
+    return found
+
+
+def call(inputs: dict[str, Any], **rest: Any) -> Any:
+    """The operation on a dictionary of inputs."""
+    inputs = dict(inputs)
+    return all_attention(
+        inputs.pop("query"), inputs.pop("key"), inputs.pop("value"), **inputs, **rest
+    )
+
+
+def results(case: Case, inputs: dict[str, Any], implementation: str, **rest: Any) -> dict[str, Any]:
+    """Output, persistent mass and every gradient of sum(out * cotangent)."""
+    cotangent = jnp.asarray(
+        np.random.default_rng(1).normal(size=(case.B, case.T, case.H, case.K)), jnp.float32
+    )
+
+    @jax.jit
+    def run(inputs: dict[str, Any]) -> tuple:
+        def loss(inputs: dict[str, Any]) -> tuple:
+            settings = {**options(case), **rest}
+            out, mass = call(
+                inputs, return_persistent_mass=True, implementation=implementation, **settings
+            )
+            return jnp.sum(out.astype(cotangent.dtype) * cotangent), (out, mass)
+
+        return jax.grad(loss, has_aux=True)(inputs)
+
+    gradients, (out, mass) = run(inputs)
+    return {"out": out, "mass": mass, **gradients}
+
+
+def error(ours: dict[str, Any], reference: dict[str, Any]) -> float:
+    """Largest error over largest entry; gradients that vanish in theory are held against the largest gradient."""
+    largest, errors = (
+        max(float(np.abs(np.asarray(x, np.float64)).max(initial=0)) for x in reference.values()),
+        [],
+    )
+    for name, expected in reference.items():
+        expected, found = np.asarray(expected, np.float64), np.asarray(ours[name], np.float64)
+        assert found.shape == expected.shape and np.isfinite(found).all(), name
+        scale = np.abs(expected).max(initial=0)
+        scale = scale if scale > 1e-9 * largest else largest
+        errors.append(np.abs(found - expected).max(initial=0) / max(scale, 1e-30))
+    return float(np.max(errors))
+
+
+# for small cases to have several; 16 is the least that Triton multiplies
+SMALL_TILES = {
+    "xla": tuning.XlaTiles(queries=8),
+    "pallas_tpu": tuning.TpuTiles(queries=8, keys=32),
+    "pallas_gpu": tuning.GpuTiles(queries=16, keys=16, few=16),
+}
+
+# the operation of one layer of the papers' models, for two rows
+GEOMETRIES = {
+    "enwik8_small": Case(
+        B=2, T=512, S=8704, H=8, K=64, L=8192, N=1024, spans=(0.0,) * 8, ramp=32, dropout=0.3
+    ),
+    "enwik8_large": Case(
+        B=2, T=512, S=8704, H=8, K=64, L=8192, N=2048, spans=(0.0,) * 8, ramp=32, dropout=0.4
+    ),
+    "wikitext103": Case(
+        B=2, T=256, S=2304, H=8, K=64, L=2048, N=2048, spans=(0.0,) * 8, ramp=32, dropout=0.3
+    ),
+    "transformer_xl": Case(
+        *(2, 512, 1024, 8, 64, 1024, 0),
+        None,
+        first_distance=0,
+        position_heads=8,
+        two_queries=True,
+        dropout=0.1,
+    ),
+    "wikitext103_xl": Case(
+        *(2, 150, 300, 10, 41, 300, 0),
+        None,
+        first_distance=0,
+        position_heads=10,
+        two_queries=True,
+        dropout=0.1,
+    ),
+}

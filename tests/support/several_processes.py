@@ -1,0 +1,135 @@
+"""Several processes on this machine that run one command over gloo."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from command_line import TEST_PATH, Result, flags, write_texts
+
+from allattn import data
+
+ROOT = Path(__file__).resolve().parents[2]
+# Four devices or more share rows, heads and parameters; nothing depends on the number of steps.
+RUN = {
+    "model__width": 32,
+    "model__heads": 2,
+    "train__batch": 8,
+    "train__finetune_steps": 0,
+    "checkpoint__every": 10,
+}
+RUN |= {"evaluate__every": 100_000, "optimizer__schedule": "constant", "model__dropout": 0.2}
+START = "import sys; from allattn.__main__ import main; sys.exit(main())"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def prepared_texts(folder: Path) -> Path:
+    """Texts that are prepared already, so that a process has nothing to say of that."""
+    texts = write_texts(folder)
+    data.prepare("files", texts)
+    return texts
+
+
+class Processes:
+    """`count` processes of one program; those that are left when the test ends are killed."""
+
+    def __init__(self, count: int, devices: int, words: Any, own: Any = lambda _: {}) -> None:
+        """`words` gives the command of one process, `own` its settings in the environment."""
+        self.port, self.count = free_port(), count
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": TEST_PATH}
+        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        self.running = [
+            subprocess.Popen(
+                [sys.executable, *words(i, self)], cwd=ROOT, env={**environment, **own(i)}, **pipes
+            )
+            for i in range(count)
+        ]
+
+    def place(self, i: int) -> list[str]:
+        """Flags of one of them."""
+        shared = [f"--coordinator=localhost:{self.port}", f"--processes={self.count}", "--wait=150"]
+        return [*shared, f"--process={i}"] if self.count > 1 else []
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.send(signal.SIGKILL)
+        for process in self.running:
+            process.communicate()
+
+    def send(self, what: signal.Signals) -> None:
+        for process in self.running:
+            process.send_signal(what)
+
+    def results(self, seconds: float = 200) -> list[Result]:
+        found = [process.communicate(timeout=seconds) for process in self.running]
+        return [Result(p.returncode, *said) for p, said in zip(self.running, found, strict=True)]
+
+
+def train(
+    texts: Path,
+    workdir: Path,
+    processes: int,
+    devices: int,
+    each: Any = lambda _: {},
+    before: Any = lambda _: "",
+    **changes: Any,
+) -> Processes:
+    """A training run; `each` gives the settings of one process, `before` lines of Python that it runs first."""
+
+    def words(i: int, started: Processes) -> list[str]:
+        settings = flags(texts, **{**RUN, **changes, **each(i)})
+        return [
+            "-c",
+            f"{before(i)}\n{START}",
+            "train",
+            f"--workdir={workdir}",
+            *settings,
+            *started.place(i),
+        ]
+
+    return Processes(processes, devices, words)
+
+
+def evaluate(
+    workdir: Path, processes: int, devices: int, *words: str, each: Any = lambda _: []
+) -> Processes:
+    """A score of a run's newest checkpoint; `each` gives the words of one process."""
+
+    def all_words(i: int, started: Processes) -> list[str]:
+        return [
+            "-m",
+            "allattn",
+            "evaluate",
+            f"--workdir={workdir}",
+            *words,
+            *each(i),
+            *started.place(i),
+        ]
+
+    return Processes(processes, devices, all_words)
+
+
+def wait_for(folder: Path, pattern: str, ready: Any = lambda _: True, seconds: float = 150) -> None:
+    """Until a file of the folder that has this name is ready."""
+    deadline = time.monotonic() + seconds
+    while not any(map(ready, folder.glob(pattern))):
+        assert time.monotonic() < deadline, pattern
+        time.sleep(0.05)
+
+
+def expect(results: list[Result], code: int, line: str) -> None:
+    assert [
+        (result.code, result.err.strip().splitlines()[-1], result.out) for result in results
+    ] == [(code, line, "")] * len(results)
