@@ -1,7 +1,7 @@
 """Counts signatures of dense code in allattn/, and fails where one is worse than the committed count.
 
-    python .ci/ratchet.py            compare with .ci/ratchet.json
-    python .ci/ratchet.py --write    keep today's counts, once they are better
+python .ci/ratchet.py            compare with .ci/ratchet.json
+python .ci/ratchet.py --write    keep today's counts, once they are better
 """
 
 import ast
