@@ -17,7 +17,8 @@ from allattn.errors import PreemptedError, RunError, UserError
 
 COMMANDS_WITH_SETTINGS = ("train", "config", "sweep", "convert", "compile")
 
-# Type of flags that name folders, files and bucket URLs: the shell leaves ~ alone in --workdir=~/run.
+# Type of flags that name folders, files and bucket URLs. The shell leaves the ~ of --workdir=~/run
+# alone, so it is expanded here.
 _PATH = os.path.expanduser
 
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         code = _main(argv)
+    # An error that nobody foresaw: the other processes are told, then it shows its traceback.
     except Exception:
         _leave(1)
         raise
@@ -49,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
+    """The exit code of one command, as far as this process alone can tell."""
+    # Each mistake and failure that is foreseen ends in one line.
     try:
         arguments, rest = _parser().parse_known_args(argv)
         overrides = _overrides(rest, allowed=arguments.command in COMMANDS_WITH_SETTINGS)
@@ -68,6 +72,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _exit_code(error: Exception) -> int:
+    # Launchers obey these: they do not repeat a mistake (2), and resume a run that was stopped (75).
     if isinstance(error, UserError):
         return 2
     if isinstance(error, PreemptedError):
@@ -147,6 +152,7 @@ def _overrides(rest: Sequence[str], allowed: bool) -> dict[str, str]:
     """
     overrides = {}
     for word in rest:
+        # The value stands in the same word: the next one may belong to anything.
         name, equals, value = word.partition("=")
         if not allowed or not name.startswith("--config.") or not equals:
             settings = "; settings are --config.name=value" if allowed else ""
@@ -214,7 +220,7 @@ def _join(arguments: argparse.Namespace) -> None:
 
 
 def _keep_output() -> None:
-    """Leave standard output to this program's own lines: gloo reports each of its connections there.
+    """Leave standard output to this program's own lines: gloo reports its connections there.
 
     What this process prints goes to a copy of standard output. File descriptor 1, which gloo
     writes to, becomes standard error.
@@ -247,13 +253,14 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from allattn import config, config_checks, sharding, train
     from allattn.sharding import processes
 
-    # Everything that needs no device comes first.
+    # Mistakes in the configuration first, then what must precede the first use of JAX.
     c = config.load(arguments.config, overrides)
     config_checks.check_ranges(c, "train.")  # which the number of devices depends on
     _enable_compilation_cache()
     _join(arguments)
     sharding.use_cores_for(c)
 
+    # All processes have the scores; the first prints them.
     scores = train.train_and_evaluate(c, arguments.workdir)
     if processes.index() == 0:
         print(f"checkpoints: {arguments.workdir}/checkpoints", flush=True)
@@ -283,6 +290,7 @@ def _evaluate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
     from allattn.evaluation import scoring
     from allattn.sharding import processes
 
+    # Before JAX is first used: the other processes, and a device per core on a CPU.
     _enable_compilation_cache()
     _join(arguments)
     sharding.use_cores(scoring.AUTHORS_ROWS, processes=processes.count())
@@ -294,6 +302,7 @@ def _evaluate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
         arguments.data_dir,
         arguments.step,
     )
+    # All processes have the scores; the first prints them.
     if processes.index() == 0:
         print(json.dumps(scores), flush=True)
 
@@ -351,6 +360,7 @@ def _config_flags(parser: argparse.ArgumentParser) -> None:
 def _config(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from allattn import config, config_checks
 
+    # What training would refuse is refused here too, as far as it shows without data and devices.
     c = config.load(arguments.config, overrides)
     config_checks.check_experiment(c)
     text = config.to_json(c) if arguments.json else config.describe(c)
@@ -383,6 +393,7 @@ def _convert(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from allattn import config
     from allattn.interchange import convert
 
+    # The flags of the one direction exclude those of the other.
     exports = arguments.export and not (arguments.checkpoint or arguments.config or overrides)
     imports = arguments.checkpoint and arguments.config
     imports = imports and not (arguments.export or arguments.step)
@@ -460,6 +471,7 @@ def _compile(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     name = os.path.splitext(os.path.basename(arguments.config))[0]
     compiled = compilation.compile_step(c, name, arguments.topology, arguments.slices)
     print(compilation.report(compiled, c), flush=True)
+    # 1: the step does not fit, or communicates more than it may.
     return int(not compiled.fits or bool(compiled.broken))
 
 

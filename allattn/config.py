@@ -53,6 +53,7 @@ def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.C
     if not file.is_file():
         raise UserError(f"--config: expected a Python file with get_config(), found no file {path}")
     config = _read(file)
+    # The command line has the last word.
     for name, text in (overrides or {}).items():
         set_field(config, name, text)
     return config.lock()
@@ -87,20 +88,23 @@ def _configs_of(file: Path) -> Iterator[None]:
       file for an experiment in another folder. So what an earlier experiment file has imported
       as `configs...` is forgotten.
     """
+    # Where Python looks first.
     folders = [str(_folder_around_configs(file)), str(REPOSITORY)]
     sys.path[:0] = folders
+    # What an earlier experiment file has imported.
     imported = [name for name in sys.modules if name.split(".")[0] == "configs"]
     for name in imported:
         del sys.modules[name]
     try:
         yield
     finally:
+        # One by one, since the experiment file may have changed the path too.
         for folder in folders:
             sys.path.remove(folder)
 
 
 def _folder_around_configs(file: Path) -> Path:
-    """The folder that holds the folder `configs` which a file lies in, else the file's own folder."""
+    """The folder that holds the `configs` which a file lies in, otherwise the file's own folder."""
     for parent in file.resolve().parents:
         if parent.name == "configs":
             return parent.parent
@@ -109,6 +113,7 @@ def _folder_around_configs(file: Path) -> Path:
 
 def _import(file: Path) -> ModuleType:
     """Run a file as a module, whatever its name ends in."""
+    # A loader of its own, since Python finds one by the ending of the name alone.
     loader = importlib.machinery.SourceFileLoader(f"experiment_{file.stem}", str(file))
     spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None  # a loader always gives one
@@ -131,11 +136,14 @@ def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
     Raises:
       UserError: an unknown field (the nearest is named) or a value of the wrong type.
     """
+    # A name that is not known is most often a misspelt one.
     known = dict(fields(config))
     if name not in known:
         nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
         raise UserError(f"--config.{name}: no such field; did you mean --config.{nearest}?")
     value = _parse(name, text, known[name])
+
+    # Down through the sections, to the one that holds the field.
     *sections, last = name.split(".")
     for section in sections:
         config = config[section]
@@ -146,6 +154,7 @@ def _parse(name: str, text: str, old: Any) -> Any:
     """The value that a text stands for, in the type of the field's old value."""
     kind = type(old)
     try:
+        # bool("False") is True, so the two words are looked up.
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind is tuple:
@@ -192,6 +201,7 @@ def with_vocabulary(
             f"model.vocab_size: expected what the data has, {size} symbols in {name}; "
             f"found {config.model.vocab_size}"
         )
+    # The caller's configuration stays as it is.
     config = config.copy_and_resolve_references().lock()
     config.model.vocab_size = size
     return config
@@ -236,6 +246,7 @@ def changed_fields(
     """
     before = dict(fields(old))
     after = dict(fields(new))
+    # A field that one of the two lacks, as after a change of version, has the value None there.
     lines = []
     for name in sorted(before.keys() | after.keys()):
         if name.startswith(may_change) or before.get(name) == after.get(name):
@@ -259,12 +270,13 @@ def describe(config: ml_collections.ConfigDict) -> str:
     names = [name for name in FIELDS if name in values]
     names += [name for name in values if name not in FIELDS]
 
-    # The comments stand in one column.
     settings = {}
     for name in names:
         differs = name not in defaults or values[name] != defaults[name]
         mark = "*" if differs else " "
         settings[name] = f"{mark} {name} = {values[name]!r}"
+
+    # The comments stand in one column.
     column = max(map(len, settings.values()))
     comments = field_comments()
     lines = []
@@ -283,11 +295,13 @@ def field_comments() -> dict[str, str]:
     above: list[str] = []
     for line in BASE.read_text().splitlines():
         line = line.strip()
+        # A line of its own is kept for the field below it.
         if line.startswith("# "):
             above.append(line.removeprefix("# "))
             continue
         if field := _FIELD_LINE.fullmatch(line):
             behind = [field["comment"]] if field["comment"] else []
             comments[field["name"]] = " ".join(above + behind)
+        # Any other line ends what stood above it.
         above = []
     return comments

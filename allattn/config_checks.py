@@ -156,6 +156,7 @@ class Rule:
     reason: str = ""
 
 
+# Names and sizes of the model, whatever its kind of layer.
 MODEL_RULES = (
     Rule(
         name="a layer that exists",
@@ -164,7 +165,7 @@ MODEL_RULES = (
         expected=f"one of {tuple(INTEGRATIONS)}",
     ),
     Rule(
-        name="a dtype that the operation has",
+        name="a dtype that the model has",
         field="model.dtype",
         holds=lambda c: c.model.dtype in DTYPES,
         expected=f"one of {DTYPES}",
@@ -297,6 +298,7 @@ LAYER_RULES = (
     ),
 )
 
+# Names that train/optim.py knows.
 OPTIMIZER_RULES = (
     Rule(
         name="a schedule that exists",
@@ -312,6 +314,7 @@ OPTIMIZER_RULES = (
     ),
 )
 
+# How a run trains, apart from its optimizer.
 TRAINING_RULES = (
     Rule(
         name="a choice of recomputation that exists",
@@ -319,7 +322,8 @@ TRAINING_RULES = (
         holds=lambda c: c.train.remat in REMAT,
         expected=f"one of {REMAT}",
     ),
-    # The context length may double at every choice. The cache is filled by one block per step.
+    # The cache gains one block per step. A context length that has grown as far as the limit is
+    # full of real states after this many steps, and only then may it grow again.
     Rule(
         name="time to fill the cache between choices of the context length",
         field="model.span.check_every",

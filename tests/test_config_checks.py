@@ -50,7 +50,7 @@ XL = {
 }
 BROKEN = {
     "a layer that exists": {"model.layer": "lstm"},
-    "a dtype that the operation has": {"model.dtype": "int32"},
+    "a dtype that the model has": {"model.dtype": "int32"},
     "an implementation that exists": {"model.implementation": "fast"},
     "heads of equal width": {"model.heads": 3},
     "an initial span within the limit": {"model.span.init": 1.5},
@@ -175,7 +175,7 @@ def test_experiment_file(name: str) -> None:
 
 
 def test_description() -> None:
-    """One line per field in the order of base.py, and a mark where an experiment differs from it."""
+    """One line per field in the order of base.py, and a mark where a value differs from it."""
     c = configuration.load(str(BASE), {"model.depth": "2", "dataset.data_dir": "# no comment"})
     lines = configuration.describe(c).splitlines()
     assert [line[2:].split(" = ")[0] for line in lines] == list(config_checks.FIELDS)
