@@ -9,6 +9,7 @@ from typing import Any
 
 from allattn.errors import RunError, UserError
 
+# Module and attribute behind each public name.
 _HOMES = {
     "all_attention": ("allattn.attention", "all_attention"),
     "evaluate": ("allattn.run", "evaluate"),

@@ -24,6 +24,7 @@ import ml_collections
 from etils import epath
 
 from allattn import config as configuration
+from allattn import config_checks
 from allattn.errors import UserError
 from allattn.model import ModelConfig, forward_flops
 from allattn.storage import checkpoint
@@ -165,7 +166,7 @@ def _result(job: Job, budget: int, overrides: dict[str, str], launcher: Sequence
 
 def _budget(c: ml_collections.ConfigDict, tokens: int) -> dict[str, str]:
     """The steps that read so many tokens, with the file's own share at a tenth of the rate; warm-up is not scaled."""
-    configuration.check_ranges(c, "train.")
+    config_checks.check_ranges(c, "train.")
     if not tokens:
         return {}
     steps, tenth = max(1, tokens // (c.train.batch * c.train.block)), c.train.finetune_steps
@@ -181,7 +182,7 @@ def _check_same(job: Job, c: ml_collections.ConfigDict) -> None:
     if not noted.exists():
         job.workdir.mkdir(parents=True, exist_ok=True)
         noted.write_text(configuration.to_json(c))
-    free = tuple(name for name in configuration.FREE if name not in STEPS)
+    free = tuple(name for name in config_checks.MAY_CHANGE_ON_RESUMING if name not in STEPS)
     changed = configuration.changed_fields(configuration.from_json(noted.read_text()), c, free)
     if changed:
         raise UserError(

@@ -6,7 +6,6 @@ E all heads side by side, D model width, V vocabulary.
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,11 +14,9 @@ import jax.numpy as jnp
 import ml_collections
 from flax import nnx
 
-from allattn.attention import IMPLEMENTATIONS, all_attention, autodiff
-from allattn.config import check_clusters, check_ranges
-from allattn.errors import UserError
+from allattn.attention import all_attention, autodiff
+from allattn.config_checks import check_model
 from allattn.model.all_attention_layer import (
-    TWO_SOFTMAX_INTEGRATIONS,
     AllAttention,
     DropoutSeeds,
     Transformer,
@@ -30,7 +27,6 @@ from allattn.model.transformer_xl import TransformerXL
 Array = jax.Array
 Params = dict[str, Any]
 
-DTYPES = ("float32", "bfloat16", "float64")
 # train.remat: what of a layer is kept for the backward pass, which computes the rest again
 RECOMPUTED = {
     "projections": jax.checkpoint_policies.save_only_these_names(autodiff.NAME),
@@ -80,23 +76,7 @@ class ModelConfig:
           UserError: a field is out of range, or names a model that this version does not have.
         """
         model, span = config.model, config.model.span
-        check_ranges(config, "model.")
-        choices = {
-            "layer": tuple(LAYERS),
-            "dtype": DTYPES,
-            "implementation": ("", *IMPLEMENTATIONS),
-        }
-        for name, known in choices.items():
-            if model[name] not in known:
-                raise UserError(f"model.{name}: expected one of {known}, found {model[name]!r}")
-        if model.width % model.heads:
-            raise UserError(
-                f"model.heads: expected a divisor of model.width {model.width}, found {model.heads}"
-            )
-        if span.init > 1:
-            raise UserError(f"model.span.init: expected a number in [0, 1], found {span.init}")
-        check_clusters(config)
-        _check_combination(model)
+        check_model(config)
         shared = ["depth", "width", "heads", "persistent", "vocab_size", "dropout", "dtype"]
         shared += ["layer", "integration", "feed_forward", "attention_dropout", "pre_norm"]
         one_rate = (
@@ -123,39 +103,6 @@ class ModelConfig:
     def drops(self) -> bool:
         """Whether training drops anything."""
         return max(self.dropout, self.embedding_dropout, self.attention_dropout) > 0
-
-
-def _check_combination(model: ml_collections.ConfigDict) -> None:
-    """Refuse fields that do not go together."""
-    layer, integration, known = model.layer, model.integration, LAYERS[model.layer].INTEGRATIONS
-    feeds, relative, apart = (
-        layer != "all_attention",
-        layer == "transformer_xl",
-        integration in TWO_SOFTMAX_INTEGRATIONS,
-    )
-    rules = (
-        ("integration", integration in known, f"one of {known}"),
-        ("feed_forward", (model.feed_forward > 0) == feeds, "at least 1" if feeds else "0"),
-        ("persistent", not (feeds and model.persistent), "0"),
-        ("persistent", not apart or model.persistent > 0, "at least 1"),
-        ("heads", integration != "head_split" or model.heads % 2 == 0, "an even number"),
-        ("width", not relative or model.width % 2 == 0, "an even number"),
-        ("span.adaptive", not (relative and model.span.adaptive), "False"),
-        (
-            "embedding_dropout",
-            not (relative and model.embedding_dropout),
-            "0, as model.dropout acts there too,",
-        ),
-        ("attention_dropout", relative or not model.attention_dropout, "0"),
-        ("pre_norm", relative or not model.pre_norm, "False"),
-        ("adaptive_io.tied", model.adaptive_io.tied or not relative, "True"),
-    )
-    for field, holds, expected in rules:
-        if not holds:
-            found = operator.attrgetter(field)(model)
-            raise UserError(
-                f"model.{field}: expected {expected} with {layer} and {integration}, found {found!r}"
-            )
 
 
 class Forward(NamedTuple):

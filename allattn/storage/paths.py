@@ -8,14 +8,10 @@ from contextlib import contextmanager
 from etils import epath
 
 from allattn.errors import RunError, UserError
+from allattn.urls import is_url as is_url
 
 MARKER = "dataset_info.json"
 """The file of a prepared data set that is written last: a folder that has it is whole."""
-
-
-def is_url(folder: str | os.PathLike[str]) -> bool:
-    """Whether it lies in a bucket."""
-    return "://" in os.fspath(folder)
 
 
 def parse(what: str, folder: str | os.PathLike[str]) -> epath.Path:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from allattn.errors import UserError
+from allattn.config_checks import check_optimizer
 
 Array = jax.Array
 
@@ -24,12 +24,9 @@ def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
       Function from the number of updates made so far (int32) to the rate of the next one.
 
     Raises:
-      UserError: unknown schedule.
+      UserError: unknown schedule or name.
     """
-    if config.optimizer.schedule not in ("constant", "cosine"):
-        raise UserError(
-            f"optimizer.schedule: expected constant or cosine, found {config.optimizer.schedule!r}"
-        )
+    check_optimizer(config)
     falls = config.optimizer.schedule == "cosine"
     base, warmup, steps = (
         config.optimizer.learning_rate,
@@ -115,6 +112,4 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
     clip = clip_by_global_norm(c.clip) if c.clip else optax.identity()
     if c.name == "adam":
         return optax.chain(clip, optax.adam(rate))
-    if c.name == "adamw":
-        return optax.chain(clip, optax.adamw(rate, weight_decay=c.weight_decay))
-    raise UserError(f"optimizer.name: expected adagrad, adam or adamw, found {c.name!r}")
+    return optax.chain(clip, optax.adamw(rate, weight_decay=c.weight_decay))

@@ -2,19 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from allattn.config import FREE, changed_fields, from_json
+from allattn.config import changed_fields, from_json
+from allattn.config_checks import MAY_CHANGE_ON_RESUMING, MAY_CHANGE_ON_WARM_START
 from allattn.errors import UserError
 from allattn.model import Params
 from allattn.storage import checkpoint
 
 if TYPE_CHECKING:
     from allattn.train import Trainer, TrainState
-
-# Fields of `config.model` that the shapes of parameters do not depend on.
-SHAPELESS = (
-    *("dropout", "attention_dropout", "embedding_dropout", "dtype", "implementation"),
-    *("span.ramp", "span.init", "span.loss", "span.check_every", "span.margin"),
-)
 
 
 def restore(
@@ -28,7 +23,9 @@ def restore(
     """
 
     def abstract(meta: dict[str, Any]) -> tuple[Any, Any, Any]:
-        free = (*FREE, "optimizer.", "train.", "seed") if meta.get("params_only") else FREE
+        free = MAY_CHANGE_ON_RESUMING
+        if meta.get("params_only"):
+            free = (*free, "optimizer.", "train.", "seed")
         changed = changed_fields(from_json(meta["config"]), trainer.config, free)
         if changed:
             raise UserError(
@@ -61,7 +58,7 @@ def warm_start(trainer: "Trainer") -> Params | None:
     with checkpoint.Checkpointer(source, create=False) as checkpoints:
         meta, place = checkpoints.restore_meta(), f"train.init_from: {source}"
         models = from_json(meta["config"]).model, trainer.config.model
-        changed = changed_fields(*models, SHAPELESS, ("there", "here"))
+        changed = changed_fields(*models, MAY_CHANGE_ON_WARM_START, ("there", "here"))
         if changed:
             raise UserError(
                 f"{place}: expected the model of this configuration, found {'; '.join(changed)}"

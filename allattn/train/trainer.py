@@ -21,10 +21,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from allattn import data, sharding
-from allattn.config import changed_fields, check_ranges, from_json, to_json, with_vocabulary
-from allattn.errors import PreemptedError, RunError, UserError
+from allattn.config import changed_fields, from_json, to_json, with_vocabulary
+from allattn.config_checks import check_training
+from allattn.errors import PreemptedError, RunError
 from allattn.evaluation import scoring
-from allattn.model import RECOMPUTED, Model, ModelConfig, Params
+from allattn.model import Model, ModelConfig, Params
 from allattn.sharding import processes
 from allattn.storage import checkpoint
 from allattn.train import metrics, optim, start
@@ -339,17 +340,8 @@ class Trainer(TrainProgram):
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Refuse what cannot run, before anything is written."""
-    span, train = config.model.span, config.train
-    check_ranges(config)
-    if train.remat not in ("", *RECOMPUTED):
-        raise UserError(f"train.remat: expected one of {('', *RECOMPUTED)}, found {train.remat!r}")
+    check_training(config)
     scoring.check_protocol(config.evaluate.protocol, config.model.layer, "evaluate.")
-    if span.adaptive and span.check_every * train.block < span.limit:
-        least = -(-span.limit // train.block)
-        raise UserError(
-            f"model.span.check_every: expected at least span.limit / train.block = {least} steps, so that a grown "
-            f"context holds real states; found {span.check_every}"
-        )
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
