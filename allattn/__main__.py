@@ -31,9 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _leave(code: int) -> None:
     """End together with the other processes of the run, if there are any."""
-    if (
-        "allattn.distributed" in sys.modules
-    ):  # otherwise JAX, which takes a while to load, was not needed
+    # Otherwise JAX, which takes a while to load, was not needed.
+    if "allattn.sharding.processes" in sys.modules:
         from allattn.sharding import processes
 
         processes.stop(code)
@@ -243,6 +242,14 @@ def _join(arguments: argparse.Namespace) -> None:
         )
 
 
+def _enable_compilation_cache() -> None:
+    """Keep compiled programs beside the prepared data, for the next start."""
+    from allattn import data
+    from allattn.sharding import compilation_cache
+
+    compilation_cache.enable(data.cache_dir())
+
+
 def _keep_output() -> None:
     """Leave the output to what this program prints: gloo says of each of its connections there that it is made."""
     sys.stdout.flush()
@@ -253,11 +260,11 @@ def _keep_output() -> None:
 
 def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from allattn import config, sharding, train
-    from allattn.sharding import compilation_cache, processes
+    from allattn.sharding import processes
 
     c = config.load(arguments.config, overrides)
     config.check_ranges(c, "train.")  # which the number of devices depends on
-    compilation_cache.keep()
+    _enable_compilation_cache()
     _join(arguments)
     sharding.use_cores_for(c)
     scores = train.train_and_evaluate(c, arguments.workdir)
@@ -269,9 +276,9 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 def _evaluate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
     from allattn import run, sharding
     from allattn.evaluation import scoring
-    from allattn.sharding import compilation_cache, processes
+    from allattn.sharding import processes
 
-    compilation_cache.keep()
+    _enable_compilation_cache()
     _join(arguments)
     sharding.use_cores(scoring.AUTHORS_ROWS, processes=processes.count())
     a = arguments
@@ -282,9 +289,8 @@ def _evaluate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
 
 def _generate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
     from allattn import run
-    from allattn.sharding import compilation_cache
 
-    compilation_cache.keep()
+    _enable_compilation_cache()
     a, out = arguments, sys.stdout.buffer
     pieces = run.generate(
         a.workdir, a.prompt, a.length, a.temperature, a.top_k, a.top_p, a.seed, a.step

@@ -155,8 +155,7 @@ def test_unknown_groups() -> None:
 
 JUDGE = """
 import json, jax
-from allattn.sharding import rules
-from allattn.sharding import rules
+from allattn.sharding import operation
 from allattn.planning import compilation, collectives, communication
 from allattn import config, sharding, train
 c = config.load("{root}/configs/demo.py", {changes})
@@ -186,13 +185,13 @@ SMALL = {
     **{"model.span.check_every": "30", "mesh.data": "2", "mesh.fsdp": "2", "mesh.tensor": "2"},
 }
 INJECTED = """
-operation, whole = rules.all_attention, sharding.gather_tables
+all_attention = operation.all_attention
 def leaky(*inputs, **options):
-    out_BTHK, mass_BTH = operation(*inputs, **options)
+    out_BTHK, mass_BTH = all_attention(*inputs, **options)
     return jax.lax.pmean(out_BTHK, "data"), mass_BTH
-rules.all_attention = leaky
+operation.all_attention = leaky
 found.append(judged())
-rules.all_attention = operation
+operation.all_attention = all_attention
 found.append(judged(gathers=2))
 sharding.gather_tables = lambda mesh, tree: tree
 found.append(judged())
@@ -235,7 +234,7 @@ attention_over = sharding.attention_over
 @jax.custom_vjp
 def same(x): return x
 def backward(_, d_x):
-    place = sharding.P(sharding.ROWS)
+    place = jax.sharding.PartitionSpec(sharding.ROWS)
     mean = lambda d_x: jax.lax.pmean(d_x, "data")
     return (jax.shard_map(mean, mesh=mesh, in_specs=place, out_specs=place, check_vma=False)(d_x),)
 same.defvjp(lambda x: (x, None), backward)
