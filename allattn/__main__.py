@@ -336,9 +336,9 @@ def _compile(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
 
     c = config.load(arguments.config, overrides)
     name = os.path.splitext(os.path.basename(arguments.config))[0]
-    found = compilation.compile_step(c, name, arguments.topology, arguments.slices)
-    print(compilation.report(found, c), flush=True)
-    return int(not found.fits or bool(found.broken))
+    step = compilation.compile_step(c, name, arguments.topology, arguments.slices)
+    print(compilation.report(step, c), flush=True)
+    return int(not step.fits or bool(step.unexpected))
 
 
 def _data(arguments: argparse.Namespace, _: dict[str, str]) -> None:
