@@ -52,8 +52,8 @@ CHIP_COUNTS = tuple(2**n for n in range(13))
 
 # What the report says of this model of time; keep it true when `summing` changes.
 ASSUMED = f"""\
-- Products reach {SHARE:.0%} of the chip's bfloat16 peak; no accelerator was at hand to measure it. A
-  slower chip scales better, a faster one worse.
+- Products reach {SHARE:.0%} of the chip's bfloat16 peak; no accelerator was at hand to measure it.
+  A slower chip scales better, a faster one worse.
 - Nothing overlaps: a collective begins when computing ends. The column `overlapped` hides all of it
   behind computing.
 - A sum over n chips moves 2 (n - 1) / n of its bytes out of each chip, over all its links at once
