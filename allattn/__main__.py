@@ -197,10 +197,11 @@ def _quiet() -> None:
 
 
 def _enable_compilation_cache() -> None:
-    """Keep compiled programs for the next start."""
+    """Keep compiled programs beside the prepared data, for the next start."""
+    from allattn import data
     from allattn.sharding import compilation_cache
 
-    compilation_cache.keep()
+    compilation_cache.enable(data.cache_dir())
 
 
 def _join(arguments: argparse.Namespace) -> None:
@@ -472,7 +473,7 @@ def _compile(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
     compiled = compilation.compile_step(c, name, arguments.topology, arguments.slices)
     print(compilation.report(compiled, c), flush=True)
     # 1: the step does not fit, or communicates more than it may.
-    return int(not compiled.fits or bool(compiled.broken))
+    return int(not compiled.fits or bool(compiled.unexpected))
 
 
 # --- data
