@@ -67,8 +67,8 @@ def all_attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Arr
     needed = sizes.length * sizes.width(sizes.L) * inputs.query_BTHK.dtype.itemsize
     if needed > SCRATCH:
         raise NotImplementedError(
-            f"pallas_gpu: expected at most {SCRATCH} bytes for the logits by position of one head of one row, "
-            f"found T x L = {sizes.T} x {sizes.L}, which needs {needed}"
+            f"pallas_gpu: expected at most {SCRATCH} bytes for the logits by position of one head "
+            f"of one row, found T x L = {sizes.T} x {sizes.L}, which needs {needed}"
         )
     return _attention(static, inputs, dynamic)
 
@@ -102,7 +102,8 @@ def _sizes(static: Static, inputs: Inputs) -> Sizes:
 
 
 def _rows(x: Array) -> Array:
-    """The last dimension in columns, the others in rows; at least one row: none cannot be passed."""
+    """The last dimension in columns, the others in rows."""
+    # No row at all cannot be passed to a kernel.
     if not x.size:
         return jnp.zeros((1, x.shape[-1]), x.dtype)
     return x.reshape(-1, x.shape[-1])
@@ -162,6 +163,7 @@ class Call(NamedTuple):
         """
         updates = all(map(_is_array, jax.tree.leaves(outputs)))
         before = outputs if updates else ()
+        # Pallas passes references without structure, in the order of operands and outputs.
         operands = jax.tree.leaves((self.scalars, inputs, before))
         references = jax.tree.structure(Refs(self.scalars, inputs, before, outputs))
         shapes = [_like(x) for x in jax.tree.leaves(outputs)]
@@ -204,7 +206,7 @@ class Call(NamedTuple):
         return self.sizes.length // self.sizes.query_tile, self.sizes.B * self.sizes.H
 
     def for_each_chunk(self, dtype: Any, work: Callable, results: Any, known: Array) -> Any:
-        """Carry results through chunks of head rows whose logits fit into the scratch array together.
+        """Carry results through chunks of head rows whose logits fit into the scratch array.
 
         Args:
           dtype: of the scratch array.
@@ -288,6 +290,7 @@ def _attention_forward(
     sizes = call.sizes
     grid = call.query_grid()
 
+    # The kernels of one chunk of head rows.
     def chunk(
         call: Call, logits: Array, results: forward.ForwardOutputs
     ) -> tuple[Array, forward.ForwardOutputs]:
@@ -302,6 +305,7 @@ def _attention_forward(
         )
         return logits, call.run(forward.forward, grid, context, results)
 
+    # All chunks; every number of the results is written by one of them.
     statistic = jax.ShapeDtypeStruct((sizes.B * sizes.H * sizes.T,), jnp.float32)
     results = forward.ForwardOutputs(out=_like(flat.query_BTHK), lse=statistic, mass=statistic)
     dtype = inputs.query_BTHK.dtype
@@ -353,6 +357,7 @@ def _attention_backward(
     differentiable = (inputs, out_BTHK, lse, d_out_BTHK)
     inputs, out_BTHK, lse, d_out_BTHK = forbid_second_derivative(differentiable)
 
+    # What the kernels read.
     call = _call(static, inputs, dynamic)
     flat = _flat(inputs)
     d_out = _heads_in_columns(d_out_BTHK)
@@ -364,8 +369,9 @@ def _attention_backward(
 
 
 def _gradients_in_chunks(call: Call, flat: Inputs, per_query: PerQuery) -> Gradients:
-    """Gradients of keys, values, spans, queries and the position table, the latter in partial sums."""
+    """Gradients of keys, values, spans, queries and (in partial sums) the position table."""
     sizes = call.sizes
+    # At least one program and partial sum for every tile of distances.
     by_distance = (max(PARTIAL_SUMS, pl.cdiv(sizes.L, sizes.key_tile)), sizes.H)
 
     def chunk(call: Call, logits: Array, results: Gradients) -> tuple[Array, Gradients]:
@@ -374,6 +380,7 @@ def _gradients_in_chunks(call: Call, flat: Inputs, per_query: PerQuery) -> Gradi
         keys = results.keys._replace(logits=logits)
         keys = _key_gradients(call, flat, per_query, keys)
         queries = _query_gradients(call, flat, per_query, keys.logits, results.queries)
+        # Rows of this chunk add to the partial sums of the position table.
         inputs = backward.PositionGradientInputs(flat.position_query_BTHK, keys.logits)
         positions = call.run(backward.position_gradients, by_distance, inputs, results.positions)
         return keys.logits, Gradients(keys._replace(logits=None), queries, positions)
@@ -455,9 +462,11 @@ def _in_shape_of(
     d_value_BSHK = keys.d_value[: sizes.B * sizes.S].reshape(inputs.value_BSHK.shape)
     if sizes.shared:
         d_position_HLK = d_position_HLK.sum(0, keepdims=True)
+    # Once for all chunks: these need no logits by position.
     d_persistent_key_HNK, d_persistent_value_HNK = _persistent_gradients(
         call, inputs, flat, per_query
     )
+    # Every program has its part of a head row's span.
     d_span_BHP = keys.d_span.reshape(sizes.B, sizes.H, PROGRAMS)
     all_gradients = Inputs(
         query_BTHK=d_query_BTHK,
@@ -498,6 +507,7 @@ def _persistent_gradients(
         lse=per_query.lse,
         delta=per_query.delta,
     )
+    # A program for every tile of pairs and group of rows; the groups are added here.
     groups = min(GROUPS, sizes.B)
     sums_XK = jax.ShapeDtypeStruct((groups * sizes.H * sizes.N, sizes.K), jnp.float32)
     outputs = backward.PersistentGradientOutputs(sums_XK, sums_XK)

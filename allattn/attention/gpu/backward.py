@@ -50,7 +50,7 @@ from allattn.attention.gpu.memory import (
     load_queries,
     load_statistic,
     store,
-    store_pairs,
+    store_at,
     zeros,
 )
 from allattn.attention.numerics import NT_DIMENSIONS, TN_DIMENSIONS, dot
@@ -105,7 +105,7 @@ def _pair_gradients(
       key_NK, value_NK: persistent keys and values of the tile.
 
     Returns:
-      d_logits_TN before the scale and kept_TN, the weights that dropout keeps, in the values' dtype.
+      d_logits_TN, before the scale, and the weights that dropout keeps, in the values' dtype.
     """
     static = head_row.static
     sizes = head_row.sizes
@@ -167,10 +167,11 @@ class KeyTile(NamedTuple):
 
 
 class KeySums(NamedTuple):
-    """What adds up over the queries of a tile of keys, before scale and dropout; the span's is scalar."""
+    """What adds up over the queries of a tile of keys, before scale and dropout."""
 
     d_key_CK: Array
     d_value_CK: Array
+    # a scalar, over all tiles of keys of the program
     d_span: Array
 
 
@@ -215,7 +216,7 @@ def _share(tiles: Any, program: Array, programs: Any) -> Array:
 
 
 def _one_key_tile(refs: KeyRefs, head_row: HeadRow, tile: Array, d_span: Array) -> Array:
-    """Store the gradients of a tile of keys and values; the span's sum with the tile's part added."""
+    """Store the gradients of a tile of keys and values, and add to the sum of the span's."""
     static = head_row.static
     sizes = head_row.sizes
     key_C1 = indices(tile, sizes.key_tile, 0)
@@ -267,7 +268,7 @@ def _add_queries(
     d_kept_CT = dot(keys.value_CK, d_out_TK, NT_DIMENSIONS)
     d_weight_CT = _before_dropout(static, keeps_CT, d_kept_CT) - delta_1T
 
-    # The mask m and its gradient, where it is not 1 everywhere. Where m = 0 nothing bounds the logit.
+    # The mask m and its gradient, if it is not 1 everywhere. Where m = 0 nothing bounds the logit.
     d_span = sums.d_span
     if exists_CT is not None:
         ramp_CT = head_row.ramp(query_1T, key_C1, exists_CT)
@@ -278,7 +279,7 @@ def _add_queries(
 
     # Gradients of the logits replace the logits by position, which nothing reads again.
     d_logits_CT = (weight_CT * d_weight_CT).astype(scratch.dtype)
-    store_pairs(scratch, head_row.address(query_1T, key_C1), exists_CT, d_logits_CT)
+    store_at(scratch, head_row.address(query_1T, key_C1), exists_CT, d_logits_CT)
 
     # Products over queries.
     kept_CT = weight_CT
@@ -533,7 +534,7 @@ class PersistentSums(NamedTuple):
 def persistent_gradients(
     static: Static, sizes: Sizes, refs: Refs[PersistentGradientInputs, PersistentGradientOutputs]
 ) -> None:
-    """Grid (tile of pairs, head, group of rows): gradients of persistent keys and values, by group."""
+    """Grid (tile of pairs, head, group of rows): gradients of persistent pairs, by group."""
     inputs = refs.inputs
     tile = pl.program_id(0)
     head = pl.program_id(1)

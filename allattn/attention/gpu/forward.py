@@ -32,7 +32,7 @@ from allattn.attention.gpu.memory import (
     load_positions,
     load_queries,
     store,
-    store_pairs,
+    store_at,
     zeros,
 )
 from allattn.attention.numerics import NT_DIMENSIONS, dot, log_sum
@@ -86,7 +86,7 @@ def _logits_by_position(
         column_1D = indices(tile, key_tile, 1)
         address_TD = head_row.address_of_column(query_T1, column_1D)
         exists_TD = jnp.broadcast_to(column_1D < head_row.reach, address_TD.shape)
-        store_pairs(logits, address_TD, exists_TD, product_TD.astype(logits.dtype))
+        store_at(logits, address_TD, exists_TD, product_TD.astype(logits.dtype))
 
     jax.lax.fori_loop(0, head_row.column_tiles, write_columns, None)
 

@@ -108,13 +108,13 @@ def iota(length: int, axis: int) -> Array:
 
 
 def indices(tile: Any, size: int, axis: int) -> Array:
-    """Numbers of the queries, keys, columns or pairs of a tile, down (axis 0) or across (axis 1)."""
+    """Numbers of a tile's queries, keys, columns or pairs, down (axis 0) or across (axis 1)."""
     return tile * size + iota(size, axis)
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadRow:
-    """One head of one row of the batch: the band of the drawing, and its part of the scratch array."""
+    """One head of one row: the band of the drawing, and its part of the scratch array."""
 
     static: Static
     sizes: Sizes
@@ -256,8 +256,8 @@ class HeadRow:
         return Tiles(first, jnp.where(newest >= oldest, last, -1))
 
     # --- single pairs -----------------------------------------------------------------------------
-    # Queries come as a column and keys as a row, or the other way round. Whatever can be is computed
-    # on those, so that a pair costs two instructions.
+    # Queries come as a column and keys as a row, or the other way round. What can be computed on
+    # those is, so that a pair costs two instructions.
 
     def exists(self, query: Array, key: Array) -> Array:
         """Whether a pair of query and key counts."""
@@ -276,7 +276,8 @@ class HeadRow:
         return from_oldest.astype(jnp.uint32) < keys.astype(jnp.uint32)
 
     def ramp(self, query: Array, key: Array, exists: Array) -> Array:
-        """`span.ramp_position` of a pair, -1 where there is none; the sum of whole numbers is exact."""
+        """`span.ramp_position` of a pair, -1 where there is none."""
+        # Sums of whole numbers are exact in float32; a query's part is computed once.
         query_part = (self.static.ramp + 1 - self.query_start - query).astype(jnp.float32)
         beyond = query_part + key.astype(jnp.float32)
         return jnp.where(exists, (beyond + self.span) / self.static.ramp, -1)
@@ -336,7 +337,10 @@ def whole_tiles(first: Array, last: Array, tile: int) -> Tiles:
 def for_head_row(
     static: Static, sizes: Sizes, scalars: Scalars, work: Callable[[HeadRow, Array], None]
 ) -> None:
-    """Do a program's part (axis 0 of the grid) of a head row (axis 1), if the scratch array holds it."""
+    """Do part `axis 0` of the work of head row `axis 1` of the grid.
+
+    Head rows that the scratch array does not hold now are left alone.
+    """
     part = pl.program_id(0)
     slot = pl.program_id(1)
     first = scalars.chunk[0]

@@ -60,6 +60,7 @@ def load(ref: Any, sizes: Sizes, head: Any, row_X1: Array, exists_X1: Array) -> 
     Returns:
       An array (X, lanes) in the reference's dtype, 0 in lanes beyond the head width.
     """
+    # Triton wants every index in full.
     column_1K, lane_1K = _columns(sizes, head)
     shape = (row_X1.shape[0], sizes.lanes)
     mask_XK = jnp.broadcast_to(exists_X1 & lane_1K, shape)
@@ -94,8 +95,9 @@ def load_queries(ref: Any, head_row: HeadRow, query_T1: Array) -> Array:
 
 
 def load_keys(ref: Any, head_row: HeadRow, key_C1: Array) -> Array:
-    """Load context keys or values of a head row, 0 where no query looks: that may be anything."""
+    """Load context keys or values of a head row, 0 where no query sees them."""
     sizes = head_row.sizes
+    # What no query sees may be anything, even NaN.
     exists_C1 = (key_C1 >= head_row.oldest) & (key_C1 <= head_row.newest)
     return load(ref, sizes, head_row.head, head_row.row * sizes.S + key_C1, exists_C1)
 
@@ -108,6 +110,7 @@ def load_pairs(ref: Any, sizes: Sizes, head: Any, pair_N1: Array) -> Array:
 def load_positions(ref: Any, head_row: HeadRow, column_D1: Array) -> Array:
     """Load the position keys of some columns of the scratch array."""
     sizes = head_row.sizes
+    # Column 0 is the farthest distance within reach, row reach - 1 of the head's table.
     head = 0 if sizes.shared else head_row.head
     row_D1 = head * sizes.L + head_row.reach - 1 - column_D1
     return load(ref, sizes, 0, row_D1, column_D1 < head_row.reach)
@@ -140,10 +143,10 @@ def load_by_column(masked: bool, ref: Any, head_row: HeadRow, query: Array, colu
     return plgpu.load(numbers, mask=exists, other=jnp.zeros((), ref.dtype))
 
 
-def store_pairs(ref: Any, address: Array, exists: Array | None, value: Array) -> None:
+def store_at(ref: Any, address: Array, exists: Array | None, value: Array) -> None:
     """Store numbers of pairs where they exist; `exists` None: all do."""
     if exists is not None:
-        # Interpreted, masked stores must not fall on the number of another pair.
+        # Interpreted, a masked store must not fall on the number of another pair.
         address = jnp.where(exists, address, ref.shape[0])
     plgpu.store(ref.at[address], value, mask=exists)
 
@@ -152,7 +155,8 @@ def store_pairs(ref: Any, address: Array, exists: Array | None, value: Array) ->
 
 
 def exp2(sizes: Sizes, x: Array) -> Array:
-    """2 to the power of x; with CUDA one instruction, which gives 0 below the least normal number."""
+    """2 to the power of x."""
+    # With CUDA one instruction, which gives 0 below the least normal number.
     if sizes.platform != "cuda":
         return jnp.exp2(x)
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)

@@ -76,7 +76,8 @@ def _attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Array,
 
 
 def _vmem() -> int:
-    """Bytes of on-chip memory of the TPU that the code is traced for; the least where it is none."""
+    """Bytes of on-chip memory of the TPU that the code is traced for."""
+    # Interpreted there is none, and the least is assumed.
     try:
         return pltpu.get_tpu_info().vmem_capacity_bytes
     except ValueError:
@@ -154,6 +155,7 @@ def _side_by_side(sizes: Sizes, x_BXHK: Array, length: int) -> Array:
 
     No copy, unless T is not whole tiles or heads do not fill whole lanes.
     """
+    # Queries and lanes that do not exist are 0.
     B, X, H, K = x_BXHK.shape
     if length > X or sizes.K > K:
         padding = ((0, 0), (0, length - X), (0, 0), (0, sizes.K - K))
@@ -202,7 +204,7 @@ class Blocks(NamedTuple):
     query: pl.BlockSpec
     queries: pl.BlockSpec
     key: pl.BlockSpec
-    # the group's position table and its gradient, which heads that share the table have each
+    # the group's position table, which all groups may share, and its gradient, which they do not
     position: pl.BlockSpec
     d_position: pl.BlockSpec
     # the group's persistent pairs, one number for each query of a tile, and one for each head
@@ -230,7 +232,7 @@ def _blocks(sizes: Sizes, order: Callable) -> Blocks:
     def table_index(g: Array, b: Array, t: Array, s: Array) -> tuple:
         return (0 if sizes.shared else g, 0, 0)
 
-    # What changes with the group alone needs no second buffer.
+    # Whatever changes with the group alone needs no second buffer.
     once: dict[str, Any] = {"pipeline_mode": pl.Buffered(1)}
     table_shape = (table, sizes.K, sizes.positions)
     pairs_shape = (sizes.heads, max(1, sizes.N), sizes.K)
@@ -302,6 +304,7 @@ def _run(
     Returns:
       The outputs.
     """
+    # Pallas passes references without structure, in this order.
     references = jax.tree.structure((scalars, *operands, scratch))
     arrays = jax.tree.leaves((scalars, operands.inputs))
 
@@ -367,10 +370,12 @@ def _run_forward(
         tile = TilePosition(static, sizes, refs, row, query_tile, farthest)
         return group, row, query_tile, tile.key_tile(step)
 
+    # Blocks and shapes.
     blocks = _blocks(sizes, order)
     output_blocks = ForwardOutputs(out=blocks.query, lse=blocks.statistic, mass=blocks.statistic)
     out = jax.ShapeDtypeStruct((sizes.B, sizes.T, sizes.H * sizes.K), inputs.query.dtype)
     statistic = jax.ShapeDtypeStruct((sizes.B, groups, sizes.T, sizes.heads), jnp.float32)
+    # The state of the softmax stays on the chip over the steps of a tile of queries.
     column = pltpu.VMEM((sizes.heads, sizes.query_tile, 1), jnp.float32)
     scratch = ForwardScratch(
         top=column,
@@ -378,7 +383,7 @@ def _run_forward(
         persistent_lse=column,
         sums=pltpu.VMEM((sizes.heads, sizes.query_tile, sizes.K), jnp.float32),
     )
-    # The steps over key tiles share the scratch memory.
+    # The steps over key tiles share that memory, so they run in order.
     shape = (groups, sizes.B, sizes.T // sizes.query_tile, sizes.key_steps)
     return _run(
         functools.partial(forward_kernel, static, sizes),
@@ -411,6 +416,7 @@ def _attention_backward(
     delta_BTGP = delta_BTH.reshape(sizes.B, sizes.T, -1, sizes.heads)
     delta_BGTP = delta_BTGP.transpose(0, 2, 1, 3)
 
+    # The kernel reads what the forward kernel read, and three arrays more.
     operands = BackwardInputs(
         **_operands(sizes, inputs, scalars.reach_H)._asdict(),
         d_out=_side_by_side(sizes, d_out_BTHK, sizes.T),
@@ -438,6 +444,7 @@ def _run_backward(
         loaded = jnp.minimum(oldest, last.key_tile(sizes.key_tiles))
         return group, row, query_tile, loaded
 
+    # Every tile of keys has gradients, within reach or not.
     def stores(group: Array, row: Array, key_tile: Array, query_tile: Array, *_: Any) -> tuple:
         return group, row, query_tile, key_tile
 
@@ -449,7 +456,8 @@ def _run_backward(
         delta=blocks.statistic,
     )
     sums = pltpu.VMEM((sizes.key_tile, sizes.heads * sizes.K), jnp.float32)
-    # Gradients of queries and of the table add up over key tiles and rows, so only groups run at once.
+    # Gradients of queries add up over key tiles, those of table and pairs over rows: only groups
+    # may run at once.
     shape = (groups, sizes.B, sizes.key_tiles, query_tiles)
     return _run(
         functools.partial(backward_kernel, static, sizes),
@@ -464,6 +472,7 @@ def _run_backward(
 
 def _gradient_shapes(static: Static, sizes: Sizes, dtype: Any) -> BackwardOutputs:
     """Shapes of all gradients in the kernels' layout; `dtype` is that of keys and values."""
+    # Groups that share a table have a gradient each, which the caller adds up.
     groups = sizes.H // sizes.heads
     tables = groups if sizes.shared else sizes.H
     queries = jax.ShapeDtypeStruct((sizes.B, sizes.T, sizes.H * sizes.K), jnp.float32)
@@ -497,6 +506,7 @@ def _gradient_blocks(static: Static, blocks: Blocks) -> BackwardOutputs:
 
 def _in_shape_of(inputs: Inputs, sizes: Sizes, outputs: BackwardOutputs) -> Inputs:
     """All gradients in the shapes and dtypes of the inputs."""
+    # Heads that share the table have a gradient each group.
     _, L, N = _lengths(inputs)
     K = inputs.query_BTHK.shape[3]
     d_position = outputs.d_position

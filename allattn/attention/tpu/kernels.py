@@ -13,8 +13,8 @@ The window begins at a whole register's column; where (query 0, key 0) lies in i
 here. The forward pass is an online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) that
 starts from the persistent pairs. The backward pass recomputes the weights from one log-sum-exp per
 query (as in FlashAttention, Dao et al. 2022, arXiv 2205.14135). `tests/attention` compares both
-with the reference. The band of keys that queries can reach is drawn in gpu/head_row.py; `oldest` and
-`newest` mean here what they mean there, for one tile of queries.
+with the reference. The band of keys that queries can reach is drawn in gpu/head_row.py; `oldest`
+and `newest` mean here what they mean there, for one tile of queries.
 
 Dimension key: T query of the tile, C key of the tile, W column of the window of positions, N
 persistent pair, K head width, X any; B row, H head, P head of the group that shares lanes, E the
@@ -201,7 +201,7 @@ class TilePosition:
         self.sizes = sizes
         self.first_query = query_tile * sizes.query_tile
         self.begin = scalars.query_start_B[row] + self.first_query
-        # From the farthest key of the first query to the nearest of the last, cut to those that exist.
+        # From the farthest key of the first query to the nearest of the last, if they exist.
         farthest = self.begin - (static.first_distance + head_reach - 1)
         newest = jnp.minimum(self.begin + sizes.query_tile - 1 - static.first_distance, sizes.S - 1)
         self.oldest = jnp.maximum(jnp.maximum(farthest, scalars.key_start_B[row]), 0)
@@ -368,7 +368,7 @@ def forward_kernel(
     outputs: ForwardOutputs,
     scratch: ForwardScratch,
 ) -> None:
-    """Grid (group, row, query tile, step over key tiles): an online softmax for each head of the group."""
+    """Grid (group, row, query tile, step over key tiles): an online softmax for each head."""
     top = scratch.top
     total = scratch.total
     sums = scratch.sums
@@ -489,7 +489,8 @@ def backward_kernel(
     group, row, key_tile, query_tile = (pl.program_id(axis) for axis in range(4))
     first_query = pl.multiple_of(query_tile * sizes.query_tile, sizes.query_tile)
     rows = pl.ds(first_query, sizes.query_tile)
-    # Where the same queries ask keys and positions, both parts of their gradient add up in one array.
+    # Where the same queries ask keys and positions, both parts of their gradient add up in one
+    # array.
     d_query_outputs = [outputs.d_query]
     if outputs.d_position_query is not None:
         d_query_outputs.append(outputs.d_position_query)
