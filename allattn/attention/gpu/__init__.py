@@ -31,7 +31,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from allattn.attention.autodiff import forbid_second_derivative, name_for_remat
-from allattn.attention.contract import Dynamic, Inputs, Static
+from allattn.attention.contract import Dynamic, Inputs, Static, seed_and_offsets
 from allattn.attention.gpu import backward, forward
 from allattn.attention.gpu.head_row import Scalars, Sizes
 from allattn.attention.gpu.memory import Refs
@@ -262,7 +262,6 @@ def _call(static: Static, inputs: Inputs, dynamic: Dynamic) -> Call:
     reach_H = reach(inputs.span_H, static.ramp, static.first_distance, limit).astype(jnp.int32)
     base_U = jnp.cumsum(jnp.tile(sizes.width(reach_H), sizes.B))
 
-    seed = jax.lax.bitcast_convert_type(dynamic.dropout_seed.astype(jnp.uint32), jnp.int32)
     scalars = Scalars(
         chunk=jnp.array([0, sizes.B * sizes.H], jnp.int32),
         base_U=jnp.concatenate([jnp.zeros(1, jnp.int32), base_U.astype(jnp.int32)]),
@@ -270,9 +269,7 @@ def _call(static: Static, inputs: Inputs, dynamic: Dynamic) -> Call:
         span_H=inputs.span_H.astype(jnp.float32),
         query_start_B=dynamic.query_start_B,
         key_start_B=dynamic.key_start_B,
-        seed_and_offsets=jnp.stack([seed, dynamic.row_offset, dynamic.head_offset]).astype(
-            jnp.int32
-        ),
+        seed_and_offsets=seed_and_offsets(dynamic),
     )
     return Call(static, sizes, scalars)
 

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from allattn.attention.autodiff import forbid_second_derivative, name_for_remat
-from allattn.attention.contract import Dynamic, Inputs, Static
+from allattn.attention.contract import Dynamic, Inputs, Static, seed_and_offsets
 from allattn.attention.span import reach
 from allattn.attention.tpu.kernels import (
     LANES,
@@ -139,8 +139,7 @@ def _scalars(static: Static, inputs: Inputs, dynamic: Dynamic) -> Scalars:
     lengths = _lengths(inputs)
     limit = lengths.L if lengths.S else 0
     reach_H = reach(inputs.span_H, static.ramp, static.first_distance, limit).astype(jnp.int32)
-    seed = jax.lax.bitcast_convert_type(dynamic.dropout_seed.astype(jnp.uint32), jnp.int32)
-    numbers = jnp.stack([seed, dynamic.row_offset, dynamic.head_offset]).astype(jnp.int32)
+    numbers = seed_and_offsets(dynamic)
     return Scalars(
         reach_H=reach_H,
         span_H=inputs.span_H.astype(jnp.float32),
