@@ -4,7 +4,7 @@ Command:  python -m benchmarks.profile --geometry=small-8 --spans=full
 Each line: time of one step (on a CPU of all its threads), share, number of calls, kind. On a CPU,
 products are the operations that XLA runs as matrix products, whatever it calls them; nested scopes
 (loops, calls) are left out, so that nothing counts twice. On a GPU a kind is a kernel, and its own
-are named as in `gpu_kernels`.
+are named as in `allattn.attention.gpu`.
 """
 
 import argparse
