@@ -268,12 +268,12 @@ def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 def _evaluate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
     from allattn import run, sharding
-    from allattn.evaluation import scoring
+    from allattn.evaluation import protocols
     from allattn.sharding import compilation_cache, processes
 
     compilation_cache.keep()
     _join(arguments)
-    sharding.use_cores(scoring.AUTHORS_ROWS, processes=processes.count())
+    sharding.use_cores(protocols.AUTHORS_ROWS, processes=processes.count())
     a = arguments
     scores = run.evaluate(a.workdir, a.split, a.protocol, a.text, a.data_dir, a.step)
     if not processes.index():

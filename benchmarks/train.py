@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from allattn import data, sharding, train
-from allattn.evaluation import scoring
+from allattn.evaluation import protocols, scoring
 from allattn.model import Model, ModelConfig, forward_flops
 from allattn.train import optim
 from benchmarks import machine
@@ -100,7 +100,10 @@ def evaluator(
     """A function that scores one block of 8 rows."""
     rng, block = np.random.default_rng(0), c.train.block
     tokens = rng.integers(VOCABULARY, size=EVALUATED * (block + 1), dtype=np.int32)
-    plan, context = scoring.authors_plan(len(tokens), block), scoring.context_length(model, params)
+    plan, context = (
+        protocols.authors_plan(len(tokens), block),
+        scoring.context_length(model, params),
+    )
     holder = [scoring.empty_cache(model, mesh, EVALUATED, context + block)]
     params = jax.device_put(params, sharding.shardings(mesh, params))
     arrays = [
