@@ -299,16 +299,18 @@ def _generate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
 
 def _convert(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from allattn import config
-    from allattn.interchange import convert
+    from allattn.interchange import paper_checkpoints
 
     if arguments.export and not (arguments.checkpoint or arguments.config or overrides):
-        found = convert.export(
+        found = paper_checkpoints.export(
             arguments.source, arguments.workdir, arguments.export, arguments.step
         )
     elif arguments.checkpoint and arguments.config and not (arguments.export or arguments.step):
         overrides |= {"dataset.name": arguments.dataset} if arguments.dataset else {}
         c = config.load(arguments.config, overrides)
-        found = convert.convert(arguments.source, arguments.checkpoint, c, arguments.workdir)
+        found = paper_checkpoints.convert(
+            arguments.source, arguments.checkpoint, c, arguments.workdir
+        )
     else:
         raise UserError(
             "expected --checkpoint and --config to import, or --export (and --step) to export"

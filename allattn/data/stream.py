@@ -3,15 +3,16 @@
 The split is cut into as many rows as the batch has, and every row is read block after block; here
 3 rows and blocks of 4 tokens:
 
-    tokens of the split   |0 . . . . . . . . . . . .|13 . . . . . . . . . . .|26 . . . . . . . ...|xx
-                           row 0                     row 1                    row 2            rest
+    41 tokens   |0 . . . . . . . . . . .|13 . . . . . . . . . .|26 . . . . . . . . . .|39 .|
+                 row 0                   row 1                  row 2                  unused
 
-    row b, pass 0   |0 1 2 3|4 5 6 7|8 9 a b|c       a block's targets are its tokens shifted by one,
-    row b, pass 1    . .|2 3 4 5|6 7 8 9|. . .       so the last block leaves a token after it
+    pass 0 of a row   |0  1  2  3| 4  5  6  7| 8  9 10 11|12      offset 0
+    pass 1 of a row    0  1 |2  3  4  5| 6  7  8  9|10 11 12      offset 2
 
-Pass 0 begins at 0, each later one at an offset below one block, the same for all rows: otherwise
-the blocks would begin at the same tokens in every pass. Rows stay contiguous, so what a layer
-cached at one step is the context of the next; at the first step of a pass the cache is zeroed.
+The targets of a block are its tokens shifted by one, so a token is left after the last block. Pass
+0 begins at 0, each later one at a random offset below one block (the same for all rows), so that
+blocks are cut elsewhere in every pass. What a layer caches at one step is the context of the next;
+at the first step of a pass the cache must be zeroed.
 
 Offsets are drawn from (seed, draw), `_PASSES_PER_DRAW` passes at a time. The block of a step thus
 depends on (tokens, batch, block, seed, step) alone: a run that resumes, on another number of
