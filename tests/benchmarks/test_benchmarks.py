@@ -21,6 +21,7 @@ from allattn.model import forward_flops
 from benchmarks import (
     attention,
     compile,
+    geometries,
     gpu,
     machine,
     overhead,
@@ -47,6 +48,14 @@ def arguments(**changes: object) -> argparse.Namespace:
     return argparse.Namespace(**{**fields, **changes})
 
 
+@pytest.mark.parametrize("name", [n for n in geometries.GEOMETRIES if n not in ("tiny", "small-8")])
+def test_geometries_are_those_of_the_configurations(name: str) -> None:
+    c = config.load(str(ROOT / "configs" / f"{name}.py"))
+    m = c.model
+    sizes = (m.depth, m.width, m.heads, m.span.limit, c.train.block, m.persistent)
+    assert geometries.GEOMETRIES[name] == sizes
+
+
 def test_the_operation_alone() -> None:
     found = attention.measure(arguments())
     assert 0 < found["forward_ms"] < found["both_ms"] and 0 < found["share_both"] < 1
@@ -54,7 +63,7 @@ def test_the_operation_alone() -> None:
 
 def test_required_flops_are_those_of_the_model() -> None:
     """What the operation needs is what the model needs beyond its projections and its output."""
-    H, K, L, T, N = attention.GEOMETRIES["small-8"]
+    H, K, L, T, N = geometries.GEOMETRIES["small-8"].of_operation()
     span_XH = np.array([[0.0, 32.0, 100.0, L]])
     config = geometry(
         depth=1, width=H * K, heads=H, persistent=N, vocab_size=2, limit=L, ramp=attention.RAMP
