@@ -6,6 +6,7 @@ Dimension key: X layer, H head.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,14 @@ def test_geometries_are_those_of_the_configurations(name: str) -> None:
     m = c.model
     sizes = (m.depth, m.width, m.heads, m.span.limit, c.train.block, m.persistent)
     assert geometries.GEOMETRIES[name] == sizes
+
+
+def test_results_are_indexed() -> None:
+    """The index names every file of results, and no other."""
+    folder = ROOT / "benchmarks" / "results"
+    linked = re.findall(r"\]\((\d[^)]*)\)", (folder / "README.md").read_text())
+    files = [path.name for path in folder.iterdir() if path.name != "README.md"]
+    assert sorted(linked) == sorted(files)
 
 
 def test_the_operation_alone() -> None:
