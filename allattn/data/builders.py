@@ -44,6 +44,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
     def __init__(
         self, *, manual_dir: epath.Path | None = None, downloads: Path, **options: Any
     ) -> None:
+        # Files placed by hand are used where there are any, else those of `downloads`.
         self.manual_dir = manual_dir
         self.downloads = downloads
         super().__init__(file_format="array_record", **options)
@@ -56,9 +57,11 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
+            # A record is one byte string; `Tokens` knows the type of the ids in it.
             features=tfds.features.FeaturesDict(
                 {"tokens": tfds.features.Tensor(shape=(), dtype=np.object_)}
             ),
+            # Records are stretches of a text: their order is the data.
             disable_shuffling=True,
             metadata=tfds.core.MetadataDict(),
         )
@@ -74,6 +77,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
                 f"{self.name}: expected a vocabulary of {self.expected_size}, "
                 f"found {vocabulary.size}"
             )
+        # The vocabulary is stored in the description of the data set, beside the records.
         self.info.metadata["vocabulary"] = vocabulary.to_json()
         return {
             split: self._generate_examples(split, text, vocabulary) for split, text in texts.items()
@@ -82,6 +86,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(
         self, split: str, text: Iterable[bytes], vocabulary: Vocabulary
     ) -> Iterator[tuple[int, dict[str, bytes]]]:
+        # One record after another, so that no split has to fit in memory.
         encoded = _encoded(text, vocabulary, f"{self.name}, split {split}")
         count = 0
         for key, ids in enumerate(_records(encoded)):
@@ -97,6 +102,7 @@ class Enwik8(TextBuilder):
 
     name = "enwik8"
     expected_size = 205
+    # Bytes of train, valid and test, in this order in the file.
     sizes: ClassVar[tuple[int, int, int]] = (90_000_000, 5_000_000, 5_000_000)
     corpus = Corpus(
         name="enwik8",
@@ -195,6 +201,7 @@ class Stdlib(TextBuilder):
 
     def texts(self) -> dict[str, Iterable[bytes]]:
         """The last 200 kB are valid and test."""
+        # The last files in sorted order, so no file is in two splits but the two that are cut.
         text = standard_library()
         test = len(text) - STDLIB_HELD_OUT
         valid = test - STDLIB_HELD_OUT
@@ -221,6 +228,7 @@ class Files(TextBuilder):
 
 def _encoded(text: Iterable[bytes], vocabulary: Vocabulary, what: str) -> Iterator[np.ndarray]:
     """The ids of a text, piece by piece; `what` says in a message which text it is."""
+    # The offset in the whole text, so that a message can say where an unknown symbol is.
     offset = 0
     for piece in closed(text, vocabulary.unit):
         try:
@@ -232,6 +240,7 @@ def _encoded(text: Iterable[bytes], vocabulary: Vocabulary, what: str) -> Iterat
 
 def _records(arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
     """Cut ids anew into arrays of CHUNK_TOKENS; only the last may be shorter."""
+    # Ids that do not fill a record yet.
     rest = np.zeros(0, np.int32)
     for ids in arrays:
         rest = np.concatenate([rest, ids])

@@ -32,6 +32,7 @@ from allattn.storage import paths
 if TYPE_CHECKING:
     from allattn.data.builders import TextBuilder
 
+# Names that --dataset takes; builders.py has a class for each.
 DATASETS = ("enwik8", "text8", "wikitext103", "stdlib", "files")
 SPLITS = ("train", "valid", "test")
 
@@ -49,6 +50,7 @@ class Tokens:
         self._dtype = dtype
         # Small neighbouring slices fall into the same record.
         self._record = functools.lru_cache(maxsize=8)(self._read)
+        # All records but the last have the length of the first.
         self._chunk = self._read(0).size
         last = len(records) - 1
         self._length = last * self._chunk + self._read(last).size
@@ -90,6 +92,7 @@ class Dataset:
         self.name = builder.name
         self.full_name = builder.info.full_name
         self.path = Path(builder.data_path)
+        # Stored beside the records, so that reading needs no text.
         self.vocabulary = Vocabulary.from_json(builder.info.metadata["vocabulary"])
         self._builder = builder
 
@@ -145,6 +148,7 @@ def prepare(
         folder that cannot be written, no such bucket.
       RunError: the bucket does not answer.
     """
+    # Every process refuses a wrong name by itself, before they wait for each other.
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: {_nearest(name)}")
     return first_on_leader("data", lambda: _prepare(name, data_dir, manual_dir, unit))
@@ -191,6 +195,7 @@ def _prepare(name: str, data_dir: Any, manual_dir: Any, unit: Unit) -> Dataset:
     # The same path below both roots: the builder's name, configuration and version.
     folder = epath.Path(make_builder().data_path)
     wanted = root / folder.relative_to(local) if paths.is_url(root) else folder
+    # What is whole is read without the lock.
     if not (paths.is_whole(folder) and paths.is_whole(wanted)):
         with _locked(Path(folder.parent)):
             _prepare_once(make_builder(), folder, wanted)
@@ -247,6 +252,7 @@ def _prepare_once(builder: "TextBuilder", folder: epath.Path, wanted: epath.Path
         if paths.is_url(wanted):
             paths.check_writable(wanted.parent)
         builder.download_and_prepare(download_dir=builder.downloads)
+    # Also where this machine had the data and the bucket did not.
     if not paths.is_whole(wanted):
         paths.put(folder, wanted)
 
@@ -262,6 +268,7 @@ def _locked(folder: Path) -> Iterator[None]:
             f"cannot write to {folder} ({error.strerror}): "
             "pass another --data_dir or set ALLATTN_DATA_DIR"
         ) from None
+    # Closing the file frees the lock, and so does the end of the process.
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -28,7 +28,9 @@ from rich.progress import (
 
 from allattn.errors import UserError
 
+# Of silence, after which a connection counts as broken.
 _TIMEOUT_SECONDS = 30.0
+# Read, written and shown as progress at once.
 _CHUNK_BYTES = 1 << 18
 
 # Answers after which the next mirror is asked.
@@ -69,6 +71,7 @@ def fetch(
     Raises:
       UserError: no mirror gave the file; says what each of them answered in the last round.
     """
+    # A file with its final name was checked when it got it.
     destination = Path(destination)
     if destination.exists():
         return destination
@@ -141,6 +144,7 @@ def _receive(url: str, part: Path, label: str) -> None:
     with answer:
         if begin and answer.status != http.HTTPStatus.PARTIAL_CONTENT:
             begin = 0  # the server ignores ranges and sends the whole file
+        # The header counts the bytes of this answer, not of the file.
         length = answer.headers.get("Content-Length")
         total = begin + int(length) if length else None
         _copy(answer, part, begin, total, label)
@@ -157,6 +161,7 @@ def _copy(answer: Any, part: Path, begin: int, total: int | None, label: str) ->
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    # From 0 on the part is written anew, whatever it held.
     mode = "ab" if begin else "wb"
     with (
         part.open(mode) as file,
@@ -183,6 +188,7 @@ def _check(path: Path, checksum: str | None, size: int | None) -> None:
 
 
 def _make_folder(folder: Path) -> None:
+    # What the system says goes into a message of one line.
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

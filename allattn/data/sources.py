@@ -20,6 +20,7 @@ from allattn.data.download import digest_of, fetch
 from allattn.errors import UserError
 from allattn.storage import paths
 
+# Bytes of a text that are in memory at once.
 CHUNK_BYTES = 1 << 20
 
 # The text of the standard library: as much of it as is used, and of that for valid and test each.
@@ -46,6 +47,7 @@ class Text:
     stop: int | None = None
 
     def __iter__(self) -> Iterator[bytes]:
+        # A member of an archive is unpacked up to the start, too.
         with self._opened() as file:
             file.seek(self.start)
             if self.stop is None:
@@ -77,6 +79,7 @@ class Text:
             if self.member is None:
                 yield file
                 return
+            # An archive may be another one, or cut short by a download outside of this program.
             try:
                 with zipfile.ZipFile(file) as archive, archive.open(self.member) as member:
                     yield member
@@ -186,6 +189,7 @@ def standard_library(folder: Path | None = None) -> bytes:
     Raises:
       UserError: the folder holds too little source text.
     """
+    # Sorted, so that every machine with this interpreter has the same text.
     root = folder or Path(sysconfig.get_paths()["stdlib"])
     files = [path for path in root.rglob("*.py") if _is_library(path.relative_to(root))]
     files.sort(key=lambda path: path.as_posix())
@@ -198,6 +202,7 @@ def standard_library(folder: Path | None = None) -> bytes:
         if not text.translate(None, _PLAIN):
             parts.append(text)
             size += len(text)
+        # Files after these are not even read.
         if size >= STDLIB_BYTES:
             break
     if size < 10 * STDLIB_HELD_OUT:
@@ -211,6 +216,7 @@ def standard_library(folder: Path | None = None) -> bytes:
 def _is_library(path: Path) -> bool:
     if _NOT_LIBRARY.intersection(path.parts):
         return False
+    # Generated when the interpreter was built, with the paths of that machine.
     return not path.parts[0].startswith(("config-", "_sysconfigdata"))
 
 
@@ -220,6 +226,7 @@ def folder_of_texts(folder: epath.Path) -> dict[str, Text]:
     Raises:
       UserError: names the files that are missing or empty.
     """
+    # Missing files are named together, so that one message is enough.
     texts = {split: Text(folder / f"{split}.txt") for split in ("train", "valid", "test")}
     missing = [text.path.name for text in texts.values() if not text.path.is_file()]
     if missing:
@@ -227,6 +234,7 @@ def folder_of_texts(folder: epath.Path) -> dict[str, Text]:
             f"files: {folder} needs train.txt, valid.txt and test.txt; "
             f"missing: {', '.join(missing)}"
         )
+    # An empty file is most often one that a copy left behind.
     empty = [text.path.name for text in texts.values() if not text.path.stat().length]
     if empty:
         raise UserError(

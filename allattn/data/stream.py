@@ -31,6 +31,7 @@ from allattn.errors import UserError
 
 # Tokens of every row that are read from the records at once.
 _WINDOW_TOKENS = 65_536
+# Passes whose offsets are drawn at once. Part of what a seed means: it must not change.
 _PASSES_PER_DRAW = 4096
 
 
@@ -81,6 +82,7 @@ class Stream:
             raise UserError(
                 f"batch and block must be at least 1 and seed 0, found {batch}, {block} and {seed}"
             )
+        # A row needs a block and the target after its last token.
         self.row_length = len(tokens) // batch
         if self.row_length <= block:
             raise UserError(
@@ -94,7 +96,8 @@ class Stream:
 
         # The passes laid out so far. A draw has two arrays: offset and first step of its passes.
         self._draws: list[tuple[np.ndarray, np.ndarray]] = []
-        self._draw_ends = [0]  # first step after each draw; entry 0 is the start
+        # First step after each draw; entry 0 is the start.
+        self._draw_ends = [0]
 
         # The window of every row, which begins at the same offset in all of them.
         self._window_begin = 0
@@ -124,12 +127,14 @@ class Stream:
         """Pass, offset in the row, and tokens of the pass before the block."""
         if step < 0:
             raise ValueError(f"step must not be negative, found {step}")
+        # Lay out passes until the step is among them.
         while self._draw_ends[-1] <= step:
             self._extend()
         # First the draw that the step falls into, then the pass within it.
         draw = bisect_right(self._draw_ends, step) - 1
         offsets, firsts = self._draws[draw]
         index = int(np.searchsorted(firsts, step, side="right")) - 1
+        # Every step of a pass reads a block.
         before = (step - int(firsts[index])) * self.block_length
         return draw * _PASSES_PER_DRAW + index, int(offsets[index]) + before, before
 
@@ -147,17 +152,21 @@ class Stream:
 
     def _offsets(self, draw: int) -> np.ndarray:
         """Offsets of the passes of one draw; each below a block, and such that a block is left."""
+        # In a short row a larger offset would leave no room for a block.
         bound = min(self.block_length, self.row_length - self.block_length)
         offsets = np.random.default_rng((self.seed, draw)).integers(bound, size=_PASSES_PER_DRAW)
+        # The first pass begins at 0, as in the papers' code.
         if draw == 0:
             offsets[0] = 0
         return offsets
 
     def _load(self, offset: int) -> None:
         """Fill the window of every row from `offset`, or from earlier where the row ends."""
+        # At least a block with its last target, at most the row.
         width = min(self.row_length, max(_WINDOW_TOKENS, self.block_length + 1))
         begin = min(offset, self.row_length - width)
         starts = [int(row) * self.row_length + begin for row in self._rows]
+        # Only the rows of this process are read.
         self._window_BW = np.empty((len(starts), width), np.int32)
         for row, start in enumerate(starts):
             self._window_BW[row] = self._tokens[start : start + width]

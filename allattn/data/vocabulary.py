@@ -37,6 +37,7 @@ class Vocabulary:
     symbols: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        # A stored vocabulary may be damaged or written by hand.
         check_unit(self.unit)
         distinct = len(self._ids) == len(self.symbols)
         if END_OF_LINE not in self._ids or not distinct:
@@ -115,6 +116,7 @@ class Vocabulary:
     def decode(self, ids: Iterable[int] | np.ndarray) -> bytes:
         """Turn ids into text; words are joined by single spaces, lines end in a newline."""
         symbols = [self.symbols[i] for i in np.asarray(ids).tolist()]
+        # Character number b stands for byte b, which is what latin-1 says.
         if self.unit == "byte":
             return "".join(symbols).encode("latin-1")
         # No line begins or ends with the space that joins its words to the newline.
@@ -132,6 +134,7 @@ class Vocabulary:
         return table
 
     def _encode_bytes(self, text: bytes, offset: int) -> np.ndarray:
+        # One look into the table for all bytes, then name the first that has no id.
         ids = self._table[np.frombuffer(text, np.uint8)]
         if ids.size and ids.min() < 0:
             first = int(np.argmax(ids < 0))
@@ -189,6 +192,7 @@ def closed(chunks: Iterable[bytes], unit: Unit) -> Iterator[bytes]:
     for chunk in chunks:
         last = chunk[-1:] or last
         cut = len(chunk) if unit == "byte" else _end_of_words(chunk)
+        # A chunk without white space only makes the rest longer.
         if cut:
             yield rest + chunk[:cut]
             rest = b""
@@ -230,6 +234,7 @@ def _words(text: bytes, offset: int) -> list[str]:
     except UnicodeDecodeError as error:
         where = f"byte {text[error.start]:#04x} at offset {offset + error.start}"
         raise UserError(f"words need UTF-8 text, found {where}") from None
+    # Lines end at "\n" alone; `str.splitlines` would cut at other characters as well.
     words: list[str] = []
     for line in lines:
         words += line.split()
@@ -239,6 +244,7 @@ def _words(text: bytes, offset: int) -> list[str]:
 
 def _offset_of(text: bytes, index: int) -> int:
     """Offset, in bytes, of the word or newline number `index`."""
+    # The same cuts as in `_words`: a newline, or a word between white space.
     decoded = text.decode()
     matches = list(re.finditer(r"\n|\S+", decoded))
     return len(decoded[: matches[index].start()].encode())

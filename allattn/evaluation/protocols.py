@@ -41,17 +41,23 @@ XL_ROWS = 10
 class Lengths(NamedTuple):
     """Block, memory and clamp lengths of the `xl` protocol, in tokens."""
 
-    target: int  # of a block
-    memory: int  # distances that every query sees
-    clamp: int  # distances beyond it look like it; 0: none does
+    # Tokens of a block.
+    target: int
+    # Distances that every query sees.
+    memory: int
+    # Farther distances look like this one; 0: none does.
+    clamp: int
 
 
 class Plan(NamedTuple):
     """Which tokens each row reads and which targets it scores, as indices into the split."""
 
-    begin_R: np.ndarray  # first input token
-    first_R: np.ndarray  # first target scored
-    last_R: np.ndarray  # last target scored
+    # First input token.
+    begin_R: np.ndarray
+    # First and last target scored.
+    first_R: np.ndarray
+    last_R: np.ndarray
+    # Blocks that every row reads.
     blocks: int
 
     def padded(self, multiple: int) -> "Plan":
@@ -83,6 +89,7 @@ def check_protocol(protocol: str, layer: str, where: str = "") -> None:
     Raises:
       UserError: says which protocols or layers there are.
     """
+    # The name first, since what follows depends on it.
     if protocol not in PROTOCOLS:
         raise UserError(f"{where}protocol: expected one of {PROTOCOLS}, found {protocol!r}")
     # A learned position table ends with the context of training; only sinusoids reach further.
@@ -126,6 +133,7 @@ def authors_plan(tokens: int, block: int) -> Plan:
     """
     check_length("authors", tokens, block)
     length = tokens // AUTHORS_ROWS
+    # A stream of T tokens has T - 1 targets; only whole blocks of them are read.
     blocks = (length - 1) // block
     begin_R = np.arange(AUTHORS_ROWS) * length
     return Plan(begin_R, begin_R + 1, begin_R + blocks * block, blocks)
@@ -152,8 +160,10 @@ def full_plan(tokens: int, block: int, rows: int, warm_up: int) -> Plan:
     last_R = bounds[1:] - 1
     # The input before the first target is one of those read anyway.
     begin_R = np.maximum(0, first_R - 1 - warm_up)
+    # Rows that end earlier read on beyond their targets, which costs nothing more.
     longest = int((last_R - begin_R).max())
-    return Plan(begin_R, first_R, last_R, -(-longest // block))
+    blocks = -(-longest // block)
+    return Plan(begin_R, first_R, last_R, blocks)
 
 
 def xl_plan(tokens: int, block: int) -> Plan:
@@ -170,8 +180,10 @@ def xl_plan(tokens: int, block: int) -> Plan:
     """
     check_length("xl", tokens, block)
     length = tokens // XL_ROWS
+    # Rounded up: the last block of a stream may be short.
+    blocks = -(-(length - 1) // block)
     begin_R = np.arange(XL_ROWS) * length
-    return Plan(begin_R, begin_R + 1, begin_R + length - 1, -(-(length - 1) // block))
+    return Plan(begin_R, begin_R + 1, begin_R + length - 1, blocks)
 
 
 def options(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -30,9 +30,10 @@ from allattn.model import KeyValue, Model, Params
 
 Array = jax.Array
 
-SLACK = 256  # free positions in the cache: it is shifted once per this many tokens
+# Free positions in the cache: it is shifted once per this many tokens.
+SLACK = 256
+# Tokens of the prompt that are read at once.
 PROMPT_BLOCK = 64
-
 # Below it a temperature would divide by zero; the draw is then the likeliest symbol anyway.
 LEAST_TEMPERATURE = 1e-30
 
@@ -40,9 +41,12 @@ LEAST_TEMPERATURE = 1e-30
 class Sampling(NamedTuple):
     """How the next symbol is drawn."""
 
-    temperature: float = 1.0  # 0: always the likeliest
-    top_k: int = 0  # only the k likeliest; 0: all
-    top_p: float = 1.0  # only the likeliest that together reach this probability
+    # Logits are divided by it; 0: always the likeliest.
+    temperature: float = 1.0
+    # Only the k likeliest; 0: all.
+    top_k: int = 0
+    # Only the likeliest that together reach this probability.
+    top_p: float = 1.0
 
 
 def generate(
@@ -104,11 +108,13 @@ def _stream(
     # The first symbols attend to an empty context, as training begins.
     cache = model.empty_key_value(1, context + SLACK)
     position = context
+    # Tokens read so far; Transformer-XL attends to no cache entry before the first.
     read = 0
     blocks = _prompt_blocks(prompt)
     for drawn in range(length):
         # Read what has not been read: the prompt at first, then the symbol drawn last.
         for block in blocks:
+            # Where a block does not fit any more, the context moves to the front.
             if position + len(block) > context + SLACK:
                 cache = _make_room(cache, context, position)
                 position = context
@@ -120,6 +126,7 @@ def _stream(
         # A key per symbol, so that a seed gives the same text whatever its length.
         token = draw(logits_V, jax.random.fold_in(key, drawn), sampling)
         yield int(token)
+        # It is read only when another symbol is asked for.
         blocks = [np.asarray(token, np.int32)[None]]
 
 
@@ -154,6 +161,7 @@ def advance(
     def write(old_XBSE: Array, new_XBTE: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(old_XBSE, new_XBTE, position, 2)
 
+    # Only the last position predicts something new.
     logits_BTV = network.io.logits(forward.hidden_BTD[:, -1:])
     return jax.tree.map(write, cache, forward.new), logits_BTV[0, 0]
 

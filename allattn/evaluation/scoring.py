@@ -48,9 +48,12 @@ MOST_NATS = 700
 class Total(NamedTuple):
     """Sums over scored targets."""
 
-    nll: Any  # nats
-    word_nll: Any  # nats of those that are not the end of a line; 0 where symbols are not words
-    words: Any  # how many those are
+    # Negative log-likelihood of all of them, nats.
+    nll: Any
+    # The same of those that are not the end of a line, and how many they are; 0 where symbols are
+    # not words.
+    word_nll: Any
+    words: Any
 
 
 # --- a split -----------------------------------------------------------------------------------
@@ -92,6 +95,7 @@ def evaluate_tokens(
       PreemptedError: it was stopped.
     """
     check_protocol(protocol, model.config.layer)
+
     # A protocol says how far queries see, how many tokens are read at once, and what is scored.
     if protocol == "xl":
         block = lengths.target
@@ -108,6 +112,7 @@ def evaluate_tokens(
 
     # Rows are spread evenly over the mesh; idle ones fill it.
     plan = plan.padded(sharding.row_shards(mesh))
+    # Bytes have a bpc; a perplexity of words without line ends is reported for words alone.
     end_of_line = None
     if vocabulary and vocabulary.unit == "word":
         end_of_line = vocabulary.end_of_line
@@ -118,6 +123,7 @@ def evaluate_tokens(
 def context_length(model: Model, params: Params) -> int:
     """How many earlier positions any head may look at, rounded up to share compiled code."""
     config = model.config
+    # Without learned spans every head sees the whole limit.
     if not config.adaptive:
         return config.limit
     # Spans are stored as shares of the limit; the soft mask ends `ramp` positions after them.
@@ -128,6 +134,7 @@ def context_length(model: Model, params: Params) -> int:
 
 def summary(total: Total, tokens: int) -> dict[str, float]:
     """Mean negative log-likelihood in its three units, and the perplexity of words if any."""
+    # Bits per character and perplexity are the same mean in other units.
     nll = total.nll / tokens
     scores = {"nll": nll, "bpc": nll / math.log(2), "ppl": _perplexity(nll), "tokens": tokens}
     if total.words:
@@ -173,10 +180,12 @@ def score(
     spread = sharding.Rows(mesh, rows)
     # Of several processes each reads the tokens of its own rows only.
     local_plan = plan.part(spread.local)
+    # Every row begins with an empty context, as training does.
     cache = empty_cache(model, mesh, rows, context + block)
     total = Total(0.0, 0.0, 0)
     pending = total
     for number in range(plan.blocks):
+        # A sum over part of a split is no score, so nothing is returned.
         if stop():
             raise PreemptedError(
                 "stopped while scoring: this machine is being taken away; run again to score"
@@ -218,6 +227,7 @@ def read_block(
     begin_R = plan.begin_R + number * block
     # One token more than a block, since the targets are the inputs shifted by one.
     window_RT = np.zeros((len(begin_R), block + 1), np.int32)
+    # Near the end of the split there are fewer tokens; the rest of the window stays 0.
     for row, begin in enumerate(begin_R):
         ids = tokens[int(begin) : int(begin) + block + 1]
         window_RT[row, : len(ids)] = ids
@@ -254,6 +264,7 @@ def score_block(
     Returns:
       The cache shifted by a block, and the sums over the scored targets.
     """
+    # The network on this block, its rows spread over the mesh.
     network = model.bind(params)
     R, T = inputs_RT.shape
     attention = sharding.attention_over(mesh, R)

@@ -80,6 +80,7 @@ def _check_keys(state: State, abstract: Params, entries: list[Entry]) -> None:
     zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), abstract)
     expected = {name: x.shape for name, x in to_theirs(zeros, entries).items()}
 
+    # All that is wrong in one message: what is missing, what is too much, what has another shape.
     wrong = [f"{name} missing" for name in expected if name not in state]
     for name in state:
         if name not in expected:
@@ -176,6 +177,7 @@ def export(source: str, workdir: str, file: str, step: int | str | None = None) 
     Raises:
       UserError: no such checkpoint, one of another kind, or the file is there already.
     """
+    # Found out before the run is loaded.
     path = Path(file)
     if path.exists() or not file.endswith(".npz") or not path.parent.is_dir():
         raise UserError(
@@ -194,6 +196,7 @@ def export(source: str, workdir: str, file: str, step: int | str | None = None) 
         state[copy] = state[original]
     state |= table.constants(config)
 
+    # The names of a saved state dict.
     named: dict[str, Any] = {table.prefix + name: x for name, x in state.items()}
     np.savez(file, **named)
     return {"parameters": _count(params), "tensors": tensors}
@@ -203,6 +206,7 @@ def _source(name: str, config: ml_collections.ConfigDict) -> Source:
     """A code base that has the configuration's layers."""
     if name not in SOURCES:
         raise UserError(f"--source: expected one of {tuple(SOURCES)}, found {name!r}")
+    # The papers' code has one softmax over context and persistent pairs.
     source = SOURCES[name]
     model = config.model
     if model.layer not in source.layers or model.integration != "joint":
@@ -229,6 +233,7 @@ def _read(file: str) -> State:
 
 
 def _read_npz(file: str) -> State:
+    # Another kind of file, or one that was cut short, raises one of many kinds of errors.
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
@@ -254,6 +259,7 @@ def _read_torch(file: str) -> State:
             f"--checkpoint: {file} holds no state dict (save `model.state_dict()`): "
             f"{str(error)[:200]}"
         ) from error
+    # Their training code saves more beside it.
     if isinstance(content, Mapping):
         content = content.get("model", content)
     if not _is_state_dict(content, torch.Tensor):

@@ -39,10 +39,13 @@ Arrange = Callable[[np.ndarray], np.ndarray]
 class Entry(NamedTuple):
     """Where one of our tensors, or one layer of it, lies in a state dict of theirs."""
 
-    ours: str  # path in our parameters
-    layer: int | None  # of a tensor that is stacked over layers; None: it is not
-    theirs: str  # name of their tensor
-    rows: slice  # of their tensor; several of ours may lie one after another in one of theirs
+    # Path in our parameters, and which layer of a tensor that is stacked over layers.
+    ours: str
+    layer: int | None
+    # Name of their tensor, and its rows: several of ours may lie in one of theirs.
+    theirs: str
+    rows: slice
+    # From their axes to ours, and from ours to theirs.
     to_ours: Arrange
     to_theirs: Arrange
 
@@ -173,7 +176,7 @@ def _adaptive_span_layer(table: _Table, i: int) -> None:
     if config.adaptive:
         table.spans(f"{attention}adaptive_span._mask.current_val", i)
 
-    # Norms, and what only the transformer has.
+    # The norm after attention, and what only the transformer has: a second sublayer.
     table.norm("layers/", f"layers.{i}.norm1", i)
     if config.layer == "transformer":
         table.linear("layers/feed_forward/inner", f"layers.{i}.ff.fc1", i)
@@ -184,6 +187,7 @@ def _adaptive_span_layer(table: _Table, i: int) -> None:
 def _adaptive_io(table: _Table) -> None:
     """Adaptive input and softmax, cluster by cluster."""
     config = table.config
+    # Cluster 0 is the head. Projections exist where clusters have widths of their own.
     for i in range(len(config.cutoffs) + 1):
         table.add(f"io/embedding/{i}", f"in_emb.emb_layers.{i}.weight")
         table.add(f"io/bias/{i}", f"out_emb.out_layers.{i}.bias")
@@ -272,6 +276,7 @@ def _one_table(config: ModelConfig) -> bool:
 def _transformer_xl_io(table: _Table) -> None:
     """Adaptive input and softmax, cluster by cluster."""
     config = table.config
+    # First id of each cluster, and the end.
     bounds = (0, *config.cutoffs, config.vocab_size)
     if _one_table(config):
         # Our clusters are stretches of their one table.
@@ -315,11 +320,16 @@ def _transformer_xl_constants(config: ModelConfig) -> State:
 class Source(NamedTuple):
     """One code base: which of our layers it has, and what its state dicts hold."""
 
-    layers: tuple[str, ...]  # values of model.layer
-    prefix: str  # of every name
+    # Values of model.layer.
+    layers: tuple[str, ...]
+    # Of every name in a saved state dict.
+    prefix: str
+    # The table of a configuration.
     entries: Callable[[ModelConfig], list[Entry]]
-    copies: Callable[[ModelConfig], dict[str, str]]  # second name of a tensor -> its first
-    constants: Callable[[ModelConfig], State]  # arrays that are no parameters
+    # Second name of a tensor -> its name in the table.
+    copies: Callable[[ModelConfig], dict[str, str]]
+    # Arrays that are no parameters, by name.
+    constants: Callable[[ModelConfig], State]
 
 
 SOURCES = {
