@@ -39,8 +39,10 @@ RAMP = 32
 
 def spans(name: str, limit: int, heads: int) -> np.ndarray:
     """Spans in tokens, as (X, H), each at most the limit."""
-    if name in ("full", "zero"):
-        return np.full((1, heads), limit if name == "full" else 0, np.float32)
+    if name == "full":
+        return np.full((1, heads), limit, np.float32)
+    if name == "zero":
+        return np.zeros((1, heads), np.float32)
     listed_XH = np.array(json.loads(Path(name).read_text())["spans"], np.float32)
     return np.minimum(listed_XH[:, :heads], limit)
 

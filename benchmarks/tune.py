@@ -73,7 +73,7 @@ def tune(
 def _times(
     implementation: str, rivals: list, seconds: Callable[[Any], float], repeats: int
 ) -> dict[Any, float]:
-    """Medians, the rivals taken in turn; one that does not fit the machine takes forever."""
+    """Medians, the rivals taken in turn; for one that does not fit the machine infinity."""
     times: dict[Any, list[float]] = {tiles: [] for tiles in rivals}
     for repeat in range(repeats + 1):
         for tiles, measured in times.items():

@@ -1,6 +1,6 @@
 """Prepared data sets: written once under a lock, then read lazily.
 
-Three places are involved:
+Data is in three locations:
 
     sources          a download, a folder of files placed by hand, or the interpreter's library
     wanted folder    what the user asked for: `default_data_dir` or --data_dir, a folder or a bucket
@@ -211,7 +211,7 @@ def _options(
     if name != "files":
         return asked or default_data_dir(), {"manual_dir": _manual(manual_dir)}
     # The texts of `files` are only read. Their content names the prepared data, so that texts
-    # which have changed are prepared anew.
+    # which have changed are prepared again.
     if asked is None:
         raise UserError(
             "data set files needs data_dir, the folder with train.txt, valid.txt and test.txt"

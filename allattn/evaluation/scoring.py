@@ -6,7 +6,7 @@ holds the last `context` positions; the block's own are appended while it is sco
     cache, as S        |<----- context ----->|<- block ->|
     before a block     | earlier positions   | zeros     |
     while it is scored | earlier positions   | its own   |   attention sees both
-    after it           | the last `context` of both      | zeros |   shifted left by a block
+    after it           | the last of both    | zeros     |   shifted left by a block
 
 Dimension key: X layer, R row of parallel work, B batch (the rows), T position in the block, S
 cached position, E all heads side by side, D model width.

@@ -84,7 +84,9 @@ class _Table:
 
     def heads(self, ours: str, theirs: str, layer: int, rows: slice = slice(None)) -> None:
         """A projection to heads: theirs is (E, D), ours (D, H, K)."""
-        D, H, K = self.config.width, self.config.heads, self.config.head_width
+        D = self.config.width
+        H = self.config.heads
+        K = self.config.head_width
 
         def to_ours(theirs_ED: np.ndarray) -> np.ndarray:
             return theirs_ED.T.reshape(D, H, K)
@@ -96,7 +98,9 @@ class _Table:
 
     def output(self, theirs: str, layer: int) -> None:
         """The projection of all heads: theirs is (D, E), ours (H, K, D)."""
-        D, H, K = self.config.width, self.config.heads, self.config.head_width
+        D = self.config.width
+        H = self.config.heads
+        K = self.config.head_width
 
         def to_ours(theirs_DE: np.ndarray) -> np.ndarray:
             return theirs_DE.T.reshape(H, K, D)
@@ -130,7 +134,8 @@ class _Table:
 
     def positions(self, theirs: str) -> None:
         """Position keys: theirs (1, K, L), the farthest first; ours (L, K), the nearest first."""
-        K, L = self.config.head_width, self.config.limit
+        K = self.config.head_width
+        L = self.config.limit
 
         def to_ours(theirs_1KL: np.ndarray) -> np.ndarray:
             return theirs_1KL[0].T[::-1]
