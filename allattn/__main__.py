@@ -288,13 +288,13 @@ def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
     from allattn import run, sharding
-    from allattn.evaluation import scoring
+    from allattn.evaluation import protocols
     from allattn.sharding import processes
 
     # Before JAX is first used: the other processes, and a device per core on a CPU.
     _enable_compilation_cache()
     _join(arguments)
-    sharding.use_cores(scoring.AUTHORS_ROWS, processes=processes.count())
+    sharding.use_cores(protocols.AUTHORS_ROWS, processes=processes.count())
     scores = run.evaluate(
         arguments.workdir,
         arguments.split,
@@ -392,21 +392,23 @@ def _convert_flags(parser: argparse.ArgumentParser) -> None:
 
 def _convert(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from allattn import config
-    from allattn.interchange import convert
+    from allattn.interchange import paper_checkpoints
 
     # The flags of the one direction exclude those of the other.
     exports = arguments.export and not (arguments.checkpoint or arguments.config or overrides)
     imports = arguments.checkpoint and arguments.config
     imports = imports and not (arguments.export or arguments.step)
     if exports:
-        summary = convert.export(
+        summary = paper_checkpoints.export(
             arguments.source, arguments.workdir, arguments.export, arguments.step
         )
     elif imports:
         if arguments.dataset:
             overrides["dataset.name"] = arguments.dataset
         c = config.load(arguments.config, overrides)
-        summary = convert.convert(arguments.source, arguments.checkpoint, c, arguments.workdir)
+        summary = paper_checkpoints.convert(
+            arguments.source, arguments.checkpoint, c, arguments.workdir
+        )
     else:
         raise UserError(
             "expected --checkpoint and --config to import, or --export (and --step) to export"

@@ -17,8 +17,8 @@ import numpy as np
 from allattn import data, sharding
 from allattn.config import from_json
 from allattn.errors import UserError
+from allattn.evaluation import protocols, scoring
 from allattn.evaluation import sampling as sampler
-from allattn.evaluation import scoring as protocols
 from allattn.evaluation.sampling import Sampling
 from allattn.model import Model, ModelConfig, Params
 from allattn.sharding import processes
@@ -71,7 +71,7 @@ class Run:
         params = sharding.put_on_mesh(mesh, self.params)
         with processes.Preemption() as stop:
             options |= {"mesh": mesh, "vocabulary": self.vocabulary, "stop": stop}
-            scores = protocols.evaluate_tokens(self.model, params, tokens, **options)
+            scores = scoring.evaluate_tokens(self.model, params, tokens, **options)
         return {"split": text or split, "protocol": protocol, "step": self.step, **scores}
 
     def _tokens(self, split: str, text: str | None, data_dir: str | None) -> tuple[Any, str]:

@@ -24,7 +24,7 @@ from allattn import data, sharding
 from allattn.config import changed_fields, from_json, to_json, with_vocabulary
 from allattn.config_checks import check_training
 from allattn.errors import PreemptedError, RunError
-from allattn.evaluation import scoring
+from allattn.evaluation import protocols, scoring
 from allattn.model import Model, ModelConfig, Params
 from allattn.sharding import processes
 from allattn.storage import checkpoint
@@ -272,7 +272,7 @@ class Trainer(TrainProgram):
         )  # refuses what the mesh does not divide
         for split in ("valid", "test"):
             tokens, place = len(self._split(split)), f"{dataset.name}, split {split}: "
-            scoring.check_length(config.evaluate.protocol, tokens, train.block, place)
+            protocols.check_length(config.evaluate.protocol, tokens, train.block, place)
 
     def fresh_state(self, params: Params | None = None) -> tuple[TrainState, int]:
         """The state of step 0, made in place on the mesh, and its bucket; with other parameters if they are given."""
@@ -322,7 +322,7 @@ class Trainer(TrainProgram):
 
     def evaluate(self, params: Params, split: str, stop: Callable[[], bool]) -> dict[str, float]:
         """Score a split as `config.evaluate` says, unless `stop` says to stop before its end."""
-        options = {"protocol": self.config.evaluate.protocol, **scoring.options(self.config)}
+        options = {"protocol": self.config.evaluate.protocol, **protocols.options(self.config)}
         options |= {"mesh": self.mesh, "vocabulary": self.dataset.vocabulary, "stop": stop}
         return scoring.evaluate_tokens(self.model, params, self._split(split), **options)
 
@@ -341,7 +341,7 @@ class Trainer(TrainProgram):
 def check(config: ml_collections.ConfigDict) -> None:
     """Refuse what cannot run, before anything is written."""
     check_training(config)
-    scoring.check_protocol(config.evaluate.protocol, config.model.layer, "evaluate.")
+    protocols.check_protocol(config.evaluate.protocol, config.model.layer, "evaluate.")
 
 
 def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from allattn import config, sharding, train
-from allattn.evaluation import sampling, scoring
+from allattn.evaluation import protocols, sampling, scoring
 from allattn.model import Model
 from allattn.planning import chips, compilation
 
@@ -102,7 +102,7 @@ class Programs:
         """A block of both protocols."""
         block = self.config.train.block
         streams = {
-            "authors": (self.model, scoring.AUTHORS_ROWS),
+            "authors": (self.model, protocols.AUTHORS_ROWS),
             "full": (self.windowed, self.config.evaluate.batch),
         }
         for protocol, (model, rows) in streams.items():
