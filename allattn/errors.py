@@ -15,3 +15,12 @@ class RunError(RuntimeError):
 
 class PreemptedError(RunError):
     """A run that was told to make room and has saved its state: exit code 75, on which launchers start it again."""
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or the name of its type where it has none.
+
+    Other libraries' messages run over pages; the first line says what is wrong.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

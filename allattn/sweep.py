@@ -27,7 +27,7 @@ from allattn import config as configuration
 from allattn.errors import UserError
 from allattn.model import ModelConfig, forward_flops
 from allattn.storage import checkpoint
-from allattn.train import metrics
+from allattn.train import jsonl
 
 COLUMNS = (
     *(
@@ -160,7 +160,7 @@ def _result(job: Job, budget: int, overrides: dict[str, str], launcher: Sequence
             scores = _scores(job)
     except UserError as error:
         scores, failed = {}, str(error)
-    return Result(job, scores, metrics.read_jsonl(str(job.workdir)) if scores else [], failed)
+    return Result(job, scores, jsonl.read_jsonl(str(job.workdir)) if scores else [], failed)
 
 
 def _budget(c: ml_collections.ConfigDict, tokens: int) -> dict[str, str]:

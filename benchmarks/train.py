@@ -69,9 +69,9 @@ def trainer(
     c: ml_collections.ConfigDict, params: Any, model: Model, longest: float, mesh: Mesh
 ) -> Callable[[], Any]:
     """A function that makes one update of a running state."""
-    bucket, limit = train.choose_bucket(c, longest), c.model.span.limit
+    bucket, limit = train.choose_context_length(c, longest), c.model.span.limit
     optimizer = optim.optimizer(c)
-    cache_XBSD = model.empty_cache(c.train.batch, train.next_bucket(bucket, limit))
+    cache_XBSD = model.empty_cache(c.train.batch, train.next_context_length(bucket, limit))
     key = jax.random.key_data(jax.random.key(0))
     state = train.TrainState(jnp.int32(0), params, optimizer.init(params), cache_XBSD, key)
     places, attention = (

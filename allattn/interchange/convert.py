@@ -18,6 +18,7 @@ from allattn.config import with_vocabulary
 from allattn.errors import UserError
 from allattn.interchange.paper_state_dicts import SOURCES, Entry, Source, State
 from allattn.model import Model, ModelConfig, Params
+from allattn.model.parameters import parameter_count
 from allattn.run import load
 from allattn.storage import checkpoint
 
@@ -133,9 +134,11 @@ def convert(
                 f"--workdir: expected one without checkpoints, found steps {checkpoints.steps()} in {workdir}"
             )
         checkpoints.save_params(
-            0, params, checkpoint.describe(0, config, dataset.vocabulary) | {"params_only": True}
+            0,
+            params,
+            checkpoint.describe(0, config, dataset.vocabulary.to_json()) | {"params_only": True},
         )
-    return {"parameters": sum(x.size for x in jax.tree.leaves(params)), "tensors": len(state)}
+    return {"parameters": parameter_count(params), "tensors": len(state)}
 
 
 def export(source: str, workdir: str, file: str, step: int | str | None = None) -> dict[str, Any]:
@@ -167,7 +170,7 @@ def export(source: str, workdir: str, file: str, step: int | str | None = None) 
     } | table.constants(config)
     named: dict[str, Any] = {table.prefix + name: x for name, x in state.items()}
     np.savez(file, **named)
-    return {"parameters": sum(x.size for x in jax.tree.leaves(params)), "tensors": size}
+    return {"parameters": parameter_count(params), "tensors": size}
 
 
 def _source(name: str, config: ml_collections.ConfigDict) -> Source:

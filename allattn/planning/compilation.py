@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from allattn import data, sharding, train
 from allattn.errors import UserError
 from allattn.model import forward_flops
+from allattn.model.parameters import parameter_count
 from allattn.planning import chips, collectives, communication
 
 GIB = 2**30
@@ -82,7 +83,7 @@ def compile_step(
     compiled, overflow = _compile(lower_step(program, "tpu" if chip.platform == "tpu" else "cuda"))
     params = jax.eval_shape(program.model.init, jax.random.key(0))
     parameters, tokens = (
-        sum(x.size for x in jax.tree.leaves(params)),
+        parameter_count(params),
         config.train.batch * config.train.block,
     )
     flops = (

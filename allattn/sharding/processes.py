@@ -18,7 +18,7 @@ import jax
 from jax._src.distributed import global_state as _state  # the key-value store has no public name
 from jax.experimental import multihost_utils
 
-from allattn.errors import RunError, UserError
+from allattn.errors import RunError, UserError, first_line
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ def start(
         if not processes and "before any JAX calls" in str(error):
             return  # called by a program that uses JAX already, which is then alone
         raise RunError(
-            f"process {process} of {processes}, coordinator {coordinator}: {_first_line(error)}"
+            f"process {process} of {processes}, coordinator {coordinator}: {first_line(error)}"
         ) from error
     finally:
         watch.cancel()
@@ -309,7 +309,7 @@ def stop(code: int) -> None:
         traceback.print_exc()
         where = f"process {index()} of {count()}"
         print(
-            f"allattn: {where} failed, perhaps since another stopped: {_first_line(error)}",
+            f"allattn: {where} failed, perhaps since another stopped: {first_line(error)}",
             file=sys.stderr,
         )
     sys.stdout.flush()
@@ -326,7 +326,3 @@ def _all_stop() -> bool:
     except jax.errors.JaxRuntimeError:  # somebody is late, or gone
         return False
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
