@@ -5,7 +5,7 @@ class UserError(ValueError):
     """A mistake in the input that the user can correct: exit code 2."""
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows in place of a traceback (IPython asks for it)."""
+        """What a notebook shows instead of a traceback (IPython asks for it)."""
         return [f"UserError: {self}"]
 
 
@@ -14,7 +14,10 @@ class RunError(RuntimeError):
 
 
 class PreemptedError(RunError):
-    """A run that was told to make room and has saved its state: exit code 75, on which launchers start it again."""
+    """A run that was told to make room and has saved its state: exit code 75.
+
+    Launchers start it again on that code.
+    """
 
 
 def first_line(error: BaseException) -> str:

@@ -105,7 +105,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    """Arrays are written as they are: compressing saves little space and takes a fifth of a save."""
+    """Arrays are written as they are: compressing saves little and takes a fifth of a save."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in ARRAYS:
         registry.add(item, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_compression=False))

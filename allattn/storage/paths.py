@@ -91,7 +91,7 @@ def _is_mistake(error: Exception) -> bool:
 
 
 def check_writable(folder: epath.Path) -> None:
-    """Write a file and remove it again, so that a mistake is found before the work and not after it.
+    """Write a file and remove it again, so that a mistake is found before the work and not after.
 
     Raises:
       UserError, RunError: as `reached`.

@@ -1,7 +1,7 @@
 """One training run: its state, its step and the loop around it.
 
-Where to begin: `step.train_step` is one update on one screen, and `loop.train_and_evaluate` is a run
-from its start to its scores. The rest, in the order in which a run needs it:
+Where to begin: `step.train_step` is one update on one screen, `loop.train_and_evaluate` a run from
+its start to its scores. The rest, in the order in which a run needs it:
 
     state.py program.py      the arrays of a run, and what builds them and the step on a mesh
     start.py                 from which checkpoint a run starts

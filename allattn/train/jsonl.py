@@ -40,7 +40,7 @@ class JsonlWriter:
             self._rows.append("\n")
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Write the numbers of a step; what is not finite becomes null, as JSON has no word for it."""
+        """Write the numbers of a step; JSON has no word for NaN or infinity, which become null."""
         row: dict[str, float | None] = {}
         for name, value in scalars.items():
             number = float(value)

@@ -9,8 +9,8 @@ from clu import metrics as clu_metrics
 from allattn.evaluation.scores import metrics_of
 
 
-# clu's collections are dataclasses of flax: a subclass is a pytree, as the step must return one, only
-# under this decorator. It is the one use of flax outside model/.
+# clu's collections are dataclasses of flax: only under this decorator is a subclass a pytree, which
+# a jitted step can return. It is the one use of flax outside model/.
 @flax.struct.dataclass
 class TrainMetrics(clu_metrics.Collection):
     """Metrics of one or several steps, merged; spans and reach in tokens, nll in nats."""
