@@ -127,6 +127,7 @@ class Run:
         """
         # A prompt of the command line comes as text; these are the bytes that were typed.
         prompt = os.fsencode(prompt)
+        # At once, so that a prompt is refused here and not when its continuation is read.
         ids = self.vocabulary.encode(prompt)
         tokens = sampler.generate(self.model, self.params, ids, length, sampling, seed)
         return self._texts(tokens, prompt)
@@ -147,6 +148,7 @@ class Run:
           Spans in tokens, (layers, heads), float32; the limit where they are not learned.
         """
         config = self.model.config
+        # Of heads that attend to persistent pairs alone there is no span.
         if not config.adaptive:
             return np.full((config.depth, config.context_heads), config.limit, np.float32)
         # A parameter is the share of the limit.
@@ -157,6 +159,7 @@ class Run:
 def _read(text: str) -> bytes:
     """The content of a file, here or in a bucket."""
     path = paths.parse("--text", text)
+    # A missing file is the user's mistake, anything else may be the network.
     with paths.reached(path):
         if not path.is_file():
             raise UserError(f"--text: expected a file, found none at {text}")

@@ -78,6 +78,7 @@ class Result(NamedTuple):
     @property
     def unit(self) -> str:
         """Bits per symbol of bytes and characters, perplexity of words."""
+        # Only words have a perplexity of words.
         return "ppl" if "ppl_words" in self.scores else "bpc"
 
     @property
@@ -120,6 +121,7 @@ def sweep(
       UserError: no experiment in the folder, or some runs failed: the others were made all the
         same.
     """
+    # Refuse mistakes before the first run.
     files = _experiments(configs, only, seeds, budget)
     overrides = dict(overrides or {})
     _check_overrides(overrides, budget)
@@ -220,6 +222,7 @@ def _budget(c: ml_collections.ConfigDict, tokens: int) -> dict[str, str]:
     configuration.check_ranges(c, "train.")
     if not tokens:
         return {}
+    # Rounded down, but for one step at least.
     steps = max(1, tokens // (train.batch * train.block))
     file_steps = max(1, train.steps + train.finetune_steps)
     finetune = steps * train.finetune_steps // file_steps
@@ -259,6 +262,7 @@ def _scores(job: Job) -> dict[str, Any]:
 
 def _run(job: Job, overrides: Mapping[str, str], launcher: Sequence[str]) -> str:
     """Train in a process of its own; returns why it failed, or SUBMITTED, or nothing."""
+    # Queued by an earlier call, and perhaps running by now.
     submitted = job.workdir / "submitted"
     if launcher and submitted.exists():
         return SUBMITTED
@@ -291,6 +295,7 @@ def _run_logged(command: Sequence[str], log: epath.Path) -> tuple[int, str]:
     local = log
     if paths.is_url(log):
         local = epath.Path(tempfile.mkdtemp()) / log.name
+    # Errors in the same file, in the order in which they came.
     with local.open("w") as file:
         process = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
     printed = local.read_text()
@@ -322,6 +327,7 @@ def write(folder: epath.Path, results: Sequence[Result]) -> str:
 
 def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
     """A table of the columns, with a line under their names."""
+    # The names, the rule under them, then a line for every experiment.
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in rows:
         lines.append("| " + " | ".join(row[name] for name in COLUMNS) + " |")

@@ -2,7 +2,7 @@
 
 import math
 
-# exp of more is not a float64; a loss beyond it, as of a run that diverges, is shown as this.
+# exp of little more than this is beyond a float64. The loss of a run that diverges may be.
 LARGEST_NLL = 700.0
 
 

@@ -55,13 +55,15 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
-def describe(step: int, config: ml_collections.ConfigDict, vocabulary: str) -> dict[str, Any]:
+def describe(
+    step: int, config: ml_collections.ConfigDict, vocabulary: dict[str, Any]
+) -> dict[str, Any]:
     """What every checkpoint says besides its arrays, its "meta".
 
     Args:
       step: updates made.
       config: the whole configuration.
-      vocabulary: as JSON text, `Vocabulary.to_json()`.
+      vocabulary: as JSON can hold it, from `Vocabulary.to_json()`.
     """
     return {
         "step": step,
@@ -108,6 +110,7 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
     """Arrays are written as they are: compressing saves little and takes a fifth of a save."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in ARRAYS:
+        # One kind of handler saves any tree; the other restores on the shardings it is shown.
         registry.add(item, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_compression=False))
         registry.add(item, ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
     return registry
@@ -116,6 +119,7 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
 def _options(keep: int, create: bool) -> ocp.CheckpointManagerOptions:
     """Keep the last few, and besides them the best on dev; only who writes may clean up."""
     policies = ocp.checkpoint_managers
+    # To Orbax the best is the largest, so the order is reversed: the lowest loss.
     best = policies.BestN(
         get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False
     )
@@ -145,6 +149,7 @@ def _folder_path(workdir: str) -> epath.Path:
             "since Orbax writes into no other kind of bucket"
         )
         raise UserError(f"workdir: expected {expected}; found {workdir}")
+    # A URL has no relative form.
     path = epath.Path(workdir)
     if not remote:
         path = path.absolute()
@@ -168,6 +173,7 @@ def has_begun(workdir: str) -> bool:
         with paths.reached(folder):
             return folder.exists()
 
+    # first_on_leader brings an error to all processes, the broadcast brings the answer.
     begun = processes.first_on_leader("run", leader_sees_folder)
     return bool(multihost_utils.broadcast_one_to_all(begun))
 
@@ -181,6 +187,7 @@ def _prepare_folder(workdir: str, create: bool) -> epath.Path:
     folder = _folder_path(workdir)
     if processes.index():
         return folder
+    # Readers first: they change nothing.
     with paths.reached(folder):
         if not create:
             _refuse_missing(folder, workdir)
@@ -208,6 +215,7 @@ def _folder_differences(leader: str, own: str) -> str:
     difference = processes.describe_difference(leader, own)
     if difference:
         return difference
+    # The same path on another machine may be another disk, on which process 0 has made nothing.
     if paths.is_url(leader) or epath.Path(leader).exists():
         return ""
     return f"expected a folder that all processes share, found no {leader} there"
@@ -262,6 +270,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps that have a whole checkpoint, oldest first; waits for one that is being written."""
+        # The copy may still be on its way to Orbax, and Orbax's files on their way to the disk.
         self._wait()
         self._manager.wait_until_finished()
         return sorted(self._manager.all_steps())
@@ -326,6 +335,7 @@ class Checkpointer:
         # A cache that has grown no longer fits.
         if kinds != [(memory.shape, memory.dtype) for memory in self._memory]:
             self._memory = [np.empty(shape, dtype) for shape, dtype in kinds]
+        # Shard by shard, straight into that memory; of replicas the first.
         for array, memory in zip(arrays, self._memory, strict=True):
             for shard in array.addressable_shards:
                 if shard.replica_id == 0:
@@ -349,6 +359,7 @@ class Checkpointer:
 
     def _wait(self) -> None:
         """Wait for what the loop has handed over; raises what went wrong there."""
+        # Forgotten before it is asked, so that its error is raised once.
         pending = self._pending
         self._pending = None
         if pending:
@@ -376,6 +387,7 @@ class Checkpointer:
                     f"no best checkpoint in {self.workdir}: none of {steps} has a score on dev"
                 )
             return best
+        # A command line brings the number as text.
         if not str(step).isdecimal() or int(step) not in steps:
             raise UserError(
                 f"no checkpoint of step {step} in {self.workdir}: expected best or one of {steps}"
@@ -401,11 +413,13 @@ class Checkpointer:
         Raises:
           UserError: there are checkpoints and all are damaged; also what `abstract` raises.
         """
+        # From the newest to the oldest, until one can be read.
         damaged: list[int] = []
         for step in reversed(self.steps()):
             try:
                 meta = self.restore_meta(step)
                 params, optimizer, cache = abstract(meta)
+                # Converted from another implementation: parameters alone.
                 if meta.get("params_only"):
                     restored = (self.restore_params(params, step), None, None)
                 else:
@@ -416,6 +430,8 @@ class Checkpointer:
                 continue
             self._remove(damaged)
             return *restored, meta
+
+        # A new workdir, or one where nothing is left to resume from.
         if damaged:
             raise UserError(
                 f"no checkpoint in {self.workdir} can be read: tried {damaged} under {self.folder}"

@@ -82,7 +82,7 @@ def _is_mistake(error: Exception) -> bool:
         PermissionError,
         # No client for this kind of bucket.
         ImportError,
-        # No such name.
+        # A name that the client refuses.
         ValueError,
     )
     # How gcsfs says that access is denied: an OSError without a number.
@@ -114,6 +114,7 @@ def is_whole(folder: epath.Path) -> bool:
 
 def put(folder: epath.Path, remote: epath.Path) -> None:
     """Copy a prepared data set into a bucket, the marker last."""
+    # A reader that sees the marker may rely on the rest.
     with reached(remote):
         for file in sorted(folder.iterdir(), key=lambda file: file.name == MARKER):
             file.copy(remote / file.name, overwrite=True)
@@ -121,6 +122,7 @@ def put(folder: epath.Path, remote: epath.Path) -> None:
 
 def fetch(remote: epath.Path, folder: epath.Path) -> None:
     """Copy a prepared data set out of a bucket; the folder gets its name when it is whole."""
+    # On a disk a renamed folder appears whole.
     part = folder.parent / f"incomplete.{folder.name}"
     part.mkdir(parents=True)
     with reached(remote):

@@ -73,6 +73,7 @@ class TensorBoardWriter:
         """Write one value of a step."""
         from tensorboard.compat.proto import event_pb2, summary_pb2
 
+        # An event is a step, a time and a summary of values, of which this has one.
         summary = summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, **value)])
         event = event_pb2.Event(wall_time=time.time(), step=int(step), summary=summary)
         self._writer.add_event(event)
@@ -80,6 +81,7 @@ class TensorBoardWriter:
     def flush(self) -> None:
         """Bring everything to the disk or the bucket."""
         self._writer.flush()
+        # Whole files: a bucket takes no less.
         if self._local:
             for file in epath.Path(self._local.name).iterdir():
                 (self._folder / file.name).write_bytes(file.read_bytes())
@@ -110,6 +112,7 @@ def create_writer(workdir: str) -> metric_writers.MetricWriter:
     Args:
       workdir: folder or bucket URL; it exists.
     """
+    # All processes measure the same, so one writes.
     if jax.process_index():
         return metric_writers.MultiWriter([])
     return metric_writers.MultiWriter(

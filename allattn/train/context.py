@@ -26,7 +26,7 @@ import ml_collections
 
 Array = jax.Array
 
-# Shorter contexts take as long, so they are not worth a program of their own.
+# The shortest context that gets a program of its own, where the limit is not shorter still.
 SMALLEST_CONTEXT_LENGTH = 128
 
 
@@ -48,6 +48,7 @@ def choose_context_length(
     Returns:
       One of 128, 256, ..., limit; the limit itself where spans are not learned.
     """
+    # Spans that are not learned stay at the limit.
     span = config.model.span
     if not span.adaptive:
         return span.limit
@@ -57,6 +58,7 @@ def choose_context_length(
     reach = math.ceil(longest_span * span.limit) + span.ramp
     needed = min(span.limit, reach + span.margin)
 
+    # Never below the current one: a run that went back and forth would compile each time.
     smallest = min(SMALLEST_CONTEXT_LENGTH, span.limit)
     context_length = max(current, smallest)
     while context_length < needed:

@@ -52,12 +52,14 @@ class JsonlWriter:
         self._add(step, texts)
 
     def _add(self, step: int, row: Mapping[str, Any]) -> None:
+        # The step first, which `read_jsonl` skips to find the kind of the row.
         self._rows.append(json.dumps({"step": int(step), **row}) + "\n")
         if self._appends or time.monotonic() - self._write_time >= self.every:
             self.flush()
 
     def flush(self) -> None:
         """Bring everything to the disk or the bucket."""
+        # A file grows by the new rows; an object in a bucket is replaced by all rows so far.
         self._write_time = time.monotonic()
         text = "".join(self._rows)
         if self._appends:
@@ -85,6 +87,7 @@ def read_jsonl(workdir: str) -> list[dict[str, Any]]:
     # The names of part files hold their times, so sorted they are in the order of the starts.
     for path in sorted(epath.Path(workdir).glob("metrics*.jsonl")):
         for line in path.read_text().splitlines():
+            # Of a later start the row stands later, and replaces the older one here.
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:

@@ -159,7 +159,7 @@ def _keep_scores(trainer: Trainer, state: TrainState, workdir: str, scores: dict
     }
     text = json.dumps({**scores, **size}) + "\n"
 
-    # Not written again where it says the same: a workdir may be read-only by now.
+    # A run that is complete leaves the file as it is when it is started again.
     path = epath.Path(workdir) / "scores.json"
     if not jax.process_index() and not (path.exists() and path.read_text() == text):
         path.write_text(text)

@@ -48,6 +48,7 @@ def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
     steps = config.train.steps
 
     def rate(count: Array) -> Array:
+        # The warm-up begins at base / warmup, not at 0.
         warm = base * jnp.minimum(1.0, (count + 1) / max(warmup, 1))
         if falls:
             warm *= (1 + jnp.cos(jnp.pi * count / steps)) / 2
@@ -84,8 +85,10 @@ def paper_adagrad(learning_rate: optax.Schedule, clip: float) -> optax.GradientT
 
     def clip_factor(path: tuple, gradient: Array) -> Array:
         """min(1, clip / norm) of a tensor, or of each layer's slice of it."""
+        # A factor of 1 instead of none keeps one form of the update.
         if not clip:
             return jnp.ones((), gradient.dtype)
+        # The first axis of what lies under "layers" counts layers, and is left out of the norm.
         stacked = any(getattr(key, "key", None) == "layers" for key in path)
         first_axis = 1 if stacked else 0
         axes = tuple(range(first_axis, gradient.ndim))
@@ -94,6 +97,8 @@ def paper_adagrad(learning_rate: optax.Schedule, clip: float) -> optax.GradientT
 
     def update(gradients: optax.Updates, state: AdagradState, params: optax.Params | None = None):
         del params  # the rule does not depend on them
+
+        # The sums take the whole gradient, whatever the clip makes of the step.
         rate = learning_rate(state.made)
         sums = jax.tree.map(lambda s, g: s + g * g, state.sums, gradients)
 
@@ -118,6 +123,7 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
         gradients: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
     ):
         del params  # the rule does not depend on them
+        # The norm may be wider than a gradient, which keeps its dtype.
         norm = optax.tree.norm(gradients)
         factor = jnp.minimum(1.0, largest / (norm + CLIP_EPSILON))
         return jax.tree.map(lambda g: (g * factor).astype(g.dtype), gradients), state
@@ -135,10 +141,11 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
     """
     c = config.optimizer
     rate = schedule(config)
+    # The rule of the adaptive-span and all-attention papers, which clips by itself.
     if c.name == "adagrad":
         return paper_adagrad(rate, c.clip)
 
-    # Adam of the later papers, behind a clip over all tensors.
+    # Adam clips nothing by itself; its clip is over all tensors together.
     clip = clip_by_global_norm(c.clip) if c.clip else optax.identity()
     if c.name == "adam":
         return optax.chain(clip, optax.adam(rate))

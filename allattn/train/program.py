@@ -64,6 +64,7 @@ class TrainProgram:
 
     def jitted_step(self, context_length: int) -> jax.stages.Wrapped:
         """The step for this context length; it writes into the memory of the state it receives."""
+        # Rows and heads are attended where they lie; the rest is left to the compiler.
         attention = sharding.attention_over(self.mesh, self.config.train.batch)
         step = make_train_step(
             self.model, self.optimizer, self.config, context_length, attention, self.mesh
@@ -102,6 +103,7 @@ class TrainProgram:
           arrays: params, optimizer and cache, on the mesh.
           meta: what `Trainer.meta` stored beside them.
         """
+        # The name of the context length in every checkpoint so far.
         context_length = meta["bucket"]
         shardings = self._shardings(context_length)
         step = jax.device_put(jnp.int32(meta["step"]), shardings.step)

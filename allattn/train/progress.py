@@ -86,6 +86,7 @@ class RunProgress:
 
     def _eta(self, step: int, now: float) -> str:
         """Time until the end at the mean speed so far, h:mm:ss."""
+        # Steps before this start, of a run that was resumed, tell nothing of its speed.
         first_step, begin = self._begin or (step, now)
         if step == first_step:
             return "-"

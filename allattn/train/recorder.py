@@ -26,8 +26,8 @@ from allattn.train.progress import RunProgress
 
 # Steps that `train.profile` watches.
 PROFILED_STEPS = 3
-# Metrics that a run does not survive as NaN, as a message calls them. The loss is that of before
-# the update: a gradient spoils the parameters first.
+# Metrics that must be numbers, and what a message calls them. The loss alone would show a gradient
+# that spoils the parameters one step too late, when a checkpoint may hold them.
 WATCHED = {"nll": "loss", "gradient_norm": "gradient"}
 # Scores on dev that are logged, where there are any.
 DEV_SCORES = ("nll", "bpc", "ppl", "ppl_words")
@@ -191,6 +191,7 @@ class Recorder:
         """
         begin = time.perf_counter()
         scores = self._evaluate(params, stop)
+        # Shown beside every training score from now on, until the next evaluation.
         self._dev = {f"dev_{name}": scores[name] for name in DEV_SCORES if name in scores}
         self._writer.write_scalars(self._step, self._dev)
 

@@ -44,7 +44,7 @@ def restore(
 
     def abstract(meta: dict[str, Any]) -> tuple[Any, Any, Any]:
         """What to expect in a checkpoint, after a look at what it says of itself."""
-        free = FREE
+        free: tuple[str, ...] = FREE
         if meta.get("params_only"):
             free += UNTRAINED
         changed = changed_fields(from_json(meta["config"]), program.config, free)
@@ -57,9 +57,12 @@ def restore(
         state = program.abstract_state(meta.get("bucket", 1))
         return state.params, state.optimizer, state.cache
 
+    # Refused or restored, a checkpoint is read on the shardings of this run's mesh.
     restored = checkpoints.restore_newest(abstract)
     if restored is None:
         return None
+
+    # Parameters that were converted from another implementation start a run at step 0.
     params, optimizer, cache_XBSD, meta = restored
     if meta.get("params_only"):
         return program.fresh_state(params)

@@ -94,6 +94,7 @@ def make_train_step(
     Returns:
       Function (state, batch) -> (state, metrics).
     """
+    # A partial and not a closure: a traced program is called by the name of its function.
     options = StepOptions(model, optimizer, config, context_length, attention, mesh)
     return functools.partial(train_step, options)
 
@@ -153,6 +154,7 @@ def loss(
       seeds_X: from `dropout_seeds`.
       before: tokens of this pass before the block, int32.
     """
+    # The network on its parameters; tables that every row looks up are gathered once.
     mesh = options.mesh
     network = options.model.bind(sharding.gather_tables(mesh, params))
     forward = network.train_forward(
@@ -164,6 +166,8 @@ def loss(
         before,
         options.config.train.remat,
     )
+
+    # What is minimised: the loss of every token, and the spans.
     nll_BT = sharding.nll_over(mesh)(network.io, forward.hidden_BTD, rows.targets_BT)
     penalty = span_penalty(options.config, params)
 
@@ -219,6 +223,7 @@ def measure(
     Returns:
       Spans and the mean reach, which the FLOP count needs, in tokens; nll in nats.
     """
+    # Rows have equal length and parts equal size, so a mean of means is the mean.
     nll = jnp.mean(outputs.nll_B)
     mass = jnp.mean(outputs.mass_B)
     gradient_norm = optax.tree.norm(gradients)

@@ -34,8 +34,8 @@ class Trainer(TrainProgram):
     def __init__(self, config: ml_collections.ConfigDict, dataset: data.Dataset):
         check(config)
         super().__init__(config, sharding.make_mesh(config))
-        train = config.train
         self.dataset = dataset
+        train = config.train
 
         # Every process reads the rows of its own devices.
         self.rows = sharding.Rows(self.mesh, train.batch)
@@ -57,6 +57,7 @@ class Trainer(TrainProgram):
 
     def batch(self, step: int) -> data.Batch:
         """The block of a step, on the mesh."""
+        # This process reads its rows, which become its part of the global arrays.
         block = self.stream.block(step)
         inputs_BT = self.rows.place(block.inputs_BT)
         targets_BT = self.rows.place(block.targets_BT)
@@ -120,6 +121,7 @@ class Trainer(TrainProgram):
 
     def _scored_tokens(self, split: str) -> data.TokenSource:
         """A split as it is scored: of dev perhaps only the beginning, of test always all."""
+        # A source and not an array: tokens are read as they are scored.
         tokens: data.TokenSource = self.dataset.tokens(split)
         most = self.config.evaluate.max_tokens
         if split == "valid" and most:
