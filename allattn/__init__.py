@@ -16,7 +16,7 @@ _HOMES = {
     "generate": ("allattn.run", "generate"),
     "load": ("allattn.run", "load"),
     "load_config": ("allattn.config", "load"),
-    "read_metrics": ("allattn.train.metrics", "read_jsonl"),
+    "read_metrics": ("allattn.train.jsonl", "read_jsonl"),
     "train_and_evaluate": ("allattn.train", "train_and_evaluate"),
 }
 

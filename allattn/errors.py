@@ -18,3 +18,12 @@ class PreemptedError(RunError):
 
     Launchers start the same command again on this code, and it resumes.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or the name of its type where it has none.
+
+    Other libraries' messages run over pages; the first line says what is wrong.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

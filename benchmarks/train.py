@@ -85,11 +85,11 @@ def trainer(
 ) -> Callable[[], Any]:
     """A function that makes one update of a running state."""
     limit = c.model.span.limit
-    context = train.choose_bucket(c, float(jnp.max(params["layers"]["span"])))
+    context = train.choose_context_length(c, float(jnp.max(params["layers"]["span"])))
 
     # The state of a run, on the mesh.
     optimizer = optim.optimizer(c)
-    cache_XBSD = model.empty_cache(c.train.batch, train.next_bucket(context, limit))
+    cache_XBSD = model.empty_cache(c.train.batch, train.next_context_length(context, limit))
     key = jax.random.key_data(jax.random.key(0))
     state = train.TrainState(jnp.int32(0), params, optimizer.init(params), cache_XBSD, key)
     shardings = sharding.shardings(mesh, state)

@@ -19,6 +19,7 @@ from allattn.config import with_vocabulary
 from allattn.errors import UserError
 from allattn.interchange.paper_state_dicts import SOURCES, Entry, Source, State
 from allattn.model import Model, ModelConfig, Params
+from allattn.model.parameters import parameter_count
 from allattn.run import load
 from allattn.storage import checkpoint
 
@@ -141,9 +142,9 @@ def convert(
             raise UserError(
                 f"--workdir: expected one without checkpoints, found steps {steps} in {workdir}"
             )
-        meta = checkpoint.describe(0, config, dataset.vocabulary) | {"params_only": True}
+        meta = checkpoint.describe(0, config, dataset.vocabulary.to_json()) | {"params_only": True}
         checkpoints.save_params(0, params, meta)
-    return {"parameters": _count(params), "tensors": len(state)}
+    return {"parameters": parameter_count(params), "tensors": len(state)}
 
 
 def _drop_extras(state: State, table: Source, config: ModelConfig, file: str) -> None:
@@ -199,7 +200,7 @@ def export(source: str, workdir: str, file: str, step: int | str | None = None) 
     # The names of a saved state dict.
     named: dict[str, Any] = {table.prefix + name: x for name, x in state.items()}
     np.savez(file, **named)
-    return {"parameters": _count(params), "tensors": tensors}
+    return {"parameters": parameter_count(params), "tensors": tensors}
 
 
 def _source(name: str, config: ml_collections.ConfigDict) -> Source:
@@ -215,10 +216,6 @@ def _source(name: str, config: ml_collections.ConfigDict) -> Source:
             f"joint, found {model.layer} and {model.integration}"
         )
     return source
-
-
-def _count(params: Params) -> int:
-    return sum(x.size for x in jax.tree.leaves(params))
 
 
 # --- reading -----------------------------------------------------------------------------------

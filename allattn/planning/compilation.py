@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from allattn import data, sharding, train
 from allattn.errors import UserError
 from allattn.model import forward_flops
+from allattn.model.parameters import parameter_count
 from allattn.planning import chips, collectives, communication
 from allattn.planning.communication import ClassifiedCollective
 
@@ -125,7 +126,7 @@ def compile_step(
         slices=slices,
         mesh=dict(mesh.shape),
         batch=config.train.batch,
-        parameters=sum(x.size for x in jax.tree.leaves(parameters)),
+        parameters=parameter_count(parameters),
         memory=memory(compiled),
         hbm=chip.memory,
         flops=_required_flops(program),

@@ -37,7 +37,7 @@ import jax
 from jax._src.distributed import global_state as _state  # the key-value store has no public name
 from jax.experimental import multihost_utils
 
-from allattn.errors import RunError, UserError
+from allattn.errors import RunError, UserError, first_line
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ def start(
         if not by_flags and "before any JAX calls" in str(error):
             return
         who = f"process {process} of {processes}, coordinator {coordinator}"
-        raise RunError(f"{who}: {_first_line(error)}") from error
+        raise RunError(f"{who}: {first_line(error)}") from error
     finally:
         timer.cancel()
     # Alone, though nobody said so: make sure that this is not one of several.
@@ -235,11 +235,6 @@ def _error_name(error: Exception) -> str:
 def _client() -> Any:
     """The client of the coordination service; None in a process that works alone."""
     return _state.client
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 # --- agreeing ------------------------------------------------------------------------------------
@@ -439,7 +434,7 @@ def stop(code: int) -> None:
     if error is not None:
         traceback.print_exc()
         who = f"process {index()} of {count()}"
-        reason = f"perhaps since another stopped: {_first_line(error)}"
+        reason = f"perhaps since another stopped: {first_line(error)}"
         print(f"allattn: {who} failed, {reason}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -83,7 +83,7 @@ class Programs:
 
     def training(self) -> Iterator[tuple[str, jax.stages.Lowered]]:
         """A fresh state, and the step for every length of context that a run grows to."""
-        bucket = train.choose_bucket(self.config, 0.0)
+        bucket = train.choose_context_length(self.config, 0.0)
         yield "state", self.lower(jax.jit(self.program.init_state(bucket)))
         while True:
             yield (
@@ -92,7 +92,7 @@ class Programs:
             )
             if bucket == self.config.model.span.limit:
                 return
-            bucket = train.next_bucket(bucket, self.config.model.span.limit)
+            bucket = train.next_context_length(bucket, self.config.model.span.limit)
 
     def contexts(self) -> list[int]:
         """The shortest and the longest of those that scoring and sampling round to."""
