@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, Partitio
 
 from allattn import config
 from allattn.attention import gpu
-from allattn.model.all_attention_layer import project
+from allattn.model.reach_projection import project
 from allattn.planning import chips, compilation
 
 pytest.importorskip(

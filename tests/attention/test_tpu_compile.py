@@ -16,7 +16,7 @@ from attention_cases import GEOMETRIES, arrays, call, options
 from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from allattn import config
-from allattn.model.all_attention_layer import project
+from allattn.model.reach_projection import project
 from allattn.planning import communication, compilation
 from allattn.planning.chips import chip as known
 from allattn.planning.chips import devices
