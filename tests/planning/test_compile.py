@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from command_line import call
-from test_sharding import fresh
+from new_process import fresh
 
 from allattn import config
 from allattn.errors import UserError

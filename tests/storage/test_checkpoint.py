@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from comparison import assert_same
 
 from allattn.errors import UserError
 from allattn.storage.checkpoint import Checkpointer, on_one_device
@@ -47,13 +48,6 @@ def fill(workdir: Path, scores: dict[int, float | None], keep: int = 3) -> str:
         for step, dev_nll in scores.items():
             save(checkpoints, step, dev_nll)
     return str(workdir)
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
 
 
 def damage(workdir: str, step: int, item: str) -> None:
@@ -121,7 +115,7 @@ import math, jax
 from allattn import sharding, train
 from allattn.storage.checkpoint import Checkpointer
 from command_line import trained, trainer
-from test_checkpoint import assert_same
+from comparison import assert_same
 
 changes = {"model__heads": 4, "train__batch": 8, "model__dtype": "bfloat16", "model__adaptive_io__cutoffs": (4, 7)}
 first = trainer(TEXTS, **changes, mesh__fsdp=2, mesh__tensor=2)
