@@ -119,7 +119,8 @@ def test_encode_closes_only_on_request():
     assert vocabulary.encode(b"", close=True).tolist() == []
 
 
-def test_lines_of_spaces_hold_only_the_end_of_line():
+def test_lines_of_spaces():
+    """A line of spaces holds only the end of the line."""
     vocabulary = Vocabulary.from_text(" \n = a = \n \n\u00a0b\u2003c\n".encode(), "word")
     ids = vocabulary.encode(" \nb\u00a0c \n".encode())
     assert [vocabulary.symbols[i] for i in ids] == ["\n", "b", "c", "\n"]
@@ -243,7 +244,8 @@ def test_names_and_folders(tmp_path):
         prepare("stdlib", tmp_path / "file" / "data")
 
 
-def test_killed_preparation_is_not_taken_for_a_whole_one(tmp_path, home):
+def test_killed_preparation(tmp_path, home):
+    """What a killed preparation leaves is not taken for a whole data set."""
     folder = write_texts(tmp_path / "texts", b"abc\n")
     whole = prepare("files", folder)
     half = whole.path.with_name("incomplete.ABCDEF_1.0.0")

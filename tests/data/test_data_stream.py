@@ -76,7 +76,8 @@ def test_a_block_depends_on_its_step_alone(monkeypatch):
         assert before == expected[step].before
 
 
-def test_blocks_are_contiguous_int32_and_not_shared():
+def test_memory_of_blocks():
+    """Blocks are contiguous, int32, and share no memory."""
     tested = Stream(np.arange(1000, dtype=np.uint16), 4, 10)
     first = tested.block(0)
     for array in first[:2]:
@@ -108,7 +109,8 @@ def test_a_process_reads_only_its_rows():
     assert Recorder.seen == {2, 3, 4}
 
 
-def test_late_steps_are_found_quickly_and_seeds_differ():
+def test_late_steps_and_seeds():
+    """A late step is found quickly, and seeds differ."""
     tokens = np.arange(4000)
     tested = Stream(tokens, 4, 128, seed=1)
     number, offset = tested.position(5_000_000)

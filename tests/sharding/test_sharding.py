@@ -136,8 +136,8 @@ def test_mistakes(changes: dict[str, str], message: str) -> None:
     assert str(met.value).startswith(message)
 
 
-def test_a_dimension_that_the_mesh_does_not_divide(tmp_path: Path) -> None:
-    """Refused before there is a workdir."""
+def test_a_dimension_that_no_axis_divides(tmp_path: Path) -> None:
+    """A dimension that the mesh does not divide is refused before there is a workdir."""
     words = [
         "train",
         f"--workdir={tmp_path}/run",
@@ -179,7 +179,8 @@ def paths(config: Any) -> set[str]:
     }
 
 
-def test_every_array_has_one_rule_and_every_rule_an_array() -> None:
+def test_one_rule_per_array() -> None:
+    """Every array has exactly one rule, and every rule an array."""
     files = [p for p in (ROOT / "configs").rglob("*.py") if p.stem not in ("__init__", "base")]
     names = set().union(*(paths(configuration.load(str(file)).unlock()) for file in files))
     matches = {

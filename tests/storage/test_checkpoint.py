@@ -245,8 +245,11 @@ def test_meta_holds_any_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("item", ["params", "optimizer", "cache", "meta"])
-def test_a_resume_passes_over_a_damaged_checkpoint(tmp_path: Path, item: str, caplog) -> None:
-    """It goes on from the one before, and can then write the damaged step again."""
+def test_resuming_past_a_damaged_checkpoint(tmp_path: Path, item: str, caplog) -> None:
+    """Resuming passes over a damaged checkpoint.
+
+    It goes on from the one before, and can then write the damaged step again.
+    """
     workdir = fill(tmp_path, {10: None, 20: None, 30: None})
     damage(workdir, 30, item)
     with Checkpointer(workdir) as checkpoints:
