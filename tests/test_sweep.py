@@ -103,7 +103,8 @@ def test_a_broken_experiment_leaves_the_others(swept: Swept) -> None:
     assert (runs / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_budget_keeps_the_share_at_a_tenth_of_the_rate() -> None:
+def test_a_budget_keeps_the_share_of_the_decay() -> None:
+    """A budget keeps the share of steps at a tenth of the learning rate."""
     c = sweep.configuration.load("configs/base.py", {"train.batch": "4", "train.block": "16"})
     assert sweep._budget(c, 64 * 160) == {
         "train.steps": "150",

@@ -59,9 +59,11 @@ def test_bfloat16(name: str, implementation: str) -> None:
 
 
 @pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
-def test_gradient_of_a_span_whose_end_hides_a_large_logit(implementation: str) -> None:
-    """As in WikiText-103's first layer, whose inputs are sqrt(D) times as large as those of the others: e^60 and more.
+def test_span_gradient_over_a_large_hidden_logit(implementation: str) -> None:
+    """The gradient of a span whose end hides a large logit.
 
+    As in WikiText-103's first layer, whose inputs are sqrt(D) times as large as those of the
+    others: e^60 and more.
     At the distance where m = 0 the derivative is min(exp(logit) / sum, 1e5) times what a weight
     there would add.
     """

@@ -164,8 +164,12 @@ def test_the_gpu_table(tmp_path: Path) -> None:
     assert gpu.run("attention", [], 0.1) == {"error": "no result in 0 s"}
 
 
-def test_table_divides_both_speeds_by_their_machines_rates() -> None:
-    """Twice the authors' tokens/s on a machine twice as fast is once their speed; the last row of a line counts."""
+def test_speeds_over_their_machines_rates() -> None:
+    """The table divides both speeds by the rates of their machines.
+
+    Twice the authors' tokens/s on a machine twice as fast is once their speed; the last row of a
+    line counts.
+    """
     line = table.Line("train", "tiny", "full", 2500, 1.3, 1.8)
     row = {
         "mode": "train",
@@ -205,8 +209,11 @@ def test_the_vocabulary() -> None:
     assert (vocabulary.tokens(64, worst=True) < 20_000).mean() == pytest.approx(0.075, abs=0.01)
 
 
-def test_profile_sums_by_kind_and_counts_nothing_twice(tmp_path: Path) -> None:
-    """A product and what is no product, in a loop: the loop itself has no line."""
+def test_profile_sums_by_kind(tmp_path: Path) -> None:
+    """A profile sums by kind and counts nothing twice.
+
+    A product and what is no product, in a loop: the loop itself has no line.
+    """
 
     def step(x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, 5, lambda _, x: jnp.sin(x @ x), x)
@@ -219,7 +226,8 @@ def test_profile_sums_by_kind_and_counts_nothing_twice(tmp_path: Path) -> None:
     assert found["products"][1] == 5 and "while" not in found and len(found) > 1
 
 
-def test_overhead_is_measured_on_the_devices_of_the_demo() -> None:
+def test_devices_of_the_overhead_benchmark() -> None:
+    """The overhead is measured on the devices of the demo."""
     nothing = "from benchmarks import overhead\ndef nothing(): return {}\noverhead.starts = overhead.saves = nothing\n"
     code = f"{nothing}overhead.main()"
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
@@ -243,7 +251,8 @@ def test_both_costs_of_a_save() -> None:
     assert found == pytest.approx({"step_s": 2.0, **costs, "step_after_save_s": 3.0})
 
 
-def test_compiled_rows_of_other_code_are_not_taken_over(tmp_path: Path) -> None:
+def test_rows_of_other_code_are_compiled_again(tmp_path: Path) -> None:
+    """Compiled rows of other code are not taken over."""
     here, file = {"commit": "aaa", "jax": "1", "date": "d"}, tmp_path / "rows.jsonl"
     assert compile.finished(file, here) == {}
     others = ({}, {"commit": "bbb"}, {"jax": "2"})

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nothing is written outside tmp_path."""
     monkeypatch.setenv("ALLATTN_DATA_DIR", str(tmp_path / "home"))
     return tmp_path / "home"
@@ -56,7 +57,7 @@ def golden_symbols(case: str) -> tuple[str, ...]:
 
 @pytest.mark.parametrize("case", ["bytes", "words"])
 @pytest.mark.parametrize("cut", [1, 3, 1000])
-def test_vocabulary_golden(case, cut):
+def test_vocabulary_golden(case: str, cut: int) -> None:
     texts, unit = golden_texts(case), case[:-1]
     train = texts["train"]
     vocabulary = Vocabulary.from_text((train[i : i + cut] for i in range(0, len(train), cut)), unit)
@@ -69,7 +70,7 @@ def test_vocabulary_golden(case, cut):
 
 
 @pytest.mark.parametrize("case", ["bytes", "words"])
-def test_files_golden(case, tmp_path):
+def test_files_golden(case: str, tmp_path: Path) -> None:
     texts = golden_texts(case)
     data = prepare("files", write_texts(tmp_path / "texts", **texts), unit=case[:-1])
     assert data.vocabulary.symbols == golden_symbols(case)
@@ -83,20 +84,20 @@ def test_files_golden(case, tmp_path):
 
 @pytest.mark.parametrize("unit", ["byte", "word"])
 @pytest.mark.parametrize("text", [b"", b"\n", b"a", b"a b", b"a b\n\n c ", b"x\n \ny\n", b" "])
-def test_closed_keeps_the_text(unit, text):
+def test_closed_keeps_the_text(unit: str, text: bytes) -> None:
     for cut in range(1, 5):
         joined = b"".join(closed((text[i : i + cut] for i in range(0, len(text), cut)), unit))
         assert joined == text + (b"\n" if text and not text.endswith(b"\n") else b"")
 
 
-def test_closed_never_tears_a_word():
+def test_closed_never_tears_a_word() -> None:
     text = random.Random(0).choices(b"ab \n", k=500)
     pieces = list(closed((bytes(text[i : i + 7]) for i in range(0, 500, 7)), "word"))
     assert sum((piece.split() for piece in pieces), []) == bytes(text).split()
 
 
 @pytest.mark.parametrize("unit", ["byte", "word"])
-def test_round_trip(unit):
+def test_round_trip(unit: str) -> None:
     text = b"the cat\n\nsat on\nthe mat\n"
     vocabulary = Vocabulary.from_text(text, unit)
     again = Vocabulary.from_json(json.loads(json.dumps(vocabulary.to_json())))
@@ -104,14 +105,14 @@ def test_round_trip(unit):
     assert again.decode(again.encode(text)) == text
 
 
-def test_every_byte_round_trips():
+def test_every_byte_round_trips() -> None:
     text = bytes(range(256)) + b"\n"
     vocabulary = Vocabulary.from_text(text)
     assert vocabulary.size == 256
     assert vocabulary.decode(vocabulary.encode(text)) == text
 
 
-def test_encode_closes_only_on_request():
+def test_encode_closes_only_on_request() -> None:
     vocabulary = Vocabulary.from_text(b"ab")
     assert vocabulary.encode(b"ab").tolist() == [0, 1]
     assert vocabulary.encode(b"ab", close=True).tolist() == [0, 1, 2]
@@ -119,13 +120,14 @@ def test_encode_closes_only_on_request():
     assert vocabulary.encode(b"", close=True).tolist() == []
 
 
-def test_lines_of_spaces_hold_only_the_end_of_line():
+def test_lines_of_spaces() -> None:
+    """A line of spaces holds only the end of the line."""
     vocabulary = Vocabulary.from_text(" \n = a = \n \n\u00a0b\u2003c\n".encode(), "word")
     ids = vocabulary.encode(" \nb\u00a0c \n".encode())
     assert [vocabulary.symbols[i] for i in ids] == ["\n", "b", "c", "\n"]
 
 
-def test_unknown_symbols():
+def test_unknown_symbols() -> None:
     with pytest.raises(
         UserError, match=r"byte b'\\xe9' at offset 12 is none of the vocabulary's 3 symbols"
     ):
@@ -149,7 +151,7 @@ def test_unknown_symbols():
         {"unit": "word", "symbols": ["\n", "\n"]},
     ],
 )
-def test_bad_stored_vocabulary(value):
+def test_bad_stored_vocabulary(value: Any) -> None:
     with pytest.raises(UserError):
         Vocabulary.from_json(value)
 
@@ -157,11 +159,11 @@ def test_bad_stored_vocabulary(value):
 @pytest.mark.parametrize(
     ("size", "dtype"), [(256, "u1"), (257, "<u2"), (65_536, "<u2"), (65_537, "<i4")]
 )
-def test_smallest_dtype(size, dtype):
+def test_smallest_dtype(size: int, dtype: str) -> None:
     assert Vocabulary("word", ("\n", *map(str, range(size - 1)))).dtype == np.dtype(dtype)
 
 
-def test_many_records(tmp_path):
+def test_many_records(tmp_path: Path) -> None:
     text = bytes(np.random.default_rng(0).integers(97, 123, 200_000, np.uint8)) + b"\n"
     data = prepare("files", write_texts(tmp_path / "texts", text))
     tokens, expected = data.tokens("train"), data.vocabulary.encode(text)
@@ -182,7 +184,7 @@ def test_many_records(tmp_path):
     assert stored < 1.1 * len(text), "a byte should be stored as a byte"
 
 
-def test_wide_vocabulary_is_stored(tmp_path):
+def test_wide_vocabulary_is_stored(tmp_path: Path) -> None:
     words = " ".join(f"w{i}" for i in range(70_000)).encode()
     data = prepare("files", write_texts(tmp_path / "texts", words, b"w69999", b"w0"), unit="word")
     np.testing.assert_array_equal(
@@ -191,7 +193,7 @@ def test_wide_vocabulary_is_stored(tmp_path):
     assert data.summary()["tokens"] == {"train": 70_001, "valid": 2, "test": 2}
 
 
-def test_files_folder_is_only_read(tmp_path, home):
+def test_files_folder_is_only_read(tmp_path: Path, home: Path) -> None:
     folder = write_texts(tmp_path / "texts", b"abc\n")
     folder.chmod(0o500)
     data = prepare("files", folder)
@@ -199,7 +201,7 @@ def test_files_folder_is_only_read(tmp_path, home):
     assert data.path.is_relative_to(home)
 
 
-def test_changed_texts_are_prepared_anew(tmp_path):
+def test_changed_texts_are_prepared_anew(tmp_path: Path) -> None:
     folder = write_texts(tmp_path / "texts", b"abc\n")
     before = prepare("files", folder)
     assert prepare("files", folder).path == before.path
@@ -209,7 +211,7 @@ def test_changed_texts_are_prepared_anew(tmp_path):
     assert prepare("files", folder).path == after.path
 
 
-def test_files_bad_input(tmp_path, home):
+def test_files_bad_input(tmp_path: Path, home: Path) -> None:
     folder = write_texts(tmp_path / "texts", b"abc\n", valid=b"ab\nabZ\n")
     with pytest.raises(UserError, match=r"files, split valid: byte b'Z' at offset 5 .* 4 symbols"):
         prepare("files", folder)
@@ -226,7 +228,7 @@ def test_files_bad_input(tmp_path, home):
         prepare("files", folder)
 
 
-def test_names_and_folders(tmp_path):
+def test_names_and_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'enwik8'"):
         prepare("enwiki8")
     with pytest.raises(UserError, match=", ".join(DATASETS)):
@@ -243,7 +245,8 @@ def test_names_and_folders(tmp_path):
         prepare("stdlib", tmp_path / "file" / "data")
 
 
-def test_killed_preparation_is_not_taken_for_a_whole_one(tmp_path, home):
+def test_killed_preparation(tmp_path: Path, home: Path) -> None:
+    """What a killed preparation leaves is not taken for a whole data set."""
     folder = write_texts(tmp_path / "texts", b"abc\n")
     whole = prepare("files", folder)
     half = whole.path.with_name("incomplete.ABCDEF_1.0.0")
@@ -253,7 +256,7 @@ def test_killed_preparation_is_not_taken_for_a_whole_one(tmp_path, home):
     assert not half.exists()
 
 
-def test_damaged_records(tmp_path):
+def test_damaged_records(tmp_path: Path) -> None:
     data = prepare("files", write_texts(tmp_path / "texts", b"abc\n"))
     next(data.path.glob("*valid*record*")).unlink()
     with pytest.raises(UserError, match="is damaged .*remove that folder"):
@@ -266,7 +269,7 @@ def prepare_in_process(folder: Path, queue: multiprocessing.Queue) -> None:
     queue.put(prepare("files", folder).summary())
 
 
-def test_two_processes_prepare_once(tmp_path, home):
+def test_two_processes_prepare_once(tmp_path: Path, home: Path) -> None:
     folder = write_texts(tmp_path / "texts", b"abcdefgh\n" * 50_000)
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -281,7 +284,7 @@ def test_two_processes_prepare_once(tmp_path, home):
     assert len(list(home.rglob("dataset_info.json"))) == 1 and not list(home.rglob("incomplete*"))
 
 
-def test_prepared_data_needs_no_lock(tmp_path):
+def test_prepared_data_needs_no_lock(tmp_path: Path) -> None:
     folder = write_texts(tmp_path / "texts", b"abc\n")
     data = prepare("files", folder)
     with (data.path.parent / ".lock").open("w") as lock:
@@ -289,14 +292,14 @@ def test_prepared_data_needs_no_lock(tmp_path):
         assert prepare("files", folder).summary() == data.summary()
 
 
-def test_wikitext2(tmp_path):
+def test_wikitext2(tmp_path: Path) -> None:
     data = prepare("files", shared("wikitext2"), unit="word")
     assert data.vocabulary.size == 33_278
     assert data.summary()["tokens"] == {"train": 2_088_628, "valid": 217_646, "test": 245_569}
 
 
 @pytest.mark.parametrize("name", ["enwik8_slice", "text8_slice"])
-def test_slices(name):
+def test_slices(name: str) -> None:
     folder = shared(name)
     data = prepare("files", folder)
     for split, count in data.summary()["tokens"].items():
@@ -306,14 +309,14 @@ def test_slices(name):
     assert name != "text8_slice" or data.vocabulary.size == 28
 
 
-def test_default_folder(monkeypatch):
+def test_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     from allattn.data import default_data_dir
 
     monkeypatch.delenv("ALLATTN_DATA_DIR")
     assert default_data_dir() == Path(os.path.expanduser("~")) / ".cache" / "allattn"
 
 
-def test_types_are_public(tmp_path):
+def test_types_are_public(tmp_path: Path) -> None:
     data = prepare("files", write_texts(tmp_path / "texts", b"abc\n"))
     assert isinstance(data, Dataset) and isinstance(data.tokens("train"), Tokens)
     assert json.loads(json.dumps(data.summary()))["dataset"] == data.name == "files"

@@ -3,6 +3,8 @@
 import hashlib
 import http.server
 import threading
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +20,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
     requests: list[tuple[str, str | None]] = []
 
-    def do_GET(self):
+    def do_GET(self) -> None:
         wanted = self.headers.get("Range")
         first = (self.path, None) not in self.requests
         self.requests.append((self.path, wanted))
@@ -39,7 +41,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def url():
+def url() -> Iterator[str]:
     Server.requests = []
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -49,7 +51,7 @@ def url():
         thread.join()
 
 
-def test_whole_file(url, tmp_path):
+def test_whole_file(url: str, tmp_path: Path) -> None:
     path = fetch([f"{url}/file"], tmp_path / "new" / "file", checksum=CHECKSUM, size=len(BODY))
     assert path.read_bytes() == BODY
     assert [p.name for p in path.parent.iterdir()] == ["file"]
@@ -57,7 +59,7 @@ def test_whole_file(url, tmp_path):
     assert len(Server.requests) == 1
 
 
-def test_resumes_after_a_cut(url, tmp_path):
+def test_resumes_after_a_cut(url: str, tmp_path: Path) -> None:
     path = fetch([f"{url}/cut"], tmp_path / "file", checksum=CHECKSUM, pause=0.01)
     assert path.read_bytes() == BODY
     assert Server.requests == [("/cut", None), ("/cut", f"bytes={len(BODY) // 2}-")]
@@ -65,14 +67,14 @@ def test_resumes_after_a_cut(url, tmp_path):
 
 @pytest.mark.parametrize("page", ["file", "whole"])
 @pytest.mark.parametrize("kept", [1000, len(BODY)])
-def test_goes_on_from_a_part(url, tmp_path, page, kept):
+def test_goes_on_from_a_part(url: str, tmp_path: Path, page: str, kept: int) -> None:
     (tmp_path / "file.part").write_bytes(BODY[:kept])
     path = fetch([f"{url}/{page}"], tmp_path / "file", checksum=CHECKSUM)
     assert path.read_bytes() == BODY
     assert Server.requests == [(f"/{page}", f"bytes={kept}-")]
 
 
-def test_a_whole_part_of_known_size_asks_nothing(url, tmp_path):
+def test_a_whole_part_of_known_size_asks_nothing(url: str, tmp_path: Path) -> None:
     (tmp_path / "file.part").write_bytes(BODY)
     assert (
         fetch([f"{url}/file"], tmp_path / "file", checksum=CHECKSUM, size=len(BODY)).read_bytes()
@@ -81,7 +83,7 @@ def test_a_whole_part_of_known_size_asks_nothing(url, tmp_path):
     assert Server.requests == []
 
 
-def test_a_bad_part_is_thrown_away(url, tmp_path):
+def test_a_bad_part_is_thrown_away(url: str, tmp_path: Path) -> None:
     (tmp_path / "file.part").write_bytes(b"x" * 1000)
     assert (
         fetch([f"{url}/file"], tmp_path / "file", checksum=CHECKSUM, pause=0.01).read_bytes()
@@ -95,12 +97,12 @@ def test_a_bad_part_is_thrown_away(url, tmp_path):
 
 
 @pytest.mark.parametrize("first", ["http://127.0.0.1:9/dead", "{url}/gone", "{url}/wrong"])
-def test_next_mirror(url, tmp_path, first):
+def test_next_mirror(url: str, tmp_path: Path, first: str) -> None:
     path = fetch([first.format(url=url), f"{url}/file"], tmp_path / "file", checksum=CHECKSUM)
     assert path.read_bytes() == BODY
 
 
-def test_wrong_everywhere(url, tmp_path):
+def test_wrong_everywhere(url: str, tmp_path: Path) -> None:
     with pytest.raises(
         UserError,
         match=r"could not download file .*/wrong: expected sha256:\w+, found sha256:\w+ .*404",
@@ -118,7 +120,7 @@ def test_wrong_everywhere(url, tmp_path):
         fetch([f"{url}/file"], tmp_path / "file", size=5, attempts=1)
 
 
-def test_folder_that_cannot_be_made(tmp_path):
+def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make the folder"):
         fetch(["http://127.0.0.1:9/"], tmp_path / "file" / "below" / "x")

@@ -16,7 +16,7 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nothing is written outside tmp_path."""
     monkeypatch.setenv("ALLATTN_DATA_DIR", str(tmp_path / "home"))
     return tmp_path / "home"
@@ -28,7 +28,7 @@ def shared(name: str) -> Path:
     return SHARED / name
 
 
-def test_standard_library():
+def test_standard_library() -> None:
     data = prepare("stdlib")
     summary = data.summary()["tokens"]
     text = standard_library()
@@ -38,7 +38,7 @@ def test_standard_library():
     assert data.vocabulary.decode(data.tokens("test")[:]).startswith(text[-100_000:])
 
 
-def test_standard_library_leaves_out(tmp_path):
+def test_standard_library_leaves_out(tmp_path: Path) -> None:
     kept = {"a.py": b"a", "b/c.py": b"c", "b-c.py": b"-", "latest.py": b"l"}
     dropped = (
         "test/x.py",
@@ -64,7 +64,7 @@ def test_standard_library_leaves_out(tmp_path):
 
 
 @pytest.fixture
-def small_enwik8(monkeypatch):
+def small_enwik8(monkeypatch: pytest.MonkeyPatch) -> bytes:
     """A text of 1,000 bytes in the place of enwik8."""
     from allattn.data.builders import Enwik8
 
@@ -86,7 +86,7 @@ def zipped(path: Path, name: str, text: bytes) -> Path:
 
 
 @pytest.mark.parametrize("accepted", ["enwik8", "enwik8.zip", "downloads"])
-def test_enwik8_by_hand(accepted, small_enwik8, tmp_path, home):
+def test_enwik8_by_hand(accepted: str, small_enwik8: bytes, tmp_path: Path, home: Path) -> None:
     manual = tmp_path / "manual"
     manual.mkdir()
     if accepted == "enwik8":
@@ -102,7 +102,9 @@ def test_enwik8_by_hand(accepted, small_enwik8, tmp_path, home):
     assert data.vocabulary.decode(data.tokens("test")[:]) == small_enwik8[-50:] + b"\n"
 
 
-def test_enwik8_bad_sources(small_enwik8, tmp_path, home, monkeypatch):
+def test_enwik8_bad_sources(
+    small_enwik8: bytes, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("allattn.data.download.time.sleep", lambda seconds: None)
     manual = tmp_path / "manual"
     manual.mkdir()
@@ -137,7 +139,7 @@ def test_enwik8_bad_sources(small_enwik8, tmp_path, home, monkeypatch):
 
 
 @pytest.fixture
-def small_wikitext(monkeypatch):
+def small_wikitext(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
     """Three short texts in the place of WikiText-103's."""
     from allattn.data.builders import Wikitext103
 
@@ -155,7 +157,7 @@ def small_wikitext(monkeypatch):
 
 
 @pytest.mark.parametrize("layout", ["flat", "folder", "zip"])
-def test_wikitext103_by_hand(layout, small_wikitext, tmp_path):
+def test_wikitext103_by_hand(layout: str, small_wikitext: dict[str, bytes], tmp_path: Path) -> None:
     manual = tmp_path / "manual"
     folder = manual / "wikitext-103" if layout == "folder" else manual
     folder.mkdir(parents=True)
@@ -170,7 +172,9 @@ def test_wikitext103_by_hand(layout, small_wikitext, tmp_path):
     assert data.vocabulary.decode(data.tokens("valid")[:]) == b"\na <unk>\n"
 
 
-def test_wikitext103_bad_sources(small_wikitext, tmp_path, monkeypatch):
+def test_wikitext103_bad_sources(
+    small_wikitext: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from allattn.data.builders import Wikitext103
 
     manual = tmp_path / "manual"
@@ -188,7 +192,7 @@ def test_wikitext103_bad_sources(small_wikitext, tmp_path, monkeypatch):
         prepare("wikitext103", manual_dir=manual)
 
 
-def test_published_wikitext103_token_counts():
+def test_published_wikitext103_token_counts() -> None:
     from allattn.data.builders import Wikitext103
     from allattn.data.sources import Text
 
@@ -200,7 +204,7 @@ def test_published_wikitext103_token_counts():
         assert vocabulary.encode(text.path.read_bytes()).size == Wikitext103.expected_tokens[split]
 
 
-def test_text8_sized_text(tmp_path, monkeypatch):
+def test_text8_sized_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first 10 MB of a text like text8, through text8's own builder."""
     from allattn.data.builders import Text8
 

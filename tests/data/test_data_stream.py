@@ -19,7 +19,7 @@ class GivenOffsets(Stream):
         return np.array([0, 4, 5, 0])
 
 
-def test_recorded_positions():
+def test_recorded_positions() -> None:
     """The authors' positions: 60 tokens a row, blocks of 8, four passes."""
     tokens = np.arange(240)
     given = GivenOffsets(tokens, 4, 8)
@@ -34,7 +34,7 @@ def test_recorded_positions():
         np.testing.assert_array_equal(targets_BT, inputs_BT + 1)
 
 
-def test_recorded_positions_are_the_golden_ones():
+def test_recorded_positions_are_the_golden_ones() -> None:
     if not GOLDEN.exists():
         pytest.skip(f"{GOLDEN} is not on this machine")
     golden = np.load(GOLDEN)
@@ -44,7 +44,7 @@ def test_recorded_positions_are_the_golden_ones():
 
 
 @pytest.mark.parametrize(("row", "block"), [(9, 8), (15, 8), (16, 8), (17, 8), (100, 7), (3, 1)])
-def test_pass_rules(row, block):
+def test_pass_rules(row: int, block: int) -> None:
     """Written out step by step: blocks follow each other while they and their last target fit."""
     tested, expected_pass, expected = Stream(np.arange(2 * row), 2, block, seed=3), 0, 0
     for step in range(300):
@@ -64,7 +64,7 @@ def test_pass_rules(row, block):
     assert tested.position(0) == (0, 0) and tested.block(0).before == 0
 
 
-def test_a_block_depends_on_its_step_alone(monkeypatch):
+def test_a_block_depends_on_its_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "_WINDOW_TOKENS", 64)
     tokens = np.random.default_rng(0).integers(0, 99, 5003)
     in_order, jumping = Stream(tokens, 3, 16, seed=5), Stream(tokens, 3, 16, seed=5)
@@ -76,7 +76,8 @@ def test_a_block_depends_on_its_step_alone(monkeypatch):
         assert before == expected[step].before
 
 
-def test_blocks_are_contiguous_int32_and_not_shared():
+def test_memory_of_blocks() -> None:
+    """Blocks are contiguous, int32, and share no memory."""
     tested = Stream(np.arange(1000, dtype=np.uint16), 4, 10)
     first = tested.block(0)
     for array in first[:2]:
@@ -85,14 +86,14 @@ def test_blocks_are_contiguous_int32_and_not_shared():
     assert tested.block(0).inputs_BT[0, 0] == 0
 
 
-def test_rows_of_a_process():
+def test_rows_of_a_process() -> None:
     tokens = np.arange(10_000)
     whole, part = Stream(tokens, 8, 32, seed=1), Stream(tokens, 8, 32, seed=1, rows=slice(2, 5))
     for step in (0, 1, 38, 39, 500):
         np.testing.assert_array_equal(part.block(step).inputs_BT, whole.block(step).inputs_BT[2:5])
 
 
-def test_a_process_reads_only_its_rows():
+def test_a_process_reads_only_its_rows() -> None:
     class Recorder:
         seen: set[int] = set()
 
@@ -108,7 +109,8 @@ def test_a_process_reads_only_its_rows():
     assert Recorder.seen == {2, 3, 4}
 
 
-def test_late_steps_are_found_quickly_and_seeds_differ():
+def test_late_steps_and_seeds() -> None:
+    """A late step is found quickly, and seeds differ."""
     tokens = np.arange(4000)
     tested = Stream(tokens, 4, 128, seed=1)
     number, offset = tested.position(5_000_000)
@@ -121,14 +123,14 @@ def test_late_steps_are_found_quickly_and_seeds_differ():
     assert len(positions) == 5
 
 
-def test_offsets_cover_a_block():
+def test_offsets_cover_a_block() -> None:
     tested = Stream(np.arange(100), 1, 8)
     starts = {tested.position(step)[1] for step in range(5000) if not tested.block(step).before}
     assert starts == set(range(8))
 
 
 @pytest.mark.parametrize(("batch", "block"), [(10, 10), (101, 1), (1, 100)])
-def test_too_short(batch, block):
+def test_too_short(batch: int, block: int) -> None:
     with pytest.raises(
         UserError, match=f"batch {batch} and block {block} leave no block in 100 tokens"
     ):
@@ -136,7 +138,7 @@ def test_too_short(batch, block):
 
 
 @pytest.mark.parametrize("bad", [{"batch": 0}, {"block": 0}, {"seed": -1}])
-def test_bad_arguments(bad):
+def test_bad_arguments(bad: dict[str, int]) -> None:
     with pytest.raises(UserError, match="must be at least 1"):
         Stream(np.arange(100), **({"batch": 2, "block": 2, "seed": 0} | bad))
     with pytest.raises(ValueError, match="step must not be negative"):

@@ -145,9 +145,8 @@ def test_install_says_which_jax_is_expected(
     assert not any("pip" in words for words in bare)
 
 
-def test_an_installation_without_experiments_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_installation_without_experiments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The notebook refuses an installation that has no experiments."""
     monkeypatch.setattr(allattn, "__file__", str(tmp_path / "allattn" / "__init__.py"))
     with pytest.raises(
         SystemExit, match="configs: expected the experiments, found none; .* pip install -e"
@@ -174,7 +173,8 @@ def folder(overrides: dict[str, Any], config: str = "demo") -> str:
     return made.folder(made.experiment())
 
 
-def test_a_run_is_found_again_by_its_settings_alone() -> None:
+def test_a_run_is_named_by_its_settings() -> None:
+    """A run is found again by its settings alone."""
     changed = folder({"train.batch": 16, "dataset.data_dir": "/a/b c"})
     assert folder({}) == "runs/demo-256" and folder({}, "enwik8_span") == "runs/enwik8_span-0"
     assert re.fullmatch(r"runs/demo-256-[0-9a-f]{8}", changed)

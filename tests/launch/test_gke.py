@@ -41,7 +41,8 @@ def test_kubernetes_accepts_the_manifest(where: list[str]) -> None:
         validate(item)
 
 
-def test_kubernetes_does_not_accept_a_broken_manifest() -> None:
+def test_broken_manifests_are_refused() -> None:
+    """Kubernetes does not accept a broken manifest."""
     service, job = items(*TPU, *TRAIN)
     broken = [copy.deepcopy(job) for _ in range(3)]
     broken[0]["spec"]["podFailurePolcy"] = broken[0]["spec"].pop("podFailurePolicy")
@@ -53,7 +54,8 @@ def test_kubernetes_does_not_accept_a_broken_manifest() -> None:
             validate(item)
 
 
-def test_pods_meet_at_pod_0_and_fail_as_the_exit_codes_say() -> None:
+def test_coordinator_and_exit_codes_of_pods() -> None:
+    """Pods meet at pod 0 and fail as their exit codes say."""
     service, job = items(*TPU, "--tries=3", "--grace=90", *TRAIN)
     spec, pod = job["spec"], job["spec"]["template"]["spec"]
     assert (

@@ -151,7 +151,8 @@ def test_shellcheck_is_clean() -> None:
 # --------------------------------------------------------------------------------------
 
 
-def test_processes_start_again_when_they_have_saved(tmp_path: Path) -> None:
+def test_restart_after_a_saved_state(tmp_path: Path) -> None:
+    """Processes start again when they have saved."""
     done = run_local(tmp_path, "75,0", "--processes=2", "--port=1234", "--delay=0")
     assert done.returncode == 0, done.stderr
     flags = ["--coordinator=localhost:1234", "--processes=2"]
@@ -174,14 +175,14 @@ def test_a_mistake_is_not_tried_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("codes", ["2/1", "1/2"])
-def test_a_mistake_of_one_that_the_others_take_for_a_crash_is_not_tried_again(
-    tmp_path: Path, codes: str
-) -> None:
+def test_a_mistake_of_one_process_ends_all(tmp_path: Path, codes: str) -> None:
+    """A mistake of one process, which the others take for a crash, is not tried again."""
     done = run_local(tmp_path, codes, "--processes=2", "--delay=0")
     assert done.returncode == 2 and "again" not in done.stderr
 
 
-def test_gives_up_after_the_stated_tries_with_growing_delays(tmp_path: Path) -> None:
+def test_tries_and_growing_delays(tmp_path: Path) -> None:
+    """The launcher gives up after the stated number of tries, with growing delays."""
     done = run_local(tmp_path, "3", "--processes=1", "--tries=3", "--delay=1")
     assert done.returncode == 3 and len(starts(tmp_path)) == 3
     assert [line for line in done.stderr.splitlines() if "attempt" in line] == [
@@ -191,7 +192,8 @@ def test_gives_up_after_the_stated_tries_with_growing_delays(tmp_path: Path) -> 
     ]
 
 
-def test_crashes_are_counted_from_the_last_saved_state(tmp_path: Path) -> None:
+def test_crashes_since_the_last_saved_state(tmp_path: Path) -> None:
+    """Crashes are counted from the last saved state."""
     done = run_local(tmp_path, "3,75,3,0", "--processes=1", "--tries=2", "--delay=0")
     assert done.returncode == 0 and len(starts(tmp_path)) == 4
 
@@ -234,7 +236,8 @@ def test_one_that_crashes_takes_the_others_down(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="expected setpriv, which util-linux brings")
-def test_processes_are_stopped_when_the_launcher_is_killed(tmp_path: Path) -> None:
+def test_a_killed_launcher_stops_its_processes(tmp_path: Path) -> None:
+    """Processes are stopped when the launcher is killed."""
     running = subprocess.Popen(local(tmp_path, "sleep", "--processes=2"))
     eventually(lambda: len(starts(tmp_path)) == 2)
     running.kill()

@@ -163,9 +163,8 @@ time.sleep(300 if starts == 0 else 0)
 """
 
 
-def test_a_job_is_stopped_ahead_of_its_time_limit_and_comes_back(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_a_job_at_its_time_limit_comes_back(cluster: Cluster, tmp_path: Path) -> None:
+    """A job is stopped ahead of its time limit and comes back."""
     options = [
         "--time=1",
         "--signal=TERM@20",
@@ -183,9 +182,8 @@ def test_a_job_is_stopped_ahead_of_its_time_limit_and_comes_back(
     ]
 
 
-def test_a_job_that_crashes_is_tried_again_inside_and_one_with_a_mistake_is_not(
-    cluster: Cluster, tmp_path: Path
-) -> None:
+def test_jobs_that_crash_and_jobs_with_a_mistake(cluster: Cluster, tmp_path: Path) -> None:
+    """A job that crashes is tried again inside the allocation; one with a mistake is not."""
     for code, attempts in ((7, 2), (2, 1)):
         log = tmp_path / f"{code}.txt"
         command = ["--tries=2", "--delay=0", "sh", "-c", f"echo start; exit {code}"]
@@ -222,10 +220,12 @@ def losses(workdir: Path) -> dict[int, float]:
     return {row["step"]: row["nll"] for row in rows if "nll" in row}
 
 
-def test_the_demo_is_stopped_twice_and_ends_as_if_it_had_not_been(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    """Two tasks; the first stop by SIGTERM to them, as at a preemption, the second by an operator's requeue."""
+def test_the_demo_stopped_twice(cluster: Cluster, tmp_path: Path) -> None:
+    """The demo, stopped twice, ends as if it had not been stopped.
+
+    Two tasks; the first stop by SIGTERM to them, as at a preemption, the second by an operator's
+    requeue.
+    """
     steps, workdir, log = 400, tmp_path / "run", tmp_path / "log.txt"
     number = cluster.submit(*demo(tmp_path, steps), f"--workdir={workdir}", log=log)
     eventually("training", lambda: len(losses(workdir)) > 50, 120)
@@ -251,7 +251,8 @@ def test_the_demo_is_stopped_twice_and_ends_as_if_it_had_not_been(
     )
 
 
-def test_a_sweep_submits_its_runs_and_collects_them_later(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_sweep_of_jobs(cluster: Cluster, tmp_path: Path) -> None:
+    """A sweep submits its runs and collects them later."""
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "small.py").write_text(
         "from configs.demo import get_config  # noqa: F401\n"

@@ -182,9 +182,8 @@ LOGIN = "\nPlease run:\n\n  $ gcloud auth login\n\nto obtain new credentials."
         ),
     ],
 )
-def test_a_refusal_of_gcloud_is_one_line_and_the_end(
-    command: str, said: str, tmp_path: Path
-) -> None:
+def test_refusals_of_gcloud(command: str, said: str, tmp_path: Path) -> None:
+    """A refusal of gcloud is one line and the end."""
     tpu = Slice(tmp_path)
     (tpu.workers / f"{command}.refused").write_text(said)
     code, out = tpu.run("true")
@@ -196,7 +195,8 @@ def test_a_refusal_of_gcloud_is_one_line_and_the_end(
     )
 
 
-def test_an_outage_is_tried_again_and_makes_no_slice(tmp_path: Path) -> None:
+def test_an_outage_is_tried_again(tmp_path: Path) -> None:
+    """An outage is tried again, and makes no slice."""
     tpu = Slice(tmp_path)
     said = (
         "There was a problem refreshing your current auth tokens: HTTPSConnectionPool: Max retries exceeded"

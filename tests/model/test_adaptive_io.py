@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import call
+from comparison import is_normal, is_uniform
 from flax import nnx
-from test_cli import call
-from test_golden import GRADIENT, OUTPUT
-from test_model import is_normal, is_uniform
-from test_sharding import fresh
+from golden_data import GRADIENT, OUTPUT
+from new_process import fresh
 from tiny_model import geometry
 
 from allattn.model import adaptive_softmax, forward_flops

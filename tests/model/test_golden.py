@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from golden_data import GRADIENT, OUTPUT
 
 from allattn import attention as attention_package
 from allattn.model import Model
@@ -37,8 +38,6 @@ MODELS = [
     "ff_span",
 ]
 MODELS += ["pers_span_adaptio_tied", "pers_span_adaptio_untied", "ff_adaptio_tied_div4"]
-
-OUTPUT, GRADIENT = 2e-5, 1e-4
 
 
 def attention_only(config, params: dict, position_LK, cache_BSD, h_BTD, attention):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparison import is_normal, is_uniform
 from flax import nnx
 from tiny_model import geometry, random_params
 
@@ -74,22 +75,6 @@ def fresh() -> tuple[ModelConfig, Params]:
         "xla_backend_optimization_level": 0
     }  # these programs take longer to optimise than to run
     return config, jax.jit(Model(config).init, compiler_options=quick)(jax.random.key(0))
-
-
-def is_normal(array: np.ndarray, deviation: float) -> None:
-    array = np.asarray(array, np.float64) / deviation
-    assert abs(array.mean()) < 5 / math.sqrt(array.size)
-    assert array.std() == pytest.approx(1, abs=4 / math.sqrt(array.size))
-    assert (array**4).mean() == pytest.approx(3, rel=0.1), (
-        "a normal distribution has a kurtosis of 3"
-    )
-
-
-def is_uniform(array: np.ndarray, bound: float) -> None:
-    array = np.asarray(array, np.float64) / bound
-    assert abs(array.mean()) < 3 / math.sqrt(array.size)
-    assert array.std() == pytest.approx(1 / math.sqrt(3), abs=2 / math.sqrt(array.size))
-    assert 1 - 10 / array.size < np.abs(array).max() <= 1 + 1e-6
 
 
 def test_initialisation(fresh: tuple[ModelConfig, Params]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from command_line import call
-from test_sharding import fresh
+from new_process import fresh
 
 from allattn import config
 from allattn.errors import UserError
@@ -203,8 +203,8 @@ def judged(injected: str = "", **changes: str) -> list[Any]:
     return fresh(JUDGE.format(root=ROOT, changes=values, injected=injected), 8)
 
 
-def test_a_step_sends_what_it_must_and_nothing_else() -> None:
-    """All-attention on 2 x 2 x 2 devices.
+def test_collectives_of_a_step() -> None:
+    """A step sends what it must and nothing else: all-attention on 2 x 2 x 2 devices.
 
     What is found: a sum inside the operation, gathers twice as often, a table left in parts.
     """
@@ -247,8 +247,12 @@ found.append(judged())
 """
 
 
-def test_a_sum_of_activations_that_have_the_size_of_a_kernel() -> None:
-    """Rows of one to a device, as long as they are wide: the sum passes for a gradient's, and is one too many."""
+def test_activations_of_the_size_of_a_kernel() -> None:
+    """A sum of activations that have the size of a kernel is found.
+
+    Rows of one to a device, as long as they are wide: the sum passes for a gradient's, and is one
+    too many.
+    """
     alike = {"mesh__data": "8", "mesh__fsdp": "1", "mesh__tensor": "1", "train__block": "64"}
     (broken, _), (leaks, uses) = judged(SUMMED, **alike)
     assert broken == []
@@ -260,9 +264,10 @@ def test_a_sum_of_activations_that_have_the_size_of_a_kernel() -> None:
 
 
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 8, 1)])
-def test_an_accumulated_batch_sends_gradients_in_parts_and_metrics_once(
+def test_collectives_of_an_accumulated_batch(
     mesh: tuple[int, ...],
 ) -> None:
+    """An accumulated batch sends gradients in parts, and metrics once."""
     sizes = {
         f"mesh__{axis}": str(size)
         for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)
@@ -365,8 +370,11 @@ def test_what_to_change(mesh: tuple[int, ...], changes: dict[str, str], setting:
     assert dataclasses.replace(found, hbm=17 * compilation.GIB).fits
 
 
-def test_chips_have_the_devices_that_their_shapes_name() -> None:
-    """Every known topology is a chip's, and a shape that is no topology is refused."""
+def test_devices_of_chips() -> None:
+    """Chips have the devices that their shapes name.
+
+    Every known topology is a chip's, and a shape that is no topology is refused.
+    """
     for name, chip in chips.CHIPS.items():
         assert all(chips.chip(f"{name}:{shape}") is chip for shape in chip.shapes)
         with pytest.raises(UserError, match="expected one of"):

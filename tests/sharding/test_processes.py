@@ -222,8 +222,11 @@ bucket.is_whole = silent
 """
 
 
-def test_a_bucket_that_does_not_answer_one_process(tmp_path: Path) -> None:
-    """All end with the exit code on which a launcher tries again."""
+def test_a_bucket_that_fails_one_process(tmp_path: Path) -> None:
+    """A storage bucket does not answer one of the processes.
+
+    All end with the exit code on which a launcher tries again.
+    """
     with train(
         prepared_texts(tmp_path), tmp_path / "run", 2, 1, before=lambda i: SILENT if i else ""
     ) as two:
@@ -246,8 +249,12 @@ start.restore = refuse
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_mistake_that_the_others_do_not_learn_of(tmp_path: Path, number: int) -> None:
-    """The process that met it says so at once and keeps its exit code; the other ends as soon as it misses it."""
+def test_a_mistake_unknown_to_the_others(tmp_path: Path, number: int) -> None:
+    """One process makes a mistake of which the others do not learn.
+
+    The process that met it says so at once and keeps its exit code; the other ends as soon as it
+    misses it.
+    """
     before = {number: ALONE}
     with train(
         prepared_texts(tmp_path), tmp_path / "run", 2, 1, before=lambda i: before.get(i, "")
@@ -393,8 +400,12 @@ def test_rows_of_a_process_with_others_between() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="CPU seconds of threads are read from Linux")
-def test_no_process_has_more_to_do_where_there_are_more() -> None:
-    """2 and 4 processes train together, 8 rows each: the program of each has the FLOPs of one by itself."""
+def test_work_per_process() -> None:
+    """No process has more to do where there are more processes.
+
+    2 and 4 processes train together, 8 rows each: the program of each has the FLOPs of one by
+    itself.
+    """
     words = ["--config.model.depth=1", "--steps=1"]
     alone = at_once(1, ["--alone", *words])["flops"]
     assert alone > 1e5

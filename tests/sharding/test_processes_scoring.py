@@ -51,7 +51,8 @@ def refused(each: Any, workdir: Path) -> str:
     return line
 
 
-def test_processes_that_would_score_different_things(trained: Path) -> None:
+def test_processes_with_different_splits(trained: Path) -> None:
+    """Processes that would score different splits are refused."""
     line = refused(lambda i: [f"--split={('test', 'valid')[i]}"], trained)
     different = (
         r"authors, step 4, valid of (files/byte-\w+/1.0.0) in place of authors, step 4, test of \1"
@@ -70,8 +71,11 @@ def test_a_process_that_alone_would_score_a_text(trained: Path, which: int) -> N
     assert line == f"allattn: process 1 has another command than process 0: {expected}"
 
 
-def test_processes_that_would_score_different_texts(trained: Path, tmp_path: Path) -> None:
-    """Or none: a mistake of one of them ends both at once, with the one line."""
+def test_processes_with_different_texts(trained: Path, tmp_path: Path) -> None:
+    """Processes that would score different texts are refused.
+
+    Or none: a mistake of one of them ends both at once, with the one line.
+    """
     texts = [tmp_path / "0.txt", tmp_path / "1.txt"]
     for i, text in enumerate(texts):
         text.write_bytes((trained.parent / "texts" / "test.txt").read_bytes() * (i + 1))
@@ -87,8 +91,11 @@ def test_processes_that_would_score_different_texts(trained: Path, tmp_path: Pat
     )
 
 
-def test_processes_that_would_score_different_checkpoints(trained: Path, tmp_path: Path) -> None:
-    """Also of other parameters at the same step, or of none."""
+def test_processes_with_different_checkpoints(trained: Path, tmp_path: Path) -> None:
+    """Processes that would score different checkpoints are refused.
+
+    Also of other parameters at the same step, or of none.
+    """
     other = tmp_path / "other"
     shutil.copytree(trained, other)
     line = refused(lambda i: [f"--workdir={(trained, other)[i]}"], trained)
@@ -124,8 +131,11 @@ def test_a_score_that_is_interrupted(
     )
 
 
-def test_a_single_process_that_is_taken_away_while_it_scores(tmp_path: Path) -> None:
-    """The state is saved without a score on dev."""
+def test_a_process_stopped_while_it_scores(tmp_path: Path) -> None:
+    """A single process is taken away while it scores.
+
+    The state is saved without a score on dev.
+    """
     texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
     (texts / "valid.txt").write_bytes((texts / "valid.txt").read_bytes() * LONG)
     changes = {"train__steps": 100_000, "evaluate__every": 3, "checkpoint__every": 100_000}

@@ -3,7 +3,6 @@
 Dimension key: none, only whole calls are compared.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -16,8 +15,10 @@ import golden_data as golden
 import jax
 import numpy as np
 import pytest
-from command_line import TEST_PATH, flags, write_texts
+from command_line import flags, write_texts
 from jax.sharding import AbstractMesh, PartitionSpec
+from mesh_runs import KINDS
+from new_process import fresh
 
 from allattn import config as configuration
 from allattn import data, sharding, train
@@ -26,19 +27,6 @@ from allattn.model import Model, ModelConfig
 from allattn.train import optim
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def fresh(code: str, devices: int | None = None, **environment: str) -> Any:
-    """The JSON that code prints last in a new process."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": TEST_PATH, **environment}
-    environment.pop("XLA_FLAGS", None)
-    if devices:
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 CORES = """
@@ -148,8 +136,8 @@ def test_mistakes(changes: dict[str, str], message: str) -> None:
     assert str(met.value).startswith(message)
 
 
-def test_a_dimension_that_the_mesh_does_not_divide(tmp_path: Path) -> None:
-    """Refused before there is a workdir."""
+def test_a_dimension_that_no_axis_divides(tmp_path: Path) -> None:
+    """A dimension that the mesh does not divide is refused before there is a workdir."""
     words = [
         "train",
         f"--workdir={tmp_path}/run",
@@ -191,7 +179,8 @@ def paths(config: Any) -> set[str]:
     }
 
 
-def test_every_array_has_one_rule_and_every_rule_an_array() -> None:
+def test_one_rule_per_array() -> None:
+    """Every array has exactly one rule, and every rule an array."""
     files = [p for p in (ROOT / "configs").rglob("*.py") if p.stem not in ("__init__", "base")]
     names = set().union(*(paths(configuration.load(str(file)).unlock()) for file in files))
     matches = {
@@ -202,42 +191,12 @@ def test_every_array_has_one_rule_and_every_rule_an_array() -> None:
     assert {pattern for pattern, _ in sharding.RULES} == {found[0] for found in matches.values()}
 
 
-# The paper's layer with Adam and its clip of all gradients together, then what that does not have.
-SHARED = {
-    "model__depth": 2,
-    "model__width": 32,
-    "model__heads": 4,
-    "model__dropout": 0.2,
-    "model__span__init": 0.3,
-}
-SHARED |= {"model__span__loss": 1e-3, "optimizer__learning_rate": 1e-3, "optimizer__clip": 0.3}
-SHARED |= {"train__batch": 8, "train__accumulation": 2}
-ADAGRAD = {"optimizer__name": "adagrad", "optimizer__learning_rate": 0.07, "optimizer__clip": 0.03}
-FEEDS = {"model__persistent": 0, "model__feed_forward": 24}
-XL = {
-    "model__layer": "transformer_xl",
-    "model__span__adaptive": False,
-    "model__attention_dropout": 0.2,
-}
-WHOLE = {"mesh__tensor": 1, "train__accumulation": 1}  # 4 x 2 x 1 devices, as many as rows
-KINDS: dict[str, dict[str, Any]] = {
-    "joint": {"model__embedding_dropout": 0.2},
-    "adaptive_io": {
-        "model__adaptive_io__cutoffs": (4, 7),
-        "model__adaptive_io__division": 2,
-        **ADAGRAD,
-    },
-    "head_split": {"model__integration": "head_split", **WHOLE},
-    "single_head": {"model__integration": "single_head", **WHOLE, **ADAGRAD},
-    "transformer": {"model__layer": "transformer", **FEEDS},
-    "transformer_xl": {**XL, **FEEDS},
-}
 TRAIN = """
 import os
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # it takes longer to optimise than to run
 import jax, numpy as np
 from command_line import trained, trainer
-from test_sharding import KINDS, SHARED
+from mesh_runs import KINDS, SHARED
 found = {{}}
 for kind, changes in KINDS.items():
     mesh = {{"mesh__fsdp": {parts}, "mesh__tensor": {parts}}}

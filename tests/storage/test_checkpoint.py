@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from comparison import assert_same
 
 from allattn.errors import UserError
 from allattn.storage.checkpoint import Checkpointer, on_one_device
@@ -47,13 +48,6 @@ def fill(workdir: Path, scores: dict[int, float | None], keep: int = 3) -> str:
         for step, dev_nll in scores.items():
             save(checkpoints, step, dev_nll)
     return str(workdir)
-
-
-def assert_same(found: Any, expected: Any) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
 
 
 def damage(workdir: str, step: int, item: str) -> None:
@@ -121,7 +115,7 @@ import math, jax
 from allattn import sharding, train
 from allattn.storage.checkpoint import Checkpointer
 from command_line import trained, trainer
-from test_checkpoint import assert_same
+from comparison import assert_same
 
 changes = {"model__heads": 4, "train__batch": 8, "model__dtype": "bfloat16", "model__adaptive_io__cutoffs": (4, 7)}
 first = trainer(TEXTS, **changes, mesh__fsdp=2, mesh__tensor=2)
@@ -251,8 +245,11 @@ def test_meta_holds_any_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("item", ["params", "optimizer", "cache", "meta"])
-def test_a_resume_passes_over_a_damaged_checkpoint(tmp_path: Path, item: str, caplog) -> None:
-    """It goes on from the one before, and can then write the damaged step again."""
+def test_resuming_past_a_damaged_checkpoint(tmp_path: Path, item: str, caplog) -> None:
+    """Resuming passes over a damaged checkpoint.
+
+    It goes on from the one before, and can then write the damaged step again.
+    """
     workdir = fill(tmp_path, {10: None, 20: None, 30: None})
     damage(workdir, 30, item)
     with Checkpointer(workdir) as checkpoints:

@@ -19,6 +19,10 @@ from allattn.model import ModelConfig
 HERE = Path(__file__).parents[1]
 SHARED = HERE.parent.parent / "shared"
 
+# The largest error that float32 may have, as a share of the largest entry.
+OUTPUT = 2e-5
+GRADIENT = 1e-4
+
 
 def load(name: str, folder: str = "golden") -> dict[str, np.ndarray]:
     """All arrays of one golden file; skips the test if neither place has it."""

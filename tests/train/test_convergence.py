@@ -78,10 +78,13 @@ def additions(rng: np.random.Generator) -> np.ndarray:
     return x_BT
 
 
-def test_modular_addition_needs_persistent_vectors() -> None:
-    """With one key in the context, attention without persistent vectors has constant weights: the
+def test_addition_needs_persistent_vectors() -> None:
+    """Addition modulo 7 needs persistent vectors.
+
+    With one key in the context, attention without persistent vectors has constant weights: the
     layers are linear up to their norms, and what takes the place of the feed-forward layer must be
-    the persistent vectors."""
+    the persistent vectors.
+    """
     expected, other = 1 - NOISE * 6 / 7, NOISE / 7
     least = -expected * math.log(expected) - 6 * other * math.log(
         other
