@@ -67,7 +67,7 @@ def _main(argv: Sequence[str] | None) -> int:
         print("allattn: the output was closed before the end", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("allattn: interrupted; run again to go on from the last checkpoint", file=sys.stderr)
+        print("allattn: interrupted; run again to resume from the last checkpoint", file=sys.stderr)
         return 130
 
 

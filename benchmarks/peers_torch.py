@@ -100,7 +100,7 @@ def all_attention(
 
 
 class Layer(nn.Module):
-    """`allattn.model.all_attention_layer.AllAttention`, with parameters of the same names and shapes."""
+    """Our `AllAttention`, with parameters of the same names and shapes."""
 
     def __init__(self, job: Job):
         super().__init__()

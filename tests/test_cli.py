@@ -91,7 +91,7 @@ def test_train_again_is_complete(place: Place) -> None:
 
 
 def test_train_longer(place: Place, tmp_path: Path) -> None:
-    """A finished run goes on if it is given more steps."""
+    """A finished run resumes if it is given more steps."""
     shutil.copytree(place.run, tmp_path / "run")
     longer = call(
         "train", f"--workdir={tmp_path}/run", *flags(place.texts, train__finetune_steps=4)
@@ -478,7 +478,7 @@ def test_home_folder_in_a_workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_loss_that_is_not_a_number(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit code 1; the message names the step; the checkpoint from before stands, and the run goes on from it."""
+    """Exit code 1; the message names the step; the checkpoint from before stands, and the run resumes from it."""
     advance = train.Trainer.step
 
     def poison(self: train.Trainer, state: train.TrainState, *rest: Any) -> Any:

@@ -274,7 +274,7 @@ def first_on_leader(name: str, action: Callable[[], T]) -> T:
 
 def describe_difference(leader_text: str, own_text: str) -> str:
     """How the text of a process differs from that of process 0; "" if it does not."""
-    return "" if own_text == leader_text else f"{own_text} in place of {leader_text}"
+    return "" if own_text == leader_text else f"{own_text} instead of {leader_text}"
 
 
 def require_same_text(

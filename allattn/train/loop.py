@@ -128,7 +128,7 @@ def _run(
             checkpoints.save(done, *arrays, trainer.meta(state, context_length), dev_nll)
             if stop.reached:
                 raise PreemptedError(
-                    f"stopped at step {done}: this machine is being taken away; run again to go on"
+                    f"stopped at step {done}: this machine is being taken away; run again to resume"
                 )
     return state
 

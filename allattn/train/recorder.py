@@ -215,7 +215,7 @@ def describe_start(model: ModelConfig, mesh: Mesh, parameters: int, step: int) -
     devices = _count(mesh.size, f"{jax.devices()[0].device_kind} device", "s")
     axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     implementation = model.implementation or best_here(jnp.dtype(model.dtype))
-    begin = f"goes on at step {step}" if step else "from step 0"
+    begin = f"resumes at step {step}" if step else "from step 0"
     return (
         f"{processes}, {devices} (mesh {axes}), {implementation}, "
         f"{parameters:,} parameters; {begin}"
