@@ -5,6 +5,8 @@ head width.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -117,13 +119,24 @@ def call(inputs: dict[str, Any], **rest: Any) -> Any:
     )
 
 
+def compiled(implementation: str) -> Callable[[Callable], Callable]:
+    """Decorator that compiles a function which calls an implementation.
+
+    On a CPU an interpreted kernel and the definition take longer to optimise than to run. "xla",
+    which users run there, is compiled as for them.
+    """
+    quick = implementation != "xla" and jax.default_backend() == "cpu"
+    options: Any = {"xla_backend_optimization_level": 0} if quick else None
+    return functools.partial(jax.jit, compiler_options=options)
+
+
 def results(case: Case, inputs: dict[str, Any], implementation: str, **rest: Any) -> dict[str, Any]:
     """Output, persistent mass and every gradient of sum(out * cotangent)."""
     cotangent = jnp.asarray(
         np.random.default_rng(1).normal(size=(case.B, case.T, case.H, case.K)), jnp.float32
     )
 
-    @jax.jit
+    @compiled(implementation)
     def run(inputs: dict[str, Any]) -> tuple:
         def loss(inputs: dict[str, Any]) -> tuple:
             settings = {**options(case), **rest}
@@ -136,6 +149,13 @@ def results(case: Case, inputs: dict[str, Any], implementation: str, **rest: Any
 
     gradients, (out, mass) = run(inputs)
     return {"out": out, "mass": mass, **gradients}
+
+
+@functools.lru_cache(maxsize=4)
+def exact(case: Case) -> dict[str, Any]:
+    """The definition in float64, computed once for the implementations that are held against it."""
+    with jax.enable_x64(True):
+        return results(case, arrays(case, np.float64), "reference")
 
 
 def error(ours: dict[str, Any], reference: dict[str, Any]) -> float:
