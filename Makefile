@@ -9,10 +9,13 @@ STAMP := .venv/.installed-$(VERSION)
 # A folder that another version of Python made is emptied first.
 FRESH = $(if $(wildcard .venv/bin/python$(VERSION)),,--clear)
 
-.PHONY: install demo notebook test test-all test-tpu-compile test-gpu-compile test-slurm same-program lint bench bench-gpu \
+.PHONY: help install demo notebook test test-all test-tpu-compile test-gpu-compile test-slurm same-program lint bench bench-gpu \
     bench-peers clean
 
-install: $(STAMP)
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## the package and its tests into .venv
 
 $(STAMP): setup.py
 	$(if $(filter 3.11 3.12,$(VERSION)),,$(error \
@@ -58,7 +61,8 @@ test-slurm: install  ## launch/slurm.sbatch on a real SLURM, started here; needs
 same-program: install  ## the same lowered programs as at BASE, a commit: nothing but names and places changed
 	$(BIN)/python .ci/same_program.py --base=$(BASE)
 
-lint: install
+lint: install  ## style, types, shell scripts, and the counts of dense code
+	$(BIN)/python .ci/ratchet.py
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -81,5 +85,5 @@ bench-peers: install  ## a training step of ours beside PyTorch's, in three minu
 	@.venv-peers/bin/python -m pip install -q --disable-pip-version-check '$(TORCH)' 'x-transformers>=2.31,<3'
 	$(BIN)/python -m benchmarks.peers
 
-clean:
+clean:  ## remove environments and caches
 	rm -rf .venv .venv-tpu .venv-gpu .venv-peers .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

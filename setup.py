@@ -1,14 +1,31 @@
 """Installation. Versions are bounded on both sides: below is what was tried, above what is not known yet."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="allattn",
     version="0.1.0",
-    description="The all-attention network in JAX: persistent vectors instead of feed-forward layers, adaptive spans",
+    description="The all-attention network in JAX: persistent vectors, adaptive attention spans",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf8"),
+    long_description_content_type="text/markdown",
+    author="The allattn authors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["attention", "persistent memory", "adaptive attention span", "JAX", "Flax", "TPU"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["allattn", "allattn.*"]),
-    package_data={"allattn.attention": ["tuned.json"]},
+    package_data={"allattn": ["py.typed"], "allattn.attention": ["tuned.json"]},
     install_requires=[
         # 0.11.2 crashes on arrays of no elements, as of no pairs, within a mesh
         "jax>=0.10.2,!=0.11.2,<0.13",

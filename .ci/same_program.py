@@ -302,8 +302,7 @@ def _decoded(bytecode: bytes) -> str:
     with ir.Context() as context:
         context.allow_unregistered_dialects = True
         tpu.register_dialect(context)
-        triton.register_dialects(context) if hasattr(triton, "register_dialects") else None
-        triton.dialect.register_dialect(context) if hasattr(triton, "dialect") else None
+        triton.dialect.register_dialect(context)
         parsed = ir.Module.parse(bytecode)
         return parsed.operation.get_asm(enable_debug_info=False)
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from allattn.errors import RunError, UserError
 
+# Module and attribute behind each public name.
 _HOMES = {
     "all_attention": ("allattn.attention", "all_attention"),
     "evaluate": ("allattn.run", "evaluate"),
     "generate": ("allattn.run", "generate"),
     "load": ("allattn.run", "load"),
     "load_config": ("allattn.config", "load"),
-    "read_metrics": ("allattn.train.metrics", "read_jsonl"),
+    "read_metrics": ("allattn.train.jsonl", "read_jsonl"),
     "train_and_evaluate": ("allattn.train", "train_and_evaluate"),
 }
 

@@ -1,4 +1,11 @@
-"""The command line: `allattn COMMAND --flag=value ...`."""
+"""The command line: `allattn COMMAND --flag=value ...`.
+
+One section per command: its flags, and the call that does it. To add a command, write such a
+section and add it to `_parser`, and to `COMMANDS_WITH_SETTINGS` if it takes --config.a.b=value.
+
+Imports of the package are inside the functions, so that `--help` and mistakes in the flags answer
+at once: JAX takes a while to load.
+"""
 
 import argparse
 import json
@@ -8,6 +15,20 @@ from collections.abc import Callable, Sequence
 
 from allattn.errors import PreemptedError, RunError, UserError
 
+COMMANDS_WITH_SETTINGS = ("train", "config", "sweep", "convert", "compile")
+
+# Type of flags that name folders, files and bucket URLs. The shell leaves the ~ of --workdir=~/run
+# alone, so it is expanded here.
+_PATH = os.path.expanduser
+
+
+# --- one command from its words to its exit code
+
+
+def console() -> None:
+    """Entry point of the installed command."""
+    sys.exit(main())
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -16,12 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: words after the program's name; None: those of this process.
 
     Returns:
-      Exit code: 0, 1 for a failed run, 2 for a mistake in the input, 75 for a run that was told to
-        make room and goes
-      on when it is started again.
+      Exit code: 0; 1 for a failed run; 2 for a mistake in the input; 75 for a run that was stopped
+      from outside and resumes when it is started again; 130 for one that the keyboard interrupted.
     """
     try:
         code = _main(argv)
+    # An error that nobody foresaw: the other processes are told, then it shows its traceback.
     except Exception:
         _leave(1)
         raise
@@ -29,58 +50,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def _main(argv: Sequence[str] | None) -> int:
+    """The exit code of one command, as far as this process alone can tell."""
+    # Each mistake and failure that is foreseen ends in one line.
+    try:
+        arguments, rest = _parser().parse_known_args(argv)
+        overrides = _overrides(rest, allowed=arguments.command in COMMANDS_WITH_SETTINGS)
+        _quiet()
+        return arguments.run(arguments, overrides) or 0
+    except (UserError, RunError) as error:
+        print(f"allattn: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return _exit_code(error)
+    except BrokenPipeError:
+        # What is left to write has no reader; without this Python complains when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("allattn: the output was closed before the end", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("allattn: interrupted; run again to resume from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _exit_code(error: Exception) -> int:
+    # Launchers obey these: they do not repeat a mistake (2), and resume a run that was stopped (75).
+    if isinstance(error, UserError):
+        return 2
+    if isinstance(error, PreemptedError):
+        return 75
+    return 1
+
+
 def _leave(code: int) -> None:
     """End together with the other processes of the run, if there are any."""
-    if (
-        "allattn.distributed" in sys.modules
-    ):  # otherwise JAX, which takes a while to load, was not needed
+    # A command that did not load the module is alone.
+    if "allattn.sharding.processes" in sys.modules:
         from allattn.sharding import processes
 
         processes.stop(code)
 
 
-def _main(argv: Sequence[str] | None) -> int:
-    try:
-        arguments, rest = _parser().parse_known_args(argv)
-        overrides = _overrides(
-            rest, allowed=arguments.command in ("train", "sweep", "convert", "compile")
-        )
-        _quiet()
-        return arguments.run(arguments, overrides) or 0
-    except (UserError, RunError) as error:
-        print(f"allattn: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 75 if isinstance(error, PreemptedError) else 1
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # what is left to write has no reader
-        print("allattn: the output was closed before the end", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("allattn: interrupted; run again to go on from the last checkpoint", file=sys.stderr)
-        return 130
-
-
-def console() -> None:
-    """Entry point of the installed command."""
-    sys.exit(main())
-
-
-def _overrides(rest: Sequence[str], allowed: bool) -> dict[str, str]:
-    """`--config.a.b=v` words as {"a.b": "v"}."""
-    found = {}
-    for word in rest:
-        name, equals, value = word.partition("=")
-        if not allowed or not name.startswith("--config.") or not equals:
-            expected = "; settings are --config.name=value" if allowed else ""
-            raise UserError(
-                f"unknown argument {word!r}; `allattn COMMAND --help` lists the flags{expected}"
-            )
-        found[name.removeprefix("--config.")] = value
-    return found
-
-
-_PATH = os.path.expanduser  # of folders, files and bucket URLs
+# --- flags
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,120 +98,79 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    """The commands in the order in which `allattn --help` lists them."""
     parser = _Parser(prog="allattn", description="The all-attention network.")
     commands = parser.add_subparsers(
         dest="command", required=True, parser_class=_Parser, metavar="COMMAND"
     )
 
-    def command(name: str, run: Callable, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        added.set_defaults(run=run)
-        return added
+    def add(name: str, flags: Callable, run: Callable, text: str) -> None:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        flags(command)
+        command.set_defaults(run=run)
 
-    train = command("train", _train, "train or resume; ends with an evaluation of the test split")
-    train.add_argument(
-        "--config",
-        required=True,
-        type=_PATH,
-        help="experiment file; --config.a.b=value changes one field",
+    add("train", _train_flags, _train, "train or resume; ends with an evaluation of the test split")
+    add("evaluate", _evaluate_flags, _evaluate, "score a checkpoint; prints one JSON line last")
+    add("generate", _generate_flags, _generate, "continue a prompt")
+    add(
+        "config",
+        _config_flags,
+        _config,
+        "print every field of an experiment; * marks what differs from configs/base.py",
     )
-    train.add_argument(
-        "--workdir", required=True, type=_PATH, help="folder or bucket URL of the run"
+    add(
+        "convert",
+        _convert_flags,
+        _convert,
+        "import a checkpoint of the papers' own code, or export to one",
     )
-    _add_process_flags(train)
-
-    evaluate = command("evaluate", _evaluate, "score a checkpoint; prints one JSON line last")
-    _add_checkpoint_flags(evaluate)
-    evaluate.add_argument("--split", default="test", choices=("train", "valid", "test"))
-    evaluate.add_argument(
-        "--protocol", choices=("authors", "full", "xl"), help="the configuration's if left out"
+    add(
+        "sweep",
+        _sweep_flags,
+        _sweep,
+        "train every experiment of a folder, several seeds each; writes one table",
     )
-    evaluate.add_argument(
-        "--text", type=_PATH, help="score this file, which may lie in a bucket, instead of a split"
-    )
-    evaluate.add_argument(
-        "--data_dir", help="folder or bucket URL of prepared data, if not where training had it"
-    )
-    _add_process_flags(evaluate)
-
-    generate = command("generate", _generate, "continue a prompt")
-    _add_checkpoint_flags(generate)
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--length", type=int, default=200, help="symbols to draw")
-    generate.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest")
-    generate.add_argument("--top_k", type=int, default=0, help="0: all")
-    generate.add_argument("--top_p", type=float, default=1.0)
-    generate.add_argument("--seed", type=int, default=0)
-
-    convert = command(
-        "convert", _convert, "import a checkpoint of the papers' own code, or export to one"
-    )
-    convert.add_argument("--source", required=True, help="adaptive-span or transformer-xl")
-    convert.add_argument(
-        "--checkpoint", type=_PATH, help="state dict to import, .pt or .npz; with --config"
-    )
-    convert.add_argument(
-        "--config", type=_PATH, help="experiment file whose geometry the checkpoint has"
-    )
-    convert.add_argument(
-        "--dataset", help="data set that gives the vocabulary, if not the configuration's"
-    )
-    convert.add_argument(
-        "--export",
-        type=_PATH,
-        help="file .npz to write the parameters to, in place of --checkpoint",
-    )
-    _add_checkpoint_flags(convert)
-
-    sweep = command(
-        "sweep", _sweep, "train every experiment of a folder, several seeds each; writes one table"
-    )
-    sweep.add_argument("--configs", required=True, type=_PATH, help="folder of experiment files")
-    sweep.add_argument("--only", default="*", help="pattern of the files to run, such as '*_tiny'")
-    sweep.add_argument(
-        "--workdir", required=True, type=_PATH, help="folder or bucket URL of the sweep"
-    )
-    sweep.add_argument("--seeds", type=int, default=3, help="runs of each experiment")
-    sweep.add_argument(
-        "--budget", type=int, default=0, help="tokens that every run trains on; 0: as its file says"
-    )
-    sweep.add_argument(
-        "--launcher",
-        default="",
-        help="words before each training command, such as a submitting script",
-    )
-
-    compile = command(
+    add(
         "compile",
+        _compile_flags,
         _compile,
         "compile the training step for a machine that is not here; says if it fits",
     )
-    compile.add_argument("--config", required=True, type=_PATH, help="experiment file")
-    compile.add_argument(
-        "--topology", required=True, help="such as v5e:16x16, or h100:8 for a node of GPUs"
-    )
-    compile.add_argument(
-        "--slices", type=int, default=1, help="how many of it, joined by a slower network"
-    )
-
-    data = command("data", _data, "download or take over, check and prepare a data set")
-    data.add_argument(
-        "--dataset", required=True, help="enwik8, text8, wikitext103, stdlib or files"
-    )
-    data.add_argument("--data_dir", help="folder or bucket URL to put it; for `files` of the texts")
-    data.add_argument("--manual_dir", help="folder or bucket URL of hand-placed archives")
-    data.add_argument("--unit", default="byte", choices=("byte", "word"), help="for `files`")
+    add("data", _data_flags, _data, "download or take over, check and prepare a data set")
     return parser
 
 
-def _add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+def _overrides(rest: Sequence[str], allowed: bool) -> dict[str, str]:
+    """The words `--config.a.b=v` as {"a.b": "v"}.
+
+    Args:
+      rest: words of the command line that are none of the command's flags.
+      allowed: whether the command takes settings.
+
+    Raises:
+      UserError: a word that is no setting, or any where none are allowed.
+    """
+    overrides = {}
+    for word in rest:
+        # The value stands in the same word: the next one may belong to anything.
+        name, equals, value = word.partition("=")
+        if not allowed or not name.startswith("--config.") or not equals:
+            settings = "; settings are --config.name=value" if allowed else ""
+            raise UserError(
+                f"unknown argument {word!r}; `allattn COMMAND --help` lists the flags{settings}"
+            )
+        overrides[name.removeprefix("--config.")] = value
+    return overrides
+
+
+def _checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workdir", required=True, type=_PATH, help="folder or bucket URL of the run"
     )
     parser.add_argument("--step", default=None, help="a step or `best`; the newest if left out")
 
 
-def _add_process_flags(parser: argparse.ArgumentParser) -> None:
+def _process_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--coordinator",
         help="HOST:PORT of process 0, where the processes are not found by themselves",
@@ -214,82 +182,162 @@ def _add_process_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-# The imports are late so that `--help` and mistakes in the flags answer at once.
+# --- what several commands do first
 
 
 def _quiet() -> None:
-    """Keep the libraries' remarks on ordinary uses of them off the screen; their errors still show."""
+    """Keep the libraries' remarks on ordinary uses off the screen; their errors still show."""
     import logging
 
     import absl.logging
 
     absl.logging.set_verbosity(absl.logging.ERROR)
-    logging.getLogger("gcsfs").setLevel(
-        logging.CRITICAL
-    )  # it logs a traceback of what it raises as well
+    # It logs a traceback of what it raises as well.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+
+def _enable_compilation_cache() -> None:
+    """Keep compiled programs beside the prepared data, for the next start."""
+    from allattn import data
+    from allattn.sharding import compilation_cache
+
+    compilation_cache.enable(data.cache_dir())
 
 
 def _join(arguments: argparse.Namespace) -> None:
+    """Find the other processes of the run, if there are any."""
     from allattn.sharding import processes
 
     processes.start(arguments.coordinator, arguments.processes, arguments.process, arguments.wait)
-    if processes.count() > 1:
-        _keep_output()
-        # before anything else, since other commands ask other questions and would wait for each
-        # other for ever
-        of_text = " of a text" if getattr(arguments, "text", None) is not None else ""
-        processes.require_same_text(
-            "command", f"{arguments.command}{of_text} by {processes.count()} processes"
-        )
+    if processes.count() == 1:
+        return
+    _keep_output()
+    # Processes of two commands would ask each other different questions, and wait for answers that
+    # never come. So they compare their commands before anything else.
+    command = arguments.command
+    if getattr(arguments, "text", None) is not None:
+        command += " of a text"
+    processes.require_same_text("command", f"{command} by {processes.count()} processes")
 
 
 def _keep_output() -> None:
-    """Leave the output to what this program prints: gloo says of each of its connections there that it is made."""
+    """Leave standard output to this program's own lines: gloo reports its connections there.
+
+    What this process prints goes to a copy of standard output. File descriptor 1, which gloo
+    writes to, becomes standard error.
+    """
     sys.stdout.flush()
-    own, encoding, errors = os.dup(sys.stdout.fileno()), sys.stdout.encoding, sys.stdout.errors
-    sys.stdout = os.fdopen(own, "w", buffering=1, encoding=encoding, errors=errors)
+    copy = os.dup(sys.stdout.fileno())
+    sys.stdout = os.fdopen(
+        copy, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors
+    )
     os.dup2(sys.stderr.fileno(), 1)
 
 
-def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
-    from allattn import config, sharding, train
-    from allattn.sharding import compilation_cache, processes
+# --- train
 
+
+def _train_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        required=True,
+        type=_PATH,
+        help="experiment file; --config.a.b=value changes one field",
+    )
+    parser.add_argument(
+        "--workdir", required=True, type=_PATH, help="folder or bucket URL of the run"
+    )
+    _process_flags(parser)
+
+
+def _train(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from allattn import config, config_checks, sharding, train
+    from allattn.sharding import processes
+
+    # Mistakes in the configuration first, then what must precede the first use of JAX.
     c = config.load(arguments.config, overrides)
-    config.check_ranges(c, "train.")  # which the number of devices depends on
-    compilation_cache.keep()
+    config_checks.check_ranges(c, "train.")  # which the number of devices depends on
+    _enable_compilation_cache()
     _join(arguments)
     sharding.use_cores_for(c)
+
+    # All processes have the scores; the first prints them.
     scores = train.train_and_evaluate(c, arguments.workdir)
-    if not processes.index():
+    if processes.index() == 0:
         print(f"checkpoints: {arguments.workdir}/checkpoints", flush=True)
         print(json.dumps(scores), flush=True)
 
 
+# --- evaluate
+
+
+def _evaluate_flags(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_flags(parser)
+    parser.add_argument("--split", default="test", choices=("train", "valid", "test"))
+    parser.add_argument(
+        "--protocol", choices=("authors", "full", "xl"), help="the configuration's if left out"
+    )
+    parser.add_argument(
+        "--text", type=_PATH, help="score this file, which may lie in a bucket, instead of a split"
+    )
+    parser.add_argument(
+        "--data_dir", help="folder or bucket URL of prepared data, if not where training had it"
+    )
+    _process_flags(parser)
+
+
 def _evaluate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
     from allattn import run, sharding
-    from allattn.evaluation import scoring
-    from allattn.sharding import compilation_cache, processes
+    from allattn.evaluation import protocols
+    from allattn.sharding import processes
 
-    compilation_cache.keep()
+    # Before JAX is first used: the other processes, and a device per core on a CPU.
+    _enable_compilation_cache()
     _join(arguments)
-    sharding.use_cores(scoring.AUTHORS_ROWS, processes=processes.count())
-    a = arguments
-    scores = run.evaluate(a.workdir, a.split, a.protocol, a.text, a.data_dir, a.step)
-    if not processes.index():
+    sharding.use_cores(protocols.AUTHORS_ROWS, processes=processes.count())
+    scores = run.evaluate(
+        arguments.workdir,
+        arguments.split,
+        arguments.protocol,
+        arguments.text,
+        arguments.data_dir,
+        arguments.step,
+    )
+    # All processes have the scores; the first prints them.
+    if processes.index() == 0:
         print(json.dumps(scores), flush=True)
+
+
+# --- generate
+
+
+def _generate_flags(parser: argparse.ArgumentParser) -> None:
+    _checkpoint_flags(parser)
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--length", type=int, default=200, help="symbols to draw")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest")
+    parser.add_argument("--top_k", type=int, default=0, help="0: all")
+    parser.add_argument("--top_p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def _generate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
     from allattn import run
-    from allattn.sharding import compilation_cache
 
-    compilation_cache.keep()
-    a, out = arguments, sys.stdout.buffer
+    _enable_compilation_cache()
     pieces = run.generate(
-        a.workdir, a.prompt, a.length, a.temperature, a.top_k, a.top_p, a.seed, a.step
+        arguments.workdir,
+        arguments.prompt,
+        arguments.length,
+        arguments.temperature,
+        arguments.top_k,
+        arguments.top_p,
+        arguments.seed,
+        arguments.step,
     )
-    out.write(os.fsencode(a.prompt))  # its bytes as they were typed
+    # Bytes, since a symbol need not be a whole character. The prompt's are those that were typed.
+    out = sys.stdout.buffer
+    out.write(os.fsencode(arguments.prompt))
     for piece in pieces:
         out.write(piece)
         out.flush()
@@ -297,42 +345,151 @@ def _generate(arguments: argparse.Namespace, _: dict[str, str]) -> None:
     out.flush()
 
 
+# --- config
+
+
+def _config_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        required=True,
+        type=_PATH,
+        help="experiment file; --config.a.b=value changes one field",
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON, the way a checkpoint has it")
+
+
+def _config(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    from allattn import config, config_checks
+
+    # What training would refuse is refused here too, as far as it shows without data and devices.
+    c = config.load(arguments.config, overrides)
+    config_checks.check_experiment(c)
+    text = config.to_json(c) if arguments.json else config.describe(c)
+    print(text, flush=True)
+
+
+# --- convert
+
+
+def _convert_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--source", required=True, help="adaptive-span or transformer-xl")
+    parser.add_argument(
+        "--checkpoint", type=_PATH, help="state dict to import, .pt or .npz; with --config"
+    )
+    parser.add_argument(
+        "--config", type=_PATH, help="experiment file whose geometry the checkpoint has"
+    )
+    parser.add_argument(
+        "--dataset", help="data set that gives the vocabulary, if not the configuration's"
+    )
+    parser.add_argument(
+        "--export",
+        type=_PATH,
+        help="file .npz to write the parameters to, instead of --checkpoint",
+    )
+    _checkpoint_flags(parser)
+
+
 def _convert(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from allattn import config
-    from allattn.interchange import convert
+    from allattn.interchange import paper_checkpoints
 
-    if arguments.export and not (arguments.checkpoint or arguments.config or overrides):
-        found = convert.export(
+    # The flags of the one direction exclude those of the other.
+    exports = arguments.export and not (arguments.checkpoint or arguments.config or overrides)
+    imports = arguments.checkpoint and arguments.config
+    imports = imports and not (arguments.export or arguments.step)
+    if exports:
+        summary = paper_checkpoints.export(
             arguments.source, arguments.workdir, arguments.export, arguments.step
         )
-    elif arguments.checkpoint and arguments.config and not (arguments.export or arguments.step):
-        overrides |= {"dataset.name": arguments.dataset} if arguments.dataset else {}
+    elif imports:
+        if arguments.dataset:
+            overrides["dataset.name"] = arguments.dataset
         c = config.load(arguments.config, overrides)
-        found = convert.convert(arguments.source, arguments.checkpoint, c, arguments.workdir)
+        summary = paper_checkpoints.convert(
+            arguments.source, arguments.checkpoint, c, arguments.workdir
+        )
     else:
         raise UserError(
             "expected --checkpoint and --config to import, or --export (and --step) to export"
         )
-    print(json.dumps(found), flush=True)
+    print(json.dumps(summary), flush=True)
+
+
+# --- sweep
+
+
+def _sweep_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--configs", required=True, type=_PATH, help="folder of experiment files")
+    parser.add_argument("--only", default="*", help="pattern of the files to run, such as '*_tiny'")
+    parser.add_argument(
+        "--workdir", required=True, type=_PATH, help="folder or bucket URL of the sweep"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each experiment")
+    parser.add_argument(
+        "--budget", type=int, default=0, help="tokens that every run trains on; 0: as its file says"
+    )
+    parser.add_argument(
+        "--launcher",
+        default="",
+        help="words before each training command, such as a submitting script",
+    )
 
 
 def _sweep(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from allattn import sweep
 
-    options = (arguments.seeds, arguments.budget, overrides, arguments.launcher, arguments.only)
-    print(sweep.sweep(arguments.configs, arguments.workdir, *options), flush=True)
+    table = sweep.sweep(
+        arguments.configs,
+        arguments.workdir,
+        arguments.seeds,
+        arguments.budget,
+        overrides,
+        arguments.launcher,
+        arguments.only,
+    )
+    print(table, flush=True)
+
+
+# --- compile
+
+
+def _compile_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, type=_PATH, help="experiment file")
+    parser.add_argument(
+        "--topology", required=True, help="such as v5e:16x16, or h100:8 for a node of GPUs"
+    )
+    parser.add_argument(
+        "--slices", type=int, default=1, help="how many of it, joined by a slower network"
+    )
 
 
 def _compile(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # whatever is here
+    # Before JAX is imported: the devices of this machine, whatever they are, stay unused.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     from allattn import config
     from allattn.planning import compilation
 
     c = config.load(arguments.config, overrides)
     name = os.path.splitext(os.path.basename(arguments.config))[0]
-    found = compilation.compile_step(c, name, arguments.topology, arguments.slices)
-    print(compilation.report(found, c), flush=True)
-    return int(not found.fits or bool(found.broken))
+    compiled = compilation.compile_step(c, name, arguments.topology, arguments.slices)
+    print(compilation.report(compiled, c), flush=True)
+    # 1: the step does not fit, or communicates more than it may.
+    return int(not compiled.fits or bool(compiled.unexpected))
+
+
+# --- data
+
+
+def _data_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dataset", required=True, help="enwik8, text8, wikitext103, stdlib or files"
+    )
+    parser.add_argument(
+        "--data_dir", help="folder or bucket URL to put it; for `files` of the texts"
+    )
+    parser.add_argument("--manual_dir", help="folder or bucket URL of hand-placed archives")
+    parser.add_argument("--unit", default="byte", choices=("byte", "word"), help="for `files`")
 
 
 def _data(arguments: argparse.Namespace, _: dict[str, str]) -> None:

@@ -1,62 +1,33 @@
-"""Reading experiment files, command-line overrides and stored configurations."""
+"""Reading, overriding, comparing and storing configurations."""
 
+import contextlib
 import difflib
 import importlib.machinery
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import ml_collections
 
+from allattn.config_checks import FIELDS, MAY_CHANGE_ON_RESUMING
 from allattn.errors import UserError
+from allattn.urls import is_url
 
-# May differ between the run that made a workdir and one that goes on in it. None changes what an
-# update computes, but that the rate follows the number of steps; a run may nevertheless be
-# lengthened.
-FREE = (
-    *("dataset.data_dir", "mesh.", "checkpoint.", "evaluate.", "model.implementation"),
-    *(
-        "train.steps",
-        "train.finetune_steps",
-        "train.log_every",
-        "train.accumulation",
-        "train.remat",
-        "train.peak_flops",
-        "train.profile",
-        "train.init_from",  # without effect once there is a checkpoint
-    ),
-)
+# The folder of our package `configs`: the repository, in a checkout and where it is installed as
+# one (pip install -e).
+REPOSITORY = Path(__file__).resolve().parents[1]
+BASE = REPOSITORY / "configs" / "base.py"
 
-# Smallest values of fields that are numbers, and bounds that a few must stay below.
-LEAST = {
-    **dict.fromkeys(
-        ("model.depth", "model.width", "model.heads", "model.vocab_size", "model.span.limit"), 1
-    ),
-    **dict.fromkeys(
-        ("model.span.ramp", "model.span.check_every", "checkpoint.every", "checkpoint.keep"), 1
-    ),
-    **dict.fromkeys(("train.batch", "train.block", "train.accumulation", "train.log_every"), 1),
-    **dict.fromkeys(
-        ("evaluate.every", "evaluate.batch", "evaluate.target_length", "evaluate.memory_length"), 1
-    ),
-    **dict.fromkeys(("model.adaptive_io.division",), 1),
-    **dict.fromkeys(("model.feed_forward", "model.attention_dropout", "evaluate.clamp_length"), 0),
-    **dict.fromkeys(
-        ("model.persistent", "model.dropout", "model.embedding_dropout", "model.span.init"), 0
-    ),
-    **dict.fromkeys(("model.span.margin", "train.steps", "train.finetune_steps"), 0),
-    **dict.fromkeys(
-        ("optimizer.learning_rate", "optimizer.warmup", "optimizer.clip", "optimizer.weight_decay"),
-        0,
-    ),
-    **dict.fromkeys(("train.peak_flops", "train.profile", "evaluate.max_tokens"), 0),
-}
-BELOW = dict.fromkeys(("model.dropout", "model.embedding_dropout", "model.attention_dropout"), 1)
+# A field in configs/base.py: `c.model.depth = 18  # layers`.
+_FIELD_LINE = re.compile(r"c\.(?P<name>[\w.]+) = .*?(  # (?P<comment>.*))?")
+
+
+# --- reading an experiment file
 
 
 def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.ConfigDict:
@@ -73,39 +44,30 @@ def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.C
       UserError: no such file, it fails or has no get_config(), an unknown field (the nearest is
         named) or a value of the wrong type.
     """
-    file = Path(path)
-    if "://" in path:
+    if is_url(path):
         raise UserError(
-            f"--config: expected a file on this machine, as it imports those beside it; found {path}"
+            "--config: expected a file on this machine, as it imports those beside it; "
+            f"found {path}"
         )
+    file = Path(path)
     if not file.is_file():
         raise UserError(f"--config: expected a Python file with get_config(), found no file {path}")
     config = _read(file)
+    # The command line has the last word.
     for name, text in (overrides or {}).items():
         set_field(config, name, text)
     return config.lock()
 
 
 def _read(file: Path) -> ml_collections.ConfigDict:
-    """Run an experiment file; `configs` is a package in it, of those beside the file and then ours, wherever it is."""
-    root = next(
-        (p.parent for p in file.resolve().parents if p.name == "configs"), file.resolve().parent
-    )
-    roots = [
-        str(root),
-        str(Path(__file__).resolve().parents[1]),
-    ]  # in a checkout, or installed as one: the repository
-    sys.path[:0] = roots
-    for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
-        del sys.modules[name]  # of another experiment file, perhaps from another folder
+    """Run an experiment file and call its get_config()."""
     try:
-        module = _import(file)
-        config = module.get_config() if hasattr(module, "get_config") else None
-    except Exception as error:  # the file is the user's program, and may fail in any way
+        with _configs_of(file):
+            module = _import(file)
+            config = module.get_config() if hasattr(module, "get_config") else None
+    # The file is the user's program, and may fail in any way.
+    except Exception as error:
         raise UserError(f"--config: {file}: {type(error).__name__}: {error}") from error
-    finally:
-        for place in roots:
-            sys.path.remove(place)
     if not isinstance(config, ml_collections.ConfigDict):
         raise UserError(
             f"--config: expected get_config() in {file} that returns a ConfigDict, found none"
@@ -113,7 +75,45 @@ def _read(file: Path) -> ml_collections.ConfigDict:
     return config
 
 
+@contextlib.contextmanager
+def _configs_of(file: Path) -> Iterator[None]:
+    """Within, `from configs import demo` finds a file beside `file` first, and ours second.
+
+    An experiment file may lie anywhere and build on ours. If it lies in a folder `configs` of its
+    own, it may build on those beside it too, and they hide ours of the same name. Two things make
+    that work:
+    - The folder around the file's `configs`, and then this repository, come first on Python's
+      search path. configs/__init__.py makes one package of all folders of that name on the path.
+    - Python keeps a module that it has imported under its name, but the same name means another
+      file for an experiment in another folder. So what an earlier experiment file has imported
+      as `configs...` is forgotten.
+    """
+    # Where Python looks first.
+    folders = [str(_folder_around_configs(file)), str(REPOSITORY)]
+    sys.path[:0] = folders
+    # What an earlier experiment file has imported.
+    imported = [name for name in sys.modules if name.split(".")[0] == "configs"]
+    for name in imported:
+        del sys.modules[name]
+    try:
+        yield
+    finally:
+        # One by one, since the experiment file may have changed the path too.
+        for folder in folders:
+            sys.path.remove(folder)
+
+
+def _folder_around_configs(file: Path) -> Path:
+    """The folder that holds the `configs` which a file lies in, otherwise the file's own folder."""
+    for parent in file.resolve().parents:
+        if parent.name == "configs":
+            return parent.parent
+    return file.resolve().parent
+
+
 def _import(file: Path) -> ModuleType:
+    """Run a file as a module, whatever its name ends in."""
+    # A loader of its own, since Python finds one by the ending of the name alone.
     loader = importlib.machinery.SourceFileLoader(f"experiment_{file.stem}", str(file))
     spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None  # a loader always gives one
@@ -122,38 +122,60 @@ def _import(file: Path) -> ModuleType:
     return module
 
 
+# --- fields
+
+
 def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
-    """Set one field from text, in the type that the field has."""
+    """Set one field from text, in the type that the field has.
+
+    Args:
+      config: the whole configuration, which is changed.
+      name: dotted name of the field.
+      text: its value; the numbers of a tuple have commas between them.
+
+    Raises:
+      UserError: an unknown field (the nearest is named) or a value of the wrong type.
+    """
+    # A name that is not known is most often a misspelt one.
     known = dict(fields(config))
     if name not in known:
-        near = difflib.get_close_matches(name, known, 1, 0.0)[0]
-        raise UserError(f"--config.{name}: no such field; did you mean --config.{near}?")
+        nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
+        raise UserError(f"--config.{name}: no such field; did you mean --config.{nearest}?")
     value = _parse(name, text, known[name])
-    *parents, last = name.split(".")
-    for parent in parents:
-        config = config[parent]
+
+    # Down through the sections, to the one that holds the field.
+    *sections, last = name.split(".")
+    for section in sections:
+        config = config[section]
     config[last] = value
 
 
 def _parse(name: str, text: str, old: Any) -> Any:
+    """The value that a text stands for, in the type of the field's old value."""
     kind = type(old)
     try:
+        # bool("False") is True, so the two words are looked up.
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if kind is tuple:
-            return tuple(int(part.replace("_", "")) for part in text.split(",") if text)
-        return int(text.replace("_", "")) if kind is int else kind(text)
+            return tuple(_whole_number(part) for part in text.split(",") if text)
+        if kind is int:
+            return _whole_number(text)
+        return kind(text)
     except (ValueError, KeyError):
+        expected = f"{kind.__name__}, such as {old!r}"
         if kind is tuple:
             expected = "whole numbers with commas between, such as 20000,40000"
-            raise UserError(f"--config.{name}: expected {expected}, found {text!r}") from None
-        raise UserError(
-            f"--config.{name}: expected {kind.__name__}, such as {old!r}, found {text!r}"
-        ) from None
+        raise UserError(f"--config.{name}: expected {expected}, found {text!r}") from None
+
+
+def _whole_number(text: str) -> int:
+    """20_000 and 20000 alike."""
+    return int(text.replace("_", ""))
 
 
 def fields(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of a configuration as (dotted name, value)."""
+    """Every leaf of a configuration as (dotted name, value), in the order of the names."""
     for name in config:
         if isinstance(config[name], ml_collections.ConfigDict):
             yield from fields(config[name], f"{prefix}{name}.")
@@ -161,59 +183,31 @@ def fields(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tupl
             yield prefix + name, config[name]
 
 
-def check_ranges(config: ml_collections.ConfigDict, prefix: str = "") -> None:
-    """Refuse numbers out of range.
-
-    Args:
-      config: the whole configuration.
-      prefix: what the names of the fields to check begin with.
-
-    Raises:
-      UserError: names the field, the bound and the value.
-    """
-    for name, value in fields(config):
-        if not name.startswith(prefix):
-            continue
-        if name in LEAST and not value >= LEAST[name]:
-            raise UserError(f"{name}: expected at least {LEAST[name]}, found {value}")
-        if name in BELOW and not value < BELOW[name]:
-            raise UserError(f"{name}: expected less than {BELOW[name]}, found {value}")
-
-
-def check_clusters(config: ml_collections.ConfigDict) -> None:
-    """Refuse cutoffs that do not cut the vocabulary, and a division that leaves the last cluster no width.
-
-    Raises:
-      UserError: names the field, what it must fit and the value.
-    """
-    model, cutoffs = config.model, config.model.adaptive_io.cutoffs
-    bounds = (0, *cutoffs, model.vocab_size)
-    if not all(isinstance(high, int) and low < high for low, high in pairwise(bounds)):
-        expected = f"increasing whole numbers between 0 and model.vocab_size {model.vocab_size}"
-        raise UserError(f"model.adaptive_io.cutoffs: expected {expected}, found {cutoffs}")
-    if model.adaptive_io.division ** len(cutoffs) > model.width:
-        expected = f"a number whose power {len(cutoffs)} is at most model.width {model.width}"
-        raise UserError(
-            f"model.adaptive_io.division: expected {expected}, found {model.adaptive_io.division}"
-        )
-
-
 def with_vocabulary(
     config: ml_collections.ConfigDict, size: int, name: str
 ) -> ml_collections.ConfigDict:
     """The configuration with the size of a data set's vocabulary, which a size of 0 leaves open.
 
+    Args:
+      config: the whole configuration.
+      size: symbols in the vocabulary of the data.
+      name: the data set, for the message.
+
     Raises:
-      UserError: it names another size.
+      UserError: the configuration states another size.
     """
     if config.model.vocab_size not in (0, size):
-        found = f"{size} symbols in {name}"
         raise UserError(
-            f"model.vocab_size: expected what the data has, {found}; found {config.model.vocab_size}"
+            f"model.vocab_size: expected what the data has, {size} symbols in {name}; "
+            f"found {config.model.vocab_size}"
         )
+    # The caller's configuration stays as it is.
     config = config.copy_and_resolve_references().lock()
     config.model.vocab_size = size
     return config
+
+
+# --- storing and comparing
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
@@ -224,10 +218,11 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 def from_json(text: str) -> ml_collections.ConfigDict:
     """The inverse of `to_json`."""
 
-    def with_tuples(found: dict[str, Any]) -> dict[str, Any]:
+    # JSON has no tuples, and a configuration no lists.
+    def with_tuples(section: dict[str, Any]) -> dict[str, Any]:
         return {
             name: tuple(value) if isinstance(value, list) else value
-            for name, value in found.items()
+            for name, value in section.items()
         }
 
     return ml_collections.ConfigDict(json.loads(text, object_hook=with_tuples)).lock()
@@ -236,11 +231,77 @@ def from_json(text: str) -> ml_collections.ConfigDict:
 def changed_fields(
     old: ml_collections.ConfigDict,
     new: ml_collections.ConfigDict,
-    free: tuple[str, ...] = FREE,
-    places: tuple[str, str] = ("in the workdir", "now"),
+    may_change: tuple[str, ...] = MAY_CHANGE_ON_RESUMING,
+    sides: tuple[str, str] = ("in the workdir", "now"),
 ) -> list[str]:
-    """Fields that differ between two configurations, other than those whose names begin as `free` says."""
-    before, after = dict(fields(old)), dict(fields(new))
-    names = sorted(set(before) | set(after))
-    changed = (n for n in names if before.get(n) != after.get(n) and not n.startswith(free))
-    return [f"{n}: {before.get(n)!r} {places[0]}, {after.get(n)!r} {places[1]}" for n in changed]
+    """Fields that differ between two configurations.
+
+    Args:
+      old, new: whole configurations, or the same section of two.
+      may_change: beginnings of names of fields that may differ.
+      sides: what a line calls the two.
+
+    Returns:
+      One text for each field, as in "seed: 0 in the workdir, 1 now", in the order of the names.
+    """
+    before = dict(fields(old))
+    after = dict(fields(new))
+    # A field that one of the two lacks, as after a change of version, has the value None there.
+    lines = []
+    for name in sorted(before.keys() | after.keys()):
+        if name.startswith(may_change) or before.get(name) == after.get(name):
+            continue
+        lines.append(f"{name}: {before.get(name)!r} {sides[0]}, {after.get(name)!r} {sides[1]}")
+    return lines
+
+
+# --- showing
+
+
+def describe(config: ml_collections.ConfigDict) -> str:
+    """A configuration for a reader: one line `name = value  # comment` per field.
+
+    The lines have the order and the comments of configs/base.py. A line that begins with * differs
+    from it.
+    """
+    defaults = dict(fields(load(str(BASE))))
+    values = dict(fields(config))
+    # Fields that base.py does not have, if an experiment file has added some, come last.
+    names = [name for name in FIELDS if name in values]
+    names += [name for name in values if name not in FIELDS]
+
+    settings = {}
+    for name in names:
+        differs = name not in defaults or values[name] != defaults[name]
+        mark = "*" if differs else " "
+        settings[name] = f"{mark} {name} = {values[name]!r}"
+
+    # The comments stand in one column.
+    column = max(map(len, settings.values()))
+    comments = field_comments()
+    lines = []
+    for name, setting in settings.items():
+        comment = f"  # {comments[name]}" if comments.get(name) else ""
+        lines.append(f"{setting:{column}}{comment}".rstrip())
+    return "\n".join(lines)
+
+
+def field_comments() -> dict[str, str]:
+    """What configs/base.py says of each field, by dotted name.
+
+    A comment stands behind the field, or on lines of its own directly above it.
+    """
+    comments = {}
+    above: list[str] = []
+    for line in BASE.read_text().splitlines():
+        line = line.strip()
+        # A line of its own is kept for the field below it.
+        if line.startswith("# "):
+            above.append(line.removeprefix("# "))
+            continue
+        if field := _FIELD_LINE.fullmatch(line):
+            behind = [field["comment"]] if field["comment"] else []
+            comments[field["name"]] = " ".join(above + behind)
+        # Any other line ends what stood above it.
+        above = []
+    return comments

@@ -5,7 +5,7 @@ class UserError(ValueError):
     """A mistake in the input that the user can correct: exit code 2."""
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows in place of a traceback (IPython asks for it)."""
+        """What a notebook shows instead of a traceback (IPython asks for it)."""
         return [f"UserError: {self}"]
 
 
@@ -14,4 +14,16 @@ class RunError(RuntimeError):
 
 
 class PreemptedError(RunError):
-    """A run that was told to make room and has saved its state: exit code 75, on which launchers start it again."""
+    """A run that was stopped from outside and has saved its state: exit code 75.
+
+    Launchers start the same command again on this code, and it resumes.
+    """
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or the name of its type where it has none.
+
+    Other libraries' messages run over pages; the first line says what is wrong.
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,4 +1,7 @@
-"""A trained run, loaded from its workdir alone.
+"""A trained run, loaded from its workdir alone: its scores, its samples, its spans.
+
+`load` restores it, `Run` is what comes out, and `evaluate` and `generate` are both in one call, as
+the commands of the same names use them.
 
 Dimension key: X layer, H head.
 """
@@ -17,8 +20,8 @@ import numpy as np
 from allattn import data, sharding
 from allattn.config import from_json
 from allattn.errors import UserError
+from allattn.evaluation import protocols, scoring
 from allattn.evaluation import sampling as sampler
-from allattn.evaluation import scoring as protocols
 from allattn.evaluation.sampling import Sampling
 from allattn.model import Model, ModelConfig, Params
 from allattn.sharding import processes
@@ -30,9 +33,12 @@ class Run:
     """A model with its parameters, configuration and vocabulary."""
 
     model: Model
+    # Whole on one device.
     params: Params
+    # As the run was started with; `model.vocab_size` is that of its data.
     config: ml_collections.ConfigDict
     vocabulary: data.Vocabulary
+    # Updates made.
     step: int
 
     def evaluate(
@@ -42,7 +48,9 @@ class Run:
         text: str | None = None,
         data_dir: str | None = None,
     ) -> dict[str, Any]:
-        """Score a split of the run's data set, or a text file; of several processes each reads its share of the rows.
+        """Score a split of the run's data set, or a text file.
+
+        Of several processes each reads its share of the rows.
 
         Args:
           split: train, valid or test.
@@ -56,31 +64,40 @@ class Run:
         Raises:
           UserError: a missing file, a symbol outside the vocabulary, too short a text, or processes
             that differ.
-          PreemptedError: SIGTERM, for which this call takes the place of a handler, came while it
-            scored.
+          PreemptedError: SIGTERM came while it scored; this call replaces the handler meanwhile.
         """
         protocol = protocol or self.config.evaluate.protocol
-        found = functools.partial(self._tokens, split, text, data_dir)
+
+        # All processes must score the same tokens of the same checkpoint.
+        read_tokens = functools.partial(self._tokens, split, text, data_dir)
         tokens, _ = processes.require_same_result(
-            "task", found, lambda found: f"{protocol}, step {self.step}, {found[1]}"
+            "task", read_tokens, lambda task: f"{protocol}, step {self.step}, {task[1]}"
         )
-        mesh, options = (
-            sharding.mesh_over_rows(),
-            {"protocol": protocol, **protocols.options(self.config)},
-        )
+
+        # Rows are spread over all devices, and every device holds all parameters.
+        mesh = sharding.mesh_over_rows()
         params = sharding.put_on_mesh(mesh, self.params)
         with processes.Preemption() as stop:
-            options |= {"mesh": mesh, "vocabulary": self.vocabulary, "stop": stop}
-            scores = protocols.evaluate_tokens(self.model, params, tokens, **options)
+            scores = scoring.evaluate_tokens(
+                self.model,
+                params,
+                tokens,
+                protocol=protocol,
+                mesh=mesh,
+                vocabulary=self.vocabulary,
+                stop=stop,
+                **protocols.options(self.config),
+            )
         return {"split": text or split, "protocol": protocol, "step": self.step, **scores}
 
     def _tokens(self, split: str, text: str | None, data_dir: str | None) -> tuple[Any, str]:
         """What to score, and a name that nothing else has."""
         if text is not None:
-            read = _read(text)
-            return self.vocabulary.encode(
-                read, close=True
-            ), f"text {hashlib.sha256(read).hexdigest()[:16]}"
+            content = _read(text)
+            digest = hashlib.sha256(content).hexdigest()[:16]
+            return self.vocabulary.encode(content, close=True), f"text {digest}"
+
+        # The data set may have been prepared anew since, with other symbols.
         c = self.config.dataset
         dataset = data.prepare(c.name, data_dir or c.data_dir or None, unit=c.unit)
         if dataset.vocabulary != self.vocabulary:
@@ -108,15 +125,18 @@ class Run:
           UserError: at once, for an empty prompt, one with a symbol outside the vocabulary, or a
             sampling option out of range.
         """
-        prompt = os.fsencode(prompt)  # of a command line the bytes as they were typed
+        # A prompt of the command line comes as text; these are the bytes that were typed.
+        prompt = os.fsencode(prompt)
+        # At once, so that a prompt is refused here and not when its continuation is read.
         ids = self.vocabulary.encode(prompt)
-        return self._texts(
-            sampler.generate(self.model, self.params, ids, length, sampling, seed), prompt
-        )
+        tokens = sampler.generate(self.model, self.params, ids, length, sampling, seed)
+        return self._texts(tokens, prompt)
 
     def _texts(self, tokens: Iterator[int], before: bytes) -> Iterator[bytes]:
+        """The text of every token, words with the space that goes before them."""
         for token in tokens:
             text = self.vocabulary.decode(np.array([token]))
+            # Bytes stand as they are; a line end needs no space, nor does what follows one.
             joined = self.vocabulary.unit == "byte" or text == b"\n" or before[-1:].isspace()
             yield text if joined else b" " + text
             before = text
@@ -128,13 +148,18 @@ class Run:
           Spans in tokens, (layers, heads), float32; the limit where they are not learned.
         """
         config = self.model.config
+        # Of heads that attend to persistent pairs alone there is no span.
         if not config.adaptive:
             return np.full((config.depth, config.context_heads), config.limit, np.float32)
-        return np.asarray(self.params["layers"]["span"]) * np.float32(config.limit)
+        # A parameter is the share of the limit.
+        share_XH = np.asarray(self.params["layers"]["span"])
+        return share_XH * np.float32(config.limit)
 
 
 def _read(text: str) -> bytes:
+    """The content of a file, here or in a bucket."""
     path = paths.parse("--text", text)
+    # A missing file is the user's mistake, anything else may be the network.
     with paths.reached(path):
         if not path.is_file():
             raise UserError(f"--text: expected a file, found none at {text}")
@@ -155,15 +180,19 @@ def load(workdir: str | os.PathLike[str], step: int | str | None = None) -> Run:
       UserError: no such checkpoint, or it cannot be read.
     """
     with checkpoint.Checkpointer(workdir, create=False) as checkpoints:
+        # Which one is the newest may differ between processes, while another run writes there.
         number = processes.require_same_result(
             "checkpoint", functools.partial(checkpoints.resolve, step), str
         )
+
+        # The configuration gives the model, and the model the shapes of its parameters.
         meta = checkpoints.restore_meta(number)
         config = from_json(meta["config"])
         model = Model(ModelConfig.from_config(config))
         abstract = jax.eval_shape(model.init, jax.random.key(0))
         params = checkpoints.restore_params(checkpoint.on_one_device(abstract), number)
-    return Run(model, params, config, data.Vocabulary.from_json(meta["vocabulary"]), number)
+    vocabulary = data.Vocabulary.from_json(meta["vocabulary"])
+    return Run(model, params, config, vocabulary, number)
 
 
 def evaluate(
@@ -187,7 +216,8 @@ def evaluate(
     Raises:
       UserError, PreemptedError: as `load` and `Run.evaluate`.
     """
-    return load(workdir, step).evaluate(split, protocol, text, data_dir)
+    run = load(workdir, step)
+    return run.evaluate(split, protocol, text, data_dir)
 
 
 def generate(
@@ -216,4 +246,5 @@ def generate(
     Raises:
       UserError: what `load` and `Run.generate` refuse.
     """
-    return load(workdir, step).generate(prompt, length, Sampling(temperature, top_k, top_p), seed)
+    run = load(workdir, step)
+    return run.generate(prompt, length, Sampling(temperature, top_k, top_p), seed)

@@ -1,14 +1,19 @@
-"""Speed of the operation alone, forward and with its gradients, beside the machine's own matrix product.
+"""Speed of the operation alone, forward and with gradients, beside the machine's matrix product.
 
-Command:  python -m benchmarks.attention --geometry=enwik8_small --spans=full [--dropout=0.3]
-[--implementation=xla]
+Command:  python -m benchmarks.attention --geometry=enwik8_small --spans=full
+              [--dropout=0.3] [--implementation=xla]
           python -m benchmarks.attention --geometry=enwik8_small --tune
+
 `--spans` is full, zero, or a JSON file that lists spans in tokens, layer by layer and head by head:
-each layer is timed. With dropout, the same work without it is timed in turn. Last line: JSON; share
-counts required products only (3 x the forward's for both directions). Rows are spread over devices
-as in training. With `--tune`, tile sizes are timed instead and the best enter the table that the
-implementation looks them up in. Dimension key: B batch, T query position, S context key, L
-distance, N persistent pair, H head, K head width, X layer.
+each layer is timed. With dropout, the same work without it is timed in turn. Rows are spread over
+devices as in training. Last line: JSON; share counts required products only (3 x the forward's for
+both directions).
+
+With `--tune`, tile sizes are timed instead and the best enter the table that the implementation
+looks them up in.
+
+Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K
+head width, X layer.
 """
 
 import argparse
@@ -27,47 +32,57 @@ from jax.sharding import NamedSharding, PartitionSpec
 from allattn import sharding
 from allattn.attention import IMPLEMENTATIONS, best_here
 from benchmarks import machine, tune
+from benchmarks.geometries import GEOMETRIES, OPERATIONS
 
-# heads, head width, span limit, queries, persistent pairs
-GEOMETRIES = {
-    "tiny": (4, 64, 256, 128, 512),
-    "small-8": (4, 64, 1024, 256, 1024),
-    "enwik8_small": (8, 64, 8192, 512, 1024),
-    "enwik8_large": (8, 64, 8192, 512, 2048),
-    "wikitext103": (8, 64, 2048, 256, 2048),
-}
 RAMP = 32
 
 
 def spans(name: str, limit: int, heads: int) -> np.ndarray:
     """Spans in tokens, as (X, H), each at most the limit."""
-    if name in ("full", "zero"):
-        return np.full((1, heads), limit if name == "full" else 0, np.float32)
+    if name == "full":
+        return np.full((1, heads), limit, np.float32)
+    if name == "zero":
+        return np.zeros((1, heads), np.float32)
     listed_XH = np.array(json.loads(Path(name).read_text())["spans"], np.float32)
     return np.minimum(listed_XH[:, :heads], limit)
 
 
 def required_flops(arguments: argparse.Namespace, span_XH: np.ndarray) -> float:
-    """Products of the forward pass, mean over layers: query.key, weights.value, query.position; persistent pairs."""
-    H, K, L, T, N = GEOMETRIES[arguments.geometry]
+    """Products of the forward pass, mean over layers.
+
+    Three for every context key in reach (query.key, weights.value, query.position), two for every
+    persistent pair.
+    """
+    H, K, L, T, N = GEOMETRIES[arguments.geometry].of_operation()
     reach_H = np.minimum(span_XH + RAMP, L).mean(0)
     return float(arguments.rows * T * K * 2 * (3 * reach_H + 2 * N).sum())
 
 
 def inputs(arguments: argparse.Namespace) -> tuple[jax.Array, ...]:
     """Random query, key, value, position table, persistent keys and values."""
-    H, K, L, T, N = GEOMETRIES[arguments.geometry]
-    B, mesh = arguments.rows, sharding.mesh_over_rows()
-    shapes = [(B, T, H, K), (B, T + L, H, K), (B, T + L, H, K), (1, L, K), (H, N, K), (H, N, K)]
-    places = [NamedSharding(mesh, PartitionSpec(spec)) for spec in [sharding.ROWS] * 3 + [None] * 3]
-    keys = jax.random.split(jax.random.key(0), len(shapes))
+    H, K, L, T, N = GEOMETRIES[arguments.geometry].of_operation()
+    B = arguments.rows
+    S = T + L
+    # What has batch rows is spread over the devices, the parameters are on each of them.
+    mesh = sharding.mesh_over_rows()
+    by_rows = NamedSharding(mesh, PartitionSpec(sharding.ROWS))
+    whole = NamedSharding(mesh, PartitionSpec())
+    sharded_shapes = [
+        ((B, T, H, K), by_rows),
+        ((B, S, H, K), by_rows),
+        ((B, S, H, K), by_rows),
+        ((1, L, K), whole),
+        ((H, N, K), whole),
+        ((H, N, K), whole),
+    ]
     draw = jax.jit(
         lambda key, shape: jax.random.normal(key, shape, arguments.dtype), static_argnums=1
     )
-    return tuple(
-        jax.device_put(draw(*drawn), place)
-        for *drawn, place in zip(keys, shapes, places, strict=True)
-    )
+    keys = jax.random.split(jax.random.key(0), len(sharded_shapes))
+    arrays = []
+    for key, (shape, placement) in zip(keys, sharded_shapes, strict=True):
+        arrays.append(jax.device_put(draw(key, shape), placement))
+    return tuple(arrays)
 
 
 def operation(arguments: argparse.Namespace, dropout: float) -> Callable[..., jax.Array]:
@@ -84,7 +99,9 @@ def operation(arguments: argparse.Namespace, dropout: float) -> Callable[..., ja
         span_H,
     ):
         return attention(
-            *(query_BTHK, key_BSHK, value_BSHK),
+            query_BTHK,
+            key_BSHK,
+            value_BSHK,
             position_HLK=position_HLK,
             persistent_key_HNK=persistent_key_HNK,
             persistent_value_HNK=persistent_value_HNK,
@@ -109,13 +126,17 @@ def both(run: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Medians, the things compared taken in turn; the time of several layers is their mean."""
-    H, _, L, *_ = GEOMETRIES[arguments.geometry]
-    span_XH, arrays = spans(arguments.spans, L, H), inputs(arguments)
-    rates = sorted({0.0, arguments.dropout})
-    code: dict[tuple[str, float], Callable] = {
-        ("forward", r): jax.jit(operation(arguments, r)) for r in rates
-    }
-    code |= {("both", r): jax.jit(both(operation(arguments, r))) for r in rates}
+    H, _, L, _, _ = GEOMETRIES[arguments.geometry].of_operation()
+    span_XH = spans(arguments.spans, L, H)
+    arrays = inputs(arguments)
+
+    # What is timed, with and without dropout: forward, and forward with the gradients.
+    code: dict[tuple[str, float], Callable] = {}
+    for dropout in sorted({0.0, arguments.dropout}):
+        code["forward", dropout] = jax.jit(operation(arguments, dropout))
+        code["both", dropout] = jax.jit(both(operation(arguments, dropout)))
+
+    # In turn, between two measurements of the matrix product.
     times: dict[tuple[str, float], list[list[float]]] = {
         name: [[] for _ in span_XH] for name in code
     }
@@ -127,16 +148,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 if repeat:  # the first compiles
                     times[name][layer].append(second)
     after = machine.matmul_gflops(arguments.dtype)
+
     means = {
         name: statistics.mean(map(statistics.median, by_layer)) for name, by_layer in times.items()
     }
-    forward, gradients = means["forward", arguments.dropout], means["both", arguments.dropout]
-    rate, flops = (before + after) / 2 * 1e9, required_flops(arguments, span_XH)
+    forward = means["forward", arguments.dropout]
+    gradients = means["both", arguments.dropout]
+    rate = (before + after) / 2 * 1e9
+    flops = required_flops(arguments, span_XH)
     return {
-        **{
-            name: getattr(arguments, name)
-            for name in ("geometry", "spans", "rows", "dropout", "dtype")
-        },
+        "geometry": arguments.geometry,
+        "spans": arguments.spans,
+        "rows": arguments.rows,
+        "dropout": arguments.dropout,
+        "dtype": arguments.dtype,
         "implementation": arguments.implementation or "best here",
         "forward_ms": round(forward * 1e3, 2),
         "both_ms": round(gradients * 1e3, 2),
@@ -150,9 +175,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def tune_tiles(arguments: argparse.Namespace) -> dict[str, Any]:
     """Find the best tile sizes for forward and backward, and enter them in the table."""
-    H, K, L, T, N = GEOMETRIES[arguments.geometry]
+    H, K, L, T, N = GEOMETRIES[arguments.geometry].of_operation()
     implementation = arguments.implementation or best_here(jnp.dtype(arguments.dtype))
-    arrays, span_XH = inputs(arguments), spans(arguments.spans, L, H)
+    arrays = inputs(arguments)
+    span_XH = spans(arguments.spans, L, H)
     code: dict[Any, Callable] = {}
 
     def seconds(tiles: Any) -> float:
@@ -176,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="small-8")
+    parser.add_argument("--geometry", choices=OPERATIONS, default="small-8")
     parser.add_argument("--spans", default="full", help="full, zero, or a JSON file")
     parser.add_argument("--rows", type=int, default=8, help="B")
     parser.add_argument("--dropout", type=float, default=0.0)
@@ -188,7 +214,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     sharding.use_cores(arguments.rows)
-    print(json.dumps(tune_tiles(arguments) if arguments.tune else measure(arguments)))
+    row = tune_tiles(arguments) if arguments.tune else measure(arguments)
+    print(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""Speed of the stream over prepared records: `python -m benchmarks.data [--steps=N]`; the last line is JSON."""
+"""Speed of the stream over prepared records.
+
+Command:  python -m benchmarks.data [--steps=N]
+Last line: JSON with the rates of preparing and of reading.
+"""
 
 import argparse
 import json
@@ -16,12 +20,18 @@ from allattn.data import Stream, prepare
 def measure(
     folder: Path, steps: int, batch: int, block: int, megabytes: int
 ) -> dict[str, float | int | str]:
-    """Prepares random text in `folder` and reads `steps` blocks of it in order; rates in million tokens a second."""
+    """Prepare random text in `folder` and read `steps` blocks of it in order.
+
+    Returns:
+      Rates in million tokens a second, and what was measured.
+    """
     rng = np.random.default_rng(0)
     texts = folder / "texts"
     texts.mkdir()
     for split, size in (("train", megabytes * 1_000_000), ("valid", 100_000), ("test", 100_000)):
         (texts / f"{split}.txt").write_bytes(rng.integers(97, 123, size, np.uint8).tobytes())
+
+    # Prepare, then read.
     begin = time.perf_counter()
     tokens = prepare("files", data_dir=texts).tokens("train")
     prepared = time.perf_counter()
@@ -39,7 +49,7 @@ def measure(
 
 
 def main() -> None:
-    """Parses the flags and prints the result."""
+    """Parse the flags, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=64)

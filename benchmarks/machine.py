@@ -13,11 +13,11 @@ import jax
 
 
 def matmul_gflops(dtype: str = "float32") -> float:
-    """Rate of a square product that keeps the machine busy, the median of ten."""
+    """Rate of a square matrix product that keeps the machine busy, the median of ten."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(lambda x: x @ x)
-    product(x).block_until_ready()
+    product(x).block_until_ready()  # compiles
     times = [seconds(lambda: product(x)) for _ in range(10)]
     return 2 * size**3 / statistics.median(times) / 1e9
 
@@ -41,12 +41,15 @@ def provenance() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Short hash of the checkout that runs, with "-dirty" if files other than results have changed; "" outside one."""
+    """Short hash of the checkout that runs; "" outside one.
 
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words], capture_output=True, text=True, check=False
-        ).stdout.strip()
+    It ends in "-dirty" if files have changed, other than the results that a benchmark writes.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
     changes = git("status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
-    return git("rev-parse", "--short", "HEAD") + ("-dirty" if changes else "")
+    commit = git("rev-parse", "--short", "HEAD")
+    return f"{commit}-dirty" if changes else commit

@@ -1,10 +1,14 @@
-"""The PyTorch side of benchmarks/peers.py, in an environment of its own: networks, their training step, its time.
+"""The PyTorch side of benchmarks/peers.py, in an environment of its own.
 
 Command:  python -m benchmarks.peers_torch JOB
-JOB is a JSON object with the fields of `Job`. The first line printed is JSON with the versions;
-then each line read, JSON [peer, steps], is answered with the seconds that these steps took.
+
+It has networks, their training step, and its time. JOB is a JSON object with the fields of `Job`.
+The first line printed is JSON with the versions; then each line read, JSON [peer, steps], is
+answered with the seconds that these steps took.
+
 Dimension key: B row, T position in the block, S context position, C context position or persistent
-pair, L distance, N persistent pair, H head, K head width, D model width, V vocabulary.
+pair, L distance, N persistent pair, H head, K head width, E all heads side by side, D model width,
+V vocabulary.
 """
 
 import functools
@@ -39,17 +43,22 @@ class Job(NamedTuple):
 
 
 def log_mask(span_H: Tensor, ramp: int, distance_L: Tensor) -> Tensor:
-    """log m(d), as (H, L); -inf, without a gradient, from where the ramp has ended (arXiv 1905.07799, eq. 4)."""
+    """log m(d), as (H, L) (arXiv 1905.07799, eq. 4).
+
+    It is -inf, without a gradient, from where the ramp has ended.
+    """
     position_HL = (ramp - distance_L + 1 + span_H[:, None]) / ramp
     return torch.where(position_HL > 0, position_HL.clamp(1e-30, 1).log(), -math.inf)
 
 
 def skew(by_distance_BHTL: Tensor) -> Tensor:
-    """Values by distance, farthest first, moved to the keys that they belong to; -inf where there is no distance."""
+    """Values by distance, farthest first, moved to the keys that they belong to.
+
+    Keys that have no distance from a query get -inf.
+    """
     B, H, T, L = by_distance_BHTL.shape
-    shifted_BHTS = F.pad(
-        by_distance_BHTL, (0, T + 1), value=-math.inf
-    )  # one column more than keys, so rows move on
+    # With one column more than there are keys, each row is shifted by one when rows are cut anew.
+    shifted_BHTS = F.pad(by_distance_BHTL, (0, T + 1), value=-math.inf)
     return shifted_BHTS.flatten(2)[..., : T * (T + L)].reshape(B, H, T, T + L)
 
 
@@ -63,23 +72,27 @@ def all_attention(
     span_H,
     ramp,
 ):
-    """The operation through PyTorch's fused attention: positions and spans are a bias, persistent pairs more keys.
+    """The operation through PyTorch's fused attention.
+
+    Positions and spans are a bias, persistent pairs more keys.
 
     Args:
       query_BHTK, key_BHSK, value_BHSK: S = T + L.
       position_LK: position keys, nearest first.
-      persistent_key_HNK, persistent_value_HNK: used as given.
+      persistent_key_HNK, persistent_value_HNK: used as they are.
       span_H: spans in tokens.
       ramp: length of their soft end.
 
     Returns:
       out_BHTK.
     """
-    (B, _, _, K), L, N = query_BHTK.shape, position_LK.shape[0], persistent_key_HNK.shape[1]
+    B, _, _, K = query_BHTK.shape
+    L = position_LK.shape[0]
+    N = persistent_key_HNK.shape[1]
+    # What depends on the distance alone; persistent pairs have none.
     distance_L = torch.arange(L, 0, -1)
-    bias_BHTL = (query_BHTK * K**-0.5) @ position_LK.flip(0).T + log_mask(span_H, ramp, distance_L)[
-        :, None
-    ]
+    by_distance_BHTL = (query_BHTK * K**-0.5) @ position_LK.flip(0).T
+    bias_BHTL = by_distance_BHTL + log_mask(span_H, ramp, distance_L)[:, None]
     bias_BHTC = F.pad(skew(bias_BHTL), (0, N))
     key_BHCK = torch.cat([key_BHSK, persistent_key_HNK.expand(B, -1, -1, -1)], 2)
     value_BHCK = torch.cat([value_BHSK, persistent_value_HNK.expand(B, -1, -1, -1)], 2)
@@ -87,33 +100,36 @@ def all_attention(
 
 
 class Layer(nn.Module):
-    """`allattn.model.Layer`, with parameters of the same names and shapes."""
+    """Our `AllAttention`, with parameters of the same names and shapes."""
 
     def __init__(self, job: Job):
         super().__init__()
-        D, H, N, K = job.width, job.heads, job.persistent, job.width // job.heads
+        D = job.width
+        H = job.heads
+        N = job.persistent
+        K = D // H
 
         def linear(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape).uniform_(-(D**-0.5), D**-0.5))
 
-        self.query, self.key, self.value = linear(D, H, K), linear(D, H, K), linear(D, H, K)
+        self.query = linear(D, H, K)
+        self.key = linear(D, H, K)
+        self.value = linear(D, H, K)
         self.output = linear(H, K, D)
         self.persistent_key = nn.Parameter(torch.randn(H, N, K) / math.sqrt(K))
         self.persistent_value = nn.Parameter(torch.randn(H, N, K) / math.sqrt(N))
         self.span = nn.Parameter(torch.ones(H))
-        self.norm_scale, self.norm_bias = nn.Parameter(torch.ones(D)), nn.Parameter(torch.zeros(D))
+        self.norm_scale = nn.Parameter(torch.ones(D))
+        self.norm_bias = nn.Parameter(torch.zeros(D))
         self.job = job
 
     def forward(self, h_BTD: Tensor, cache_BLD: Tensor, position_LK: Tensor) -> Tensor:
         D, H, K = self.query.shape
 
-        def project(
-            kernel_DHK: Tensor, *states: Tensor
-        ) -> Tensor:  # apart, as the cache needs no gradient
-            parts = [
-                (states_BSD @ kernel_DHK.reshape(D, H * K)).unflatten(2, (H, K))
-                for states_BSD in states
-            ]
+        def project(kernel_DHK: Tensor, *states: Tensor) -> Tensor:
+            # Cache and block apart, since the cache needs no gradient.
+            kernel_DE = kernel_DHK.reshape(D, H * K)
+            parts = [(states_BSD @ kernel_DE).unflatten(2, (H, K)) for states_BSD in states]
             return torch.cat(parts, 1).transpose(1, 2)
 
         out_BHTK = all_attention(
@@ -135,7 +151,9 @@ class Network(nn.Module):
 
     def __init__(self, job: Job):
         super().__init__()
-        V, D, bound = job.vocab_size, job.width, job.width**-0.5
+        V = job.vocab_size
+        D = job.width
+        bound = D**-0.5
         self.embedding = nn.Parameter(torch.randn(V, D))
         self.kernel = nn.Parameter(torch.empty(V, D).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(V).uniform_(-bound, bound))
@@ -144,7 +162,8 @@ class Network(nn.Module):
 
     def forward(self, tokens_BT: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """logits_BTV, and the last inputs of each layer, as many as there were in `memory`."""
-        h_BTD, new = self.embedding[tokens_BT], []
+        h_BTD = self.embedding[tokens_BT]
+        new = []
         for layer, cache_BLD in zip(self.layers, memory, strict=True):
             new.append(torch.cat([cache_BLD, h_BTD.detach()], 1)[:, h_BTD.shape[1] :])
             h_BTD = layer(h_BTD, cache_BLD, self.position)
@@ -159,17 +178,22 @@ class XTransformers(nn.Module):
         from x_transformers import Decoder, TransformerWrapper  # benchmarks/flex.py does without
 
         layers = Decoder(
-            **dict(
-                dim=job.width,
-                depth=job.depth,
-                heads=job.heads,
-                attn_dim_head=job.width // job.heads,
-            ),
-            **dict(only_attn=True, pre_norm=False, rotary_pos_emb=True),
-            **dict(attn_num_mem_kv=job.persistent, attn_flash=fused),
+            dim=job.width,
+            depth=job.depth,
+            heads=job.heads,
+            attn_dim_head=job.width // job.heads,
+            only_attn=True,
+            pre_norm=False,
+            rotary_pos_emb=True,
+            attn_num_mem_kv=job.persistent,
+            attn_flash=fused,
         )
-        sizes = dict(num_tokens=job.vocab_size, max_seq_len=job.block, max_mem_len=job.limit)
-        self.inner = TransformerWrapper(**sizes, attn_layers=layers)
+        self.inner = TransformerWrapper(
+            num_tokens=job.vocab_size,
+            max_seq_len=job.block,
+            max_mem_len=job.limit,
+            attn_layers=layers,
+        )
 
     def forward(self, tokens_BT: Tensor, memory: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         return self.inner(tokens_BT, mems=memory, return_mems=True)
@@ -183,11 +207,12 @@ PEERS: dict[str, Callable[[Job], nn.Module]] = {
 
 
 def update(parameters: list[nn.Parameter], sums: list[Tensor], rate: float) -> None:
-    """Adagrad as in `allattn.optim.paper_adagrad`, and no gradients after it."""
+    """Adagrad as in `allattn.train.optim.paper_adagrad`; gradients are dropped after it."""
     with torch.no_grad():
         for p, total in zip(parameters, sums, strict=True):
             if p.grad is None:
                 continue
+            # Clipped tensor by tensor.
             step = rate * min(1.0, CLIP / (float(p.grad.norm()) + 1e-10))
             total.addcmul_(p.grad, p.grad)
             p.addcdiv_(p.grad, total.sqrt() + 1e-10, value=-step)

@@ -1,10 +1,11 @@
 """Where a training step's time goes, by kind of operation.
 
 Command:  python -m benchmarks.profile --geometry=small-8 --spans=full
+
 Each line: time of one step (on a CPU of all its threads), share, number of calls, kind. On a CPU,
 products are the operations that XLA runs as matrix products, whatever it calls them; nested scopes
-(loops, calls) are left out, so that nothing counts twice. On a GPU a kind is a kernel, and its own
-are named as in `gpu_kernels`.
+(loops, calls) are left out, so that nothing counts twice. On a GPU a kind is a kernel; our own have
+the names of their functions in allattn/attention/gpu.
 """
 
 import argparse
@@ -19,7 +20,9 @@ import jax.numpy as jnp
 from allattn import sharding
 from allattn.model import Model, ModelConfig
 from benchmarks import train
+from benchmarks.geometries import NETWORKS
 
+# Names of operations in a CPU's trace.
 PRODUCTS = re.compile(r"ynn_fusion|dot|.*matmul")
 SCOPES = re.compile(
     r"while|call|conditional|Thunk|\$|end:|Wait|Rendezvous|Pjit|cpp_|shard_arg|.*Execute|.*Launch"
@@ -28,22 +31,22 @@ SCOPES = re.compile(
 
 def events(folder: str) -> dict[str, tuple[float, int]]:
     """Milliseconds and calls of every kind of operation in a trace."""
-    found: dict[str, tuple[float, int]] = collections.defaultdict(lambda: (0.0, 0))
+    totals: dict[str, tuple[float, int]] = collections.defaultdict(lambda: (0.0, 0))
     path = next(Path(folder).rglob("*.xplane.pb"))
     on_gpu = jax.default_backend() == "gpu"
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-        lines = [
-            line
-            for line in plane.lines
-            if not on_gpu or ("GPU" in plane.name and "Stream" in line.name)
-        ]
-        for event in (event for line in lines for event in line.events):
-            kind = event.name.split(".")[0]
-            kind = "products" if PRODUCTS.match(event.name) and not on_gpu else kind
-            if on_gpu or not SCOPES.match(kind):
-                spent, calls = found[kind]
-                found[kind] = spent + event.duration_ns / 1e6, calls + 1
-    return found
+        for line in plane.lines:
+            # On a GPU only its streams count, and every event of theirs is a kernel.
+            if on_gpu and not ("GPU" in plane.name and "Stream" in line.name):
+                continue
+            for event in line.events:
+                kind = event.name.split(".")[0]
+                if not on_gpu and PRODUCTS.match(event.name):
+                    kind = "products"
+                if on_gpu or not SCOPES.match(kind):
+                    spent, calls = totals[kind]
+                    totals[kind] = (spent + event.duration_ns / 1e6, calls + 1)
+    return totals
 
 
 def main() -> None:
@@ -51,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--geometry", choices=tuple(train.GEOMETRIES), default="small-8")
+    parser.add_argument("--geometry", choices=NETWORKS, default="small-8")
     parser.add_argument("--spans", default="full", help="full, zero, mixed, or a JSON file")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--dropout", type=float, default=0.0)
@@ -60,18 +63,23 @@ def main() -> None:
     parser.set_defaults(implementation="")
     arguments = parser.parse_args()
     sharding.use_cores(arguments.rows)
+
+    # The same step as benchmarks/train.py times.
     c = train.configuration(arguments)
-    model, z_XH = Model(ModelConfig.from_config(c)), train.spans(c, arguments.spans)
+    model = Model(ModelConfig.from_config(c))
     params = jax.jit(model.init)(jax.random.key(0))
-    params["layers"]["span"] = jnp.asarray(z_XH)
-    run = train.trainer(c, params, model, float(z_XH.max()), sharding.mesh_over_rows())
+    params["layers"]["span"] = jnp.asarray(train.spans(c, arguments.spans))
+    run = train.trainer(c, params, model, sharding.mesh_over_rows())
+
+    # The first call compiles.
     jax.block_until_ready([run() for _ in range(2)])
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())
-        found = events(folder)
-    total = sum(spent for spent, _ in found.values())
-    for kind, (spent, calls) in sorted(found.items(), key=lambda item: -item[1][0])[:30]:
+        totals = events(folder)
+    total = sum(spent for spent, _ in totals.values())
+    by_time = sorted(totals.items(), key=lambda item: -item[1][0])
+    for kind, (spent, calls) in by_time[:30]:
         print(f"{spent:9.1f} ms {spent / total:6.1%} {calls:7} {kind}")
 
 

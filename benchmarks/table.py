@@ -1,8 +1,11 @@
-"""The CPU figures beside those asked: `python -m benchmarks.table FILE.jsonl`, of rows that `make bench` prints.
+"""The CPU figures beside those asked.
 
-The authors' PyTorch code was timed on two cores whose float32 matrix product ran at 165 GFLOP/s. A
-speed here is divided by theirs after both are divided by the rate of their own machine's product.
-Where a file has several rows for a line, the last one counts.
+Command:  python -m benchmarks.table FILE.jsonl
+
+FILE holds the rows that `make bench` prints. The authors' PyTorch code was timed on two cores whose
+float32 matrix product ran at 165 GFLOP/s. A speed here is divided by theirs after both are divided
+by the rate of their own machine's product. Where a file has several rows for a line, the last one
+counts.
 """
 
 import json
@@ -14,13 +17,15 @@ AUTHORS_GFLOPS = 165.0
 
 
 class Line(NamedTuple):
-    """A figure asked for: which row answers it, the authors' tokens/s (0: the row's own field), least and aim."""
+    """A figure asked for, and the row of the file that answers it."""
 
+    # which row
     mode: str
     geometry: str
     spans: str
-    authors: float
-    least: float
+    # what is asked of it
+    authors: float  # tokens/s of the authors' code
+    least: float  # times the authors' speed
     aim: float
 
 
@@ -51,14 +56,17 @@ def report(rows: list[dict[str, Any]]) -> str:
     """The table as text."""
     lines = [f"{'':32}{'tokens/s':>10}{'GFLOP/s':>10}{'x authors':>11}{'asked':>7}{'aim':>6}"]
     for line in LINES:
-        row, name = find(rows, line), f"{line.mode} {line.geometry}, {line.spans} spans"
+        row = find(rows, line)
+        name = f"{line.mode} {line.geometry}, {line.spans} spans"
         if row is None:
             lines.append(f"{name:32}{'-':>10}{'-':>10}{'-':>11}{line.least:>7}{line.aim:>6}")
             continue
         rate = sum(row["matmul_gflops"]) / 2
-        figures = f"{row['tokens_per_s']:>10.0f}{rate:>10.0f}{ratio(row, line):>11.2f}{line.least:>7}{line.aim:>6}"
-        lines.append(name.ljust(32) + figures)
-    for row in [row for row in rows if "dropout_costs" in row][-2:]:
+        figures = f"{row['tokens_per_s']:>10.0f}{rate:>10.0f}{ratio(row, line):>11.2f}"
+        lines.append(f"{name:32}{figures}{line.least:>7}{line.aim:>6}")
+    # What dropout costs the operation, for the two kinds of spans that are measured.
+    timed_with_dropout = [row for row in rows if "dropout_costs" in row]
+    for row in timed_with_dropout[-2:]:
         name = f"dropout {row['dropout']} costs, {row['geometry']}, {row['spans']}"
         lines.append(f"{name:52}{row['dropout_costs']:>11.2f}{1.25:>7}{1.1:>6}")
     return "\n".join(lines)
@@ -68,7 +76,8 @@ def main() -> None:
     """Print the table of a file."""
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
         sys.exit(f"expected a file of JSON lines, found {' '.join(sys.argv[1:]) or 'nothing'}")
-    print(report([json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]))
+    text = Path(sys.argv[1]).read_text()
+    print(report([json.loads(line) for line in text.splitlines()]))
 
 
 if __name__ == "__main__":

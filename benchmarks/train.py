@@ -1,9 +1,12 @@
-"""Speed of training and evaluation, beside the machine's own matrix product measured in the same run.
+"""Speed of training and evaluation, beside the machine's matrix product measured in the same run.
 
-Command:  python -m benchmarks.train --geometry=small-8 --spans=full [--mode=evaluate]
-[--seconds=20] Last line: JSON with tokens_per_s, matmul_gflops (before and after), share (required
-FLOPs over that rate) and peak_memory_mb. Dimension key: X layer, H head, B batch, T position in the
-block.
+Command:  python -m benchmarks.train --geometry=small-8 --spans=full
+              [--mode=evaluate] [--seconds=20]
+
+Last line: JSON with tokens_per_s, matmul_gflops (before and after), share (required FLOPs over that
+rate) and peak_memory_mb.
+
+Dimension key: X layer, H head, B batch, R row of the evaluation, T position in the block.
 """
 
 import argparse
@@ -22,38 +25,50 @@ import numpy as np
 from jax.sharding import Mesh
 
 from allattn import data, sharding, train
-from allattn.evaluation import scoring
+from allattn.evaluation import protocols, scoring
 from allattn.model import Model, ModelConfig, forward_flops
 from allattn.train import optim
 from benchmarks import machine
+from benchmarks.geometries import GEOMETRIES, NETWORKS
 from configs import base
 
-# layers, width, heads, span limit, block, persistent pairs
-GEOMETRIES = {
-    "tiny": (4, 256, 4, 256, 128, 512),
-    "small-8": (8, 256, 4, 1024, 256, 1024),
-    "enwik8_small": (18, 512, 8, 8192, 512, 1024),
-}
-EVALUATED, VOCABULARY = 8, 205  # rows of the authors' protocol
+VOCABULARY = 205  # symbols of enwik8
 
 
 def configuration(arguments: argparse.Namespace) -> ml_collections.ConfigDict:
     """A geometry as a configuration; the rate is 0, so that the spans stay as they are set."""
     c = base.get_config()
-    m = c.model
-    m.depth, m.width, m.heads, m.span.limit, c.train.block, m.persistent = GEOMETRIES[
-        arguments.geometry
-    ]
-    c.train.batch, m.vocab_size, m.dropout = arguments.rows, VOCABULARY, arguments.dropout
+    # The sizes.
+    geometry = GEOMETRIES[arguments.geometry]
+    c.model.depth = geometry.depth
+    c.model.width = geometry.width
+    c.model.heads = geometry.heads
+    c.model.span.limit = geometry.limit
+    c.model.persistent = geometry.persistent
+    c.model.vocab_size = VOCABULARY
+    c.train.block = geometry.block
+    # What the flags say.
+    c.train.batch = arguments.rows
     c.train.remat = arguments.remat
-    m.dtype, m.implementation = arguments.dtype, arguments.implementation
-    c.optimizer.learning_rate, m.span.loss = 0.0, 0.0
+    c.model.dropout = arguments.dropout
+    c.model.dtype = arguments.dtype
+    c.model.implementation = arguments.implementation
+    # Neither gradients nor their penalty change the spans.
+    c.optimizer.learning_rate = 0.0
+    c.model.span.loss = 0.0
     return c
 
 
 def spans(c: ml_collections.ConfigDict, name: str) -> np.ndarray:
-    """z of every layer and head: all, nothing, 32 tokens in all heads but one that has all, or a file's spans."""
-    limit, heads = c.model.span.limit, c.model.heads
+    """Spans of every layer and head as shares of the limit, z_XH.
+
+    Args:
+      c: the configuration.
+      name: full; zero; mixed, 32 tokens in all heads but one that has all; or a JSON file of spans
+        in tokens.
+    """
+    limit = c.model.span.limit
+    heads = c.model.heads
     if name.endswith(".json"):
         tokens_XH = np.array(json.loads(Path(name).read_text())["spans"], np.float32)
         return np.minimum(np.resize(tokens_XH, (c.model.depth, heads)), limit) / limit
@@ -66,29 +81,36 @@ def spans(c: ml_collections.ConfigDict, name: str) -> np.ndarray:
 
 
 def trainer(
-    c: ml_collections.ConfigDict, params: Any, model: Model, longest: float, mesh: Mesh
+    c: ml_collections.ConfigDict, params: Any, model: Model, mesh: Mesh
 ) -> Callable[[], Any]:
     """A function that makes one update of a running state."""
-    bucket, limit = train.choose_bucket(c, longest), c.model.span.limit
+    limit = c.model.span.limit
+    context = train.choose_context_length(c, float(jnp.max(params["layers"]["span"])))
+
+    # The state of a run, on the mesh.
     optimizer = optim.optimizer(c)
-    cache_XBSD = model.empty_cache(c.train.batch, train.next_bucket(bucket, limit))
+    cache_XBSD = model.empty_cache(c.train.batch, train.next_context_length(context, limit))
     key = jax.random.key_data(jax.random.key(0))
     state = train.TrainState(jnp.int32(0), params, optimizer.init(params), cache_XBSD, key)
-    places, attention = (
-        sharding.shardings(mesh, state),
-        sharding.attention_over(mesh, c.train.batch),
-    )
-    step = train.make_train_step(model, optimizer, c, bucket, attention, mesh)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(places, None))
-    rng, holder = np.random.default_rng(0), [jax.device_put(state, places)]
+    shardings = sharding.shardings(mesh, state)
+    state = jax.device_put(state, shardings)
+
+    # The step that training makes.
+    attention = sharding.attention_over(mesh, c.train.batch)
+    step = train.make_train_step(model, optimizer, c, context, attention, mesh)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+
+    # A block from the middle of a text, so that the cache counts as full.
+    rng = np.random.default_rng(0)
     tokens_BT = rng.integers(VOCABULARY, size=(c.train.batch, c.train.block + 1), dtype=np.int32)
-    place = sharding.Rows(mesh, c.train.batch).place
-    batch = data.Batch(
-        place(tokens_BT[:, :-1]), place(tokens_BT[:, 1:]), np.int32(c.model.span.limit)
-    )
+    rows = sharding.Rows(mesh, c.train.batch)
+    inputs_BT = rows.place(tokens_BT[:, :-1])
+    targets_BT = rows.place(tokens_BT[:, 1:])
+    batch = data.Batch(inputs_BT, targets_BT, np.int32(limit))
 
     def run() -> Any:
-        holder[0], values = step(holder[0], batch)
+        nonlocal state
+        state, values = step(state, batch)
         return values
 
     return run
@@ -98,18 +120,23 @@ def evaluator(
     c: ml_collections.ConfigDict, params: Any, model: Model, mesh: Mesh
 ) -> Callable[[], Any]:
     """A function that scores one block of 8 rows."""
-    rng, block = np.random.default_rng(0), c.train.block
-    tokens = rng.integers(VOCABULARY, size=EVALUATED * (block + 1), dtype=np.int32)
-    plan, context = scoring.authors_plan(len(tokens), block), scoring.context_length(model, params)
-    holder = [scoring.empty_cache(model, mesh, EVALUATED, context + block)]
+    rng = np.random.default_rng(0)
+    block = c.train.block
+    rows = protocols.AUTHORS_ROWS
+    tokens = rng.integers(VOCABULARY, size=rows * (block + 1), dtype=np.int32)
+    plan = protocols.authors_plan(len(tokens), block)
+    context = scoring.context_length(model, params)
+
+    # Everything on the mesh: cache, parameters, the block.
+    cache = scoring.empty_cache(model, mesh, rows, context + block)
     params = jax.device_put(params, sharding.shardings(mesh, params))
-    arrays = [
-        *map(sharding.Rows(mesh, EVALUATED).place, scoring.read_block(tokens, plan, block, 0))
-    ]
+    spread = sharding.Rows(mesh, rows)
+    arrays = [spread.place(x_RT) for x_RT in scoring.read_block(tokens, plan, block, 0)]
 
     def run() -> Any:
-        holder[0], nll = scoring.score_block(model, mesh, None, params, holder[0], context, *arrays)
-        return nll
+        nonlocal cache
+        cache, sums = scoring.score_block(model, mesh, None, params, cache, context, *arrays)
+        return sums
 
     return run
 
@@ -117,19 +144,21 @@ def evaluator(
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Time the steps between two measurements of the matrix product."""
     evaluates = arguments.mode == "evaluate"
-    rows = EVALUATED if evaluates else arguments.rows
+    rows = protocols.AUTHORS_ROWS if evaluates else arguments.rows
     sharding.use_cores(rows)
     mesh = sharding.mesh_over_rows()
+
+    # The network with the spans asked for, and the call that is timed.
     c = configuration(arguments)
     config = ModelConfig.from_config(c)
-    model, z_XH = Model(config), spans(c, arguments.spans)
+    model = Model(config)
+    z_XH = spans(c, arguments.spans)
     params = jax.jit(model.init)(jax.random.key(0))
     params["layers"]["span"] = jnp.asarray(z_XH)
-    run = (
-        evaluator(c, params, model, mesh)
-        if evaluates
-        else trainer(c, params, model, float(z_XH.max()), mesh)
-    )
+    build = evaluator if evaluates else trainer
+    run = build(c, params, model, mesh)
+
+    # Two calls that do not count: the first compiles.
     before = machine.matmul_gflops(arguments.dtype)
     for _ in range(2):
         jax.block_until_ready(run())
@@ -138,13 +167,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     while time.perf_counter() - began < arguments.seconds or len(times) < 3:
         times.append(machine.seconds(run))
     after = machine.matmul_gflops(arguments.dtype)
-    tokens, second = rows * c.train.block, statistics.median(times)
+
+    # Training requires three times the products of the forward pass.
+    tokens = rows * c.train.block
+    second = statistics.median(times)
     reach = float(np.minimum(z_XH * config.limit + config.ramp, config.limit).mean())
-    flops = (
-        tokens
-        * forward_flops(config, reach, c.train.block, cached=evaluates)
-        * (1 if evaluates else 3)
-    )
+    flops = tokens * forward_flops(config, reach, c.train.block, cached=evaluates)
+    if not evaluates:
+        flops *= 3
     return {
         "geometry": arguments.geometry,
         "spans": arguments.spans,
@@ -167,7 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--geometry", choices=tuple(GEOMETRIES), default="tiny")
+    parser.add_argument("--geometry", choices=NETWORKS, default="tiny")
     parser.add_argument("--spans", default="full", help="full, zero, mixed, or a JSON file")
     parser.add_argument("--rows", type=int, default=8, help="of a training batch")
     parser.add_argument("--mode", choices=("train", "evaluate"), default="train")

@@ -43,30 +43,37 @@ def tune(
     Returns:
       A row of the table but for the machine.
     """
-    default = best = tuning.DEFAULTS[implementation]
+    default = tuning.DEFAULTS[implementation]
+    best = default
     for name, values in CANDIDATES[implementation].items():
-        rivals = [
-            best,
-            *(best._replace(**{name: value}) for value in values if value != getattr(best, name)),
-        ]
+        # The best so far against itself with another value of this parameter.
+        rivals = [best]
+        for value in values:
+            if value != getattr(best, name):
+                rivals.append(best._replace(**{name: value}))
         times = _times(implementation, rivals, seconds, repeats)
         fastest = min(times, key=lambda tiles: times[tiles])
-        best = fastest if times[fastest] < GAIN * times[best] else best
+        if times[fastest] < GAIN * times[best]:
+            best = fastest
+
+    # Gains of several steps add up to one that must be seen again.
     times = _times(implementation, [default, best], seconds, repeats)
-    best = best if times[best] < GAIN * times[default] else default
-    found = {
+    if times[best] >= GAIN * times[default]:
+        best = default
+    return {
         "implementation": implementation,
         "device": tuning.device()[1],
         "sizes": sizes,
         "tiles": best._asdict(),
+        "default_ms": round(times[default] * 1e3, 2),
+        "ms": round(times[best] * 1e3, 2),
     }
-    return found | {"default_ms": round(times[default] * 1e3, 2), "ms": round(times[best] * 1e3, 2)}
 
 
 def _times(
     implementation: str, rivals: list, seconds: Callable[[Any], float], repeats: int
 ) -> dict[Any, float]:
-    """Medians, the rivals taken in turn; one that does not fit the machine takes forever."""
+    """Medians, the rivals taken in turn; for one that does not fit the machine infinity."""
     times: dict[Any, list[float]] = {tiles: [] for tiles in rivals}
     for repeat in range(repeats + 1):
         for tiles, measured in times.items():
@@ -77,23 +84,28 @@ def _times(
 
 
 def _seconds(implementation: str, tiles: Any, seconds: Callable[[Any], float]) -> float:
-    defaults, table = tuning.DEFAULTS, tuning.TABLE
+    """How long a call takes with some tiles, which are the default and the only ones meanwhile."""
+    defaults = tuning.DEFAULTS
+    table = tuning.TABLE
     try:
-        tuning.DEFAULTS, tuning.TABLE = defaults | {implementation: tiles}, []
+        tuning.DEFAULTS = defaults | {implementation: tiles}
+        tuning.TABLE = []
         return seconds(tiles)
     except Exception as error:  # whatever a compiler raises where tiles are too large for it
         print(f"{tiles}: {str(error).splitlines()[0][:200]}", flush=True)
         return float("inf")
     finally:
-        tuning.DEFAULTS, tuning.TABLE = defaults, table
+        tuning.DEFAULTS = defaults
+        tuning.TABLE = table
 
 
 def enter(row: dict[str, Any], path: Path = Path(tuning.__file__).with_name("tuned.json")) -> None:
-    """Put a row into the table in place of what it had for the same device and sizes."""
+    """Put a row into the table; it replaces that of the same device and sizes."""
 
-    def place(row: dict[str, Any]) -> tuple:
+    def key_of(row: dict[str, Any]) -> tuple:
         return row["implementation"], row["device"], tuple(sorted(row["sizes"].items()))
 
-    rows = {place(old): old for old in json.loads(path.read_text())} | {place(row): row}
+    rows = {key_of(old): old for old in json.loads(path.read_text())}
+    rows[key_of(row)] = row
     lines = ",\n".join(json.dumps(rows[key]) for key in sorted(rows))
     path.write_text(f"[\n{lines}\n]\n")

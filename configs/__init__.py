@@ -1,4 +1,8 @@
-"""Experiments; those in a folder of this name beside another experiment file are found here too, and before ours."""
+"""Experiments, one file each.
+
+A folder `configs` around an experiment file elsewhere is part of this package too, and comes first
+(allattn/config.py puts it on the path).
+"""
 
 from pkgutil import extend_path
 

@@ -1,4 +1,11 @@
-"""Every field of an experiment, with its meaning and default. A config file changes the few that differ."""
+"""Every field of an experiment, with its meaning and default.
+
+An experiment file calls this get_config() and states the fields that make the experiment, in the
+order below. `allattn config --config=FILE` prints all of them with these comments: a comment
+belongs to the field that it stands behind, or that it stands directly above.
+
+A new field also needs a row in allattn/config_checks.py.
+"""
 
 from ml_collections import ConfigDict
 
@@ -10,56 +17,56 @@ def get_config() -> ConfigDict:
 
     c.dataset = ConfigDict()
     c.dataset.name = "enwik8"  # enwik8, text8, wikitext103, stdlib or files
-    # folder or bucket URL of prepared data, or for `files` of the texts; "": $ALLATTN_DATA_DIR or ~/.cache/allattn
+    # folder or bucket URL of prepared data, or for `files` of the texts;
+    # "": $ALLATTN_DATA_DIR or ~/.cache/allattn
     c.dataset.data_dir = ""
     c.dataset.unit = "byte"  # byte or word; for `files` only
 
     c.model = ConfigDict()
     c.model.layer = "all_attention"  # or, with model.persistent 0, transformer or transformer_xl
-    # joint: one softmax over context and persistent pairs. Others: split, head_split, single_head; ff_attention
-    c.model.integration = "joint"  # (a transformer whose ReLU is a softmax)
+    # joint: one softmax over context and persistent pairs; others: split, head_split, single_head;
+    # ff_attention (a transformer whose ReLU is a softmax)
+    c.model.integration = "joint"
     c.model.depth = 18  # layers
-    c.model.width = 512
-    c.model.heads = 8
+    c.model.width = 512  # of the hidden states (D)
+    c.model.heads = 8  # of width / heads each
     c.model.persistent = 1024  # persistent key-value pairs per head (N)
     c.model.feed_forward = 0  # inner units of transformer and transformer_xl
     c.model.pre_norm = False  # transformer_xl: normalise the sublayers' inputs, not their outputs
     c.model.vocab_size = 205  # checked against the data; 0: as many as it has
-    c.model.dropout = (
-        0.0  # on attention weights and after ReLU; transformer_xl: on all but the weights
-    )
+    # on attention weights and after ReLU; transformer_xl: on all except the weights
+    c.model.dropout = 0.0
     c.model.attention_dropout = 0.0  # on attention weights; transformer_xl only
     c.model.embedding_dropout = 0.0  # on the embedding's output and the final hidden state
-    c.model.dtype = (
-        "bfloat16"  # of activations and products; parameters and softmax statistics stay float32
-    )
+    # of activations and products; parameters and softmax statistics stay float32
+    c.model.dtype = "bfloat16"
     c.model.implementation = ""  # of the attention operation; "": the best for the device
 
     c.model.span = ConfigDict()
-    c.model.span.limit = 8192  # farthest distance in tokens, rows of the position table (L); transformer_xl: length of the memory
+    # farthest distance in tokens, rows of the position table (L); transformer_xl: length of the
+    # memory
+    c.model.span.limit = 8192
     c.model.span.adaptive = True  # False: every head always sees `limit` tokens
     c.model.span.ramp = 32  # length of the soft end in tokens (R)
     c.model.span.init = 0.0  # initial span as a fraction of the limit
     c.model.span.loss = 1e-7  # coefficient of limit x mean span, summed over layers
-    c.model.span.check_every = 100  # steps between choices of the context bucket
-    c.model.span.margin = (
-        32  # tokens that the bucket exceeds the longest reach by when it is chosen
-    )
+    c.model.span.check_every = 100  # steps between choices of the context length
+    # tokens by which the context length exceeds the longest reach when it is chosen
+    c.model.span.margin = 32
 
     c.model.adaptive_io = ConfigDict()
-    c.model.adaptive_io.cutoffs = ()  # first id of each cluster of rarer symbols, as in 20000,40000; (): plain softmax
+    # first id of each cluster of rarer symbols, as in 20000,40000; (): plain softmax
+    c.model.adaptive_io.cutoffs = ()
     c.model.adaptive_io.division = 4  # each cluster's vectors are narrower by this factor
     c.model.adaptive_io.tied = True  # the output uses the embeddings and projections of the input
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adagrad"  # adagrad (the paper's rule), adam or adamw
-    c.optimizer.learning_rate = 0.07
-    c.optimizer.warmup = (
-        32_000  # updates over which the rate rises linearly; too few spoil a wide network
-    )
-    c.optimizer.schedule = (
-        "constant"  # after the warm-up: constant, or cosine (falling to 0 at train.steps)
-    )
+    c.optimizer.learning_rate = 0.07  # after the warm-up
+    # updates over which the rate rises linearly; too few spoil a wide network
+    c.optimizer.warmup = 32_000
+    # after the warm-up: constant, or cosine (falling to 0 at train.steps)
+    c.optimizer.schedule = "constant"
     c.optimizer.clip = 0.03  # gradient norm: per tensor with adagrad, global with adam; 0: none
     c.optimizer.weight_decay = 0.0  # adamw only
 
@@ -67,17 +74,19 @@ def get_config() -> ConfigDict:
     c.train.batch = 64  # rows of the stream, over all devices
     c.train.block = 512  # tokens of each row per step
     c.train.accumulation = 1  # parts that a batch is split into, for memory; changes nothing else
-    c.train.remat = ""  # what the backward pass computes again, for memory: projections (all but attention), layer
+    # what the backward pass computes again, for memory: projections (all except attention), layer;
+    # "": nothing
+    c.train.remat = ""
     c.train.init_from = ""  # workdir whose newest parameters this run starts from; "": random ones
-    c.train.steps = 450_000
+    c.train.steps = 450_000  # updates
     c.train.finetune_steps = 30_000  # further steps at a tenth of the rate
     c.train.log_every = 100  # steps
     c.train.profile = 0  # step after which TensorBoard's profiler watches three; 0: none
-    c.train.peak_flops = (
-        0.0  # FLOP/s of one device in this dtype, for the MFU metric; 0: not reported
-    )
+    # FLOP/s of one device in this dtype, for the MFU metric; 0: not reported
+    c.train.peak_flops = 0.0
 
-    c.mesh = ConfigDict()  # devices; -1: what is left
+    # Devices along each axis of the mesh; -1: the rest of them.
+    c.mesh = ConfigDict()
     c.mesh.data = -1  # rows
     c.mesh.fsdp = 1  # rows, and parameters and optimizer state
     c.mesh.tensor = 1  # heads
@@ -94,4 +103,6 @@ def get_config() -> ConfigDict:
     c.evaluate.memory_length = 2100  # protocol `xl`: distances that every query sees
     c.evaluate.clamp_length = 820  # protocol `xl`: farther ones look like this one; 0: as they are
     c.evaluate.max_tokens = 0  # of dev, for the evaluations while training; 0: all
-    return c.lock()  # a misspelt field in a file over this one is an error
+
+    # Locked: a misspelt field in an experiment file is an error.
+    return c.lock()

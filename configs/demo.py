@@ -1,4 +1,4 @@
-"""A small all-attention network on the source text of Python's standard library; the first thing to run.
+"""The first thing to run: a small all-attention network on the text of Python's standard library.
 
 Command:   make demo    (or: allattn train --config=configs/demo.py --workdir=runs/demo)
 Hardware:  2 CPU cores; about three minutes.
@@ -10,15 +10,17 @@ from configs import base
 def get_config():
     c = base.get_config()
     c.dataset.name = "stdlib"
+    c.model.layer = "all_attention"
     c.model.depth = 4
     c.model.width = 128
     c.model.heads = 2
     c.model.persistent = 256
     c.model.vocab_size = 0
+    c.model.dropout = 0.0
     c.model.dtype = "float32"
     c.model.span.limit = 256
-    c.model.span.check_every = 10
     c.model.span.loss = 0.0
+    c.model.span.check_every = 10
     c.optimizer.name = "adam"
     c.optimizer.learning_rate = 3e-3
     c.optimizer.warmup = 50

@@ -10,5 +10,20 @@ from configs import base
 
 def get_config():
     c = base.get_config()
+    c.dataset.name = "enwik8"
+    c.model.layer = "all_attention"
+    c.model.depth = 18
+    c.model.width = 512
+    c.model.heads = 8
+    c.model.persistent = 1024
+    c.model.vocab_size = 205
     c.model.dropout = 0.3
+    c.model.span.limit = 8192
+    c.optimizer.name = "adagrad"
+    c.optimizer.learning_rate = 0.07
+    c.optimizer.warmup = 32_000
+    c.train.batch = 64
+    c.train.block = 512
+    c.train.steps = 450_000
+    c.train.finetune_steps = 30_000
     return c

@@ -10,12 +10,22 @@ from configs import base
 
 def get_config():
     c = base.get_config()
+    c.dataset.name = "enwik8"
     c.model.layer = "transformer"
     c.model.depth = 12
+    c.model.width = 512
+    c.model.heads = 8
     c.model.persistent = 0
     c.model.feed_forward = 2048
+    c.model.vocab_size = 205
     c.model.dropout = 0.3
+    c.model.span.limit = 8192
     c.model.span.loss = 5e-7
+    c.optimizer.name = "adagrad"
+    c.optimizer.learning_rate = 0.07
+    c.optimizer.warmup = 32_000
+    c.train.batch = 64
+    c.train.block = 512
     c.train.steps = 600_000
     c.train.finetune_steps = 0
     return c

@@ -2,14 +2,29 @@
 
 Command:   allattn train --config=configs/text8_small.py --workdir=runs/text8_small
 Hardware:  8 accelerators of 32 GB or more (the paper's setting: 8 V100); time not yet measured.
-Published: 1.05 dev, 1.11 test bpc, protocol `authors` (arXiv 1907.01470, table 3); steps not published.
+Published: 1.05 dev, 1.11 test bpc, protocol `authors` (arXiv 1907.01470, table 3); steps
+           not published.
 """
 
-from configs import enwik8_small
+from configs import base
 
 
 def get_config():
-    c = enwik8_small.get_config()
+    c = base.get_config()
     c.dataset.name = "text8"
+    c.model.layer = "all_attention"
+    c.model.depth = 18
+    c.model.width = 512
+    c.model.heads = 8
+    c.model.persistent = 1024
     c.model.vocab_size = 28
+    c.model.dropout = 0.3
+    c.model.span.limit = 8192
+    c.optimizer.name = "adagrad"
+    c.optimizer.learning_rate = 0.07
+    c.optimizer.warmup = 32_000
+    c.train.batch = 64
+    c.train.block = 512
+    c.train.steps = 450_000
+    c.train.finetune_steps = 30_000
     return c

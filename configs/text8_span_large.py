@@ -1,16 +1,33 @@
-"""text8, transformer with adaptive span, large: 24 layers of width 768, inner width 4096, 208,638,172 parameters.
+"""text8, transformer with adaptive span, large.
+
+24 layers of width 768, inner width 4096, 208,638,172 parameters.
 
 Command:   allattn train --config=configs/text8_span_large.py --workdir=runs/text8_span_large
 Hardware:  8 accelerators of 32 GB or more (the paper's setting: 8 V100); time not yet measured.
 Published: 1.01 dev, 1.07 test bpc, protocol `authors` (arXiv 1905.07799, table 1).
 """
 
-from configs import enwik8_span_large
+from configs import base
 
 
 def get_config():
-    c = enwik8_span_large.get_config()
+    c = base.get_config()
     c.dataset.name = "text8"
+    c.model.layer = "transformer"
+    c.model.depth = 24
+    c.model.width = 768
+    c.model.heads = 8
+    c.model.persistent = 0
+    c.model.feed_forward = 4096
     c.model.vocab_size = 28
+    c.model.dropout = 0.4
+    c.model.span.limit = 8192
+    c.model.span.loss = 5e-7
+    c.optimizer.name = "adagrad"
+    c.optimizer.learning_rate = 0.07
+    c.optimizer.warmup = 32_000
+    c.train.batch = 64
+    c.train.block = 512
     c.train.steps = 250_000
+    c.train.finetune_steps = 20_000
     return c

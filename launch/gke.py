@@ -1,11 +1,12 @@
-"""Train on Google Kubernetes Engine: one Job, one process per pod, the pods of one accelerator slice or group of nodes.
+"""Train on Google Kubernetes Engine: one Job, one process per pod.
+
+The pods are those of one accelerator slice or group of nodes.
 
 python launch/gke.py --name=NAME --image=IMAGE --processes=N [OPTIONS] COMMAND...
 
-python launch/gke.py --name=large --image=$IMAGE --processes=4 --tpu=tpu-v5-lite-podslice
---topology=4x4 --chips=4 \\
-    --service_account=trainer python -m allattn train --config=configs/enwik8_large.py
-    --workdir=gs://$BUCKET/large
+python launch/gke.py --name=large --image=$IMAGE --processes=4 \\
+    --tpu=tpu-v5-lite-podslice --topology=4x4 --chips=4 --service_account=trainer \\
+    python -m allattn train --config=configs/enwik8_large.py --workdir=gs://$BUCKET/large
 
 The manifest goes to `kubectl apply`; with --dry-run it is printed instead, as JSON, which kubectl
 reads like YAML. A pod that ends with exit code 75 (its state is saved) or is evicted is replaced
@@ -40,7 +41,11 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _service(name: str) -> dict[str, Any]:
-    """Without an address of its own: pod I is NAME-I.NAME, ready or not, since the pods must meet to become ready."""
+    """The Service that names the pods: pod I is NAME-I.NAME.
+
+    It has no address of its own. It names pods that are not ready, too, since the pods must meet to
+    become ready.
+    """
     spec = {
         "clusterIP": "None",
         "publishNotReadyAddresses": True,
@@ -121,7 +126,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options of the command line; a mistake in them ends the program with one line and exit code 2."""
+    """The options of the command line; a mistake ends the program in one line with exit code 2."""
     form = argparse.RawDescriptionHelpFormatter
     parser = _Parser("gke.py", description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--name", required=True, help="of the Job, its Service and its pods")

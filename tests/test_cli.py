@@ -16,11 +16,11 @@ import pytest
 from command_line import ROOT, Result, call, flags
 
 import allattn
-from allattn import train
+from allattn import config, train
 from allattn.__main__ import main
 
 LETTERS = "abcdefghijklmn"
-COMMANDS = ("train", "evaluate", "generate", "convert", "sweep", "data")
+COMMANDS = ("train", "evaluate", "generate", "config", "convert", "sweep", "compile", "data")
 
 
 class Place(NamedTuple):
@@ -91,7 +91,7 @@ def test_train_again_is_complete(place: Place) -> None:
 
 
 def test_train_longer(place: Place, tmp_path: Path) -> None:
-    """A finished run goes on if it is given more steps."""
+    """A finished run resumes if it is given more steps."""
     shutil.copytree(place.run, tmp_path / "run")
     longer = call(
         "train", f"--workdir={tmp_path}/run", *flags(place.texts, train__finetune_steps=4)
@@ -226,6 +226,28 @@ def test_generate(place: Place) -> None:
     assert call(*words, "--temperature=0").out == call(*words, "--top_k=1").out
 
 
+# --- the configuration of an experiment
+
+
+def test_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every field with its meaning, and a mark on those that the file or a setting changes."""
+    monkeypatch.chdir(ROOT)
+    found = call("config", "--config=configs/demo.py", "--config.model.heads=4")
+    assert (found.code, found.err) == (0, "")
+    settings = [line.split("  # ")[0].rstrip() for line in found.out.splitlines()]
+    assert settings[:2] == ["  seed = 0", "* dataset.name = 'stdlib'"]
+    assert {"* model.heads = 4", "* model.span.loss = 0.0", "  mesh.data = -1"} <= set(settings)
+
+
+def test_config_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text that a checkpoint has."""
+    monkeypatch.chdir(ROOT)
+    found = call("config", "--config=configs/demo.py", "--config.seed=3", "--json")
+    loaded = allattn.load_config("configs/demo.py", {"seed": "3"})
+    assert found.code == 0
+    assert found.out == config.to_json(loaded) + "\n"
+
+
 # --- help and mistakes
 # -------------------------------------------------------------------------------------------
 
@@ -236,7 +258,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture) -> None:
         main([*command, "--help"])
     out = capsys.readouterr().out
     assert caught.value.code == 0 and out.startswith(f"usage: {' '.join(['allattn', *command])}")
-    assert "--workdir" in out or command in ([], ["data"])
+    assert "--workdir" in out or command in ([], ["config"], ["compile"], ["data"])
 
 
 def process(*words: Any) -> Result:
@@ -301,6 +323,13 @@ MISTAKES = [
     ("", {}, "required: COMMAND"),
     ("trian", {}, "invalid choice: 'trian'"),
     ("train", {}, "required: --config, --workdir"),
+    ("config", {}, "required: --config"),
+    ("config --config={folder}/none.py", {}, "found no file"),
+    ("config --config=configs/demo.py stray", {}, "unknown argument 'stray'"),
+    ("config --config=configs/demo.py --config.model.widht=3", {}, "did you mean --config.model."),
+    ("config --config=configs/demo.py --config.model.width=wide", {}, "expected int"),
+    ("config --config=configs/demo.py --config.train.batch=0", {}, "train.batch: expected at"),
+    ("config --config=configs/demo.py --config.model.heads=3", {}, "a divisor of model.width 128"),
     (f"{TRAIN} --config={{folder}}/none.py", None, "found no file"),
     (
         "train --workdir={folder}/new --config=gs://bucket/a.py",
@@ -449,7 +478,7 @@ def test_home_folder_in_a_workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_loss_that_is_not_a_number(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit code 1; the message names the step; the checkpoint from before stands, and the run goes on from it."""
+    """Exit code 1; the message names the step; the checkpoint from before stands, and the run resumes from it."""
     advance = train.Trainer.step
 
     def poison(self: train.Trainer, state: train.TrainState, *rest: Any) -> Any:

@@ -24,7 +24,7 @@ ORDER = [
     {"data"},
     {"model", "storage"},
     {"sharding", "config", "config_checks"},
-    {"attention", "configs", "errors"},
+    {"attention", "configs", "errors", "urls"},
 ]
 LEVEL = {package: level for level, packages in enumerate(reversed(ORDER)) for package in packages}
 

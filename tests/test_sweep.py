@@ -89,7 +89,7 @@ def test_a_broken_experiment_leaves_the_others(swept: Swept) -> None:
         f([score["bpc"] for score in scores]) for f in (statistics.mean, statistics.stdev)
     )
     assert good["test"] == f"{mean:.4f} ± {deviation:.4f}" and good["failed"] == ""
-    rows = [sweep.metrics.read_jsonl(str(runs / f"good-seed{seed}")) for seed in (0, 1)]
+    rows = [sweep.jsonl.read_jsonl(str(runs / f"good-seed{seed}")) for seed in (0, 1)]
     reach = statistics.mean(
         [row["mean_reach"] for row in each if "mean_reach" in row][-1] for each in rows
     )

@@ -67,3 +67,10 @@ def pack(
     )
     static = Static(first_distance, ramp, dropout_rate, scale, whole_context, one_query, tiles)
     return static, inputs, Dynamic(**dynamic)
+
+
+def seed_and_offsets(dynamic: Dynamic) -> Array:
+    """Dropout seed, row offset and head offset as the kernels read them, int32 of shape (3,)."""
+    # A seed of 32 bits keeps them all; its value as an integer may become negative.
+    seed = jax.lax.bitcast_convert_type(dynamic.dropout_seed.astype(jnp.uint32), jnp.int32)
+    return jnp.stack([seed, dynamic.row_offset, dynamic.head_offset]).astype(jnp.int32)

@@ -13,6 +13,10 @@ from allattn.attention.span import MASKED_LOGIT
 
 Array = jax.Array
 
+# Axes that `dot` contracts, the first array's and the second's: x y', and x' y.
+NT_DIMENSIONS = (1, 1)
+TN_DIMENSIONS = (0, 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class CallSizes:

@@ -1,7 +1,12 @@
-"""TFDS builders: each split is stored as fixed-size records of raw ids, the vocabulary in the builder's metadata.
+"""TFDS builders of the data sets: from texts to stored ids.
 
-Nothing here needs TensorFlow: records are written as ArrayRecord and read back with
-`as_data_source`.
+Each split is stored as records of CHUNK_TOKENS ids in the smallest type that holds them, the
+vocabulary in the builder's metadata. Nothing here needs TensorFlow: records are written as
+ArrayRecord and read back with `as_data_source`.
+
+To add a data set: subclass `TextBuilder`, say in `texts` where the three texts are (a `Corpus` for
+a published archive), state the sizes that are published, and enter the name in
+`dataset.DATASETS`.
 """
 
 import abc
@@ -18,7 +23,7 @@ from allattn.data.sources import STDLIB_HELD_OUT, Corpus, Text, folder_of_texts,
 from allattn.data.vocabulary import Unit, Vocabulary, closed
 from allattn.errors import UserError
 
-CHUNK_TOKENS = 65_536
+CHUNK_TOKENS = 65_536  # of a record; it is the least that is read from disk
 
 
 class TextBuilder(tfds.core.GeneratorBasedBuilder):
@@ -32,14 +37,14 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     unit: Unit = "byte"
+    # What is published of the data set, and checked: size of the vocabulary, tokens of each split.
     expected_size: ClassVar[int | None] = None
-    """Size of the vocabulary, where it is published."""
     expected_tokens: ClassVar[dict[str, int]] = {}
-    """Tokens of each split, where they are published."""
 
     def __init__(
         self, *, manual_dir: epath.Path | None = None, downloads: Path, **options: Any
     ) -> None:
+        # Files placed by hand are used where there are any, else those of `downloads`.
         self.manual_dir = manual_dir
         self.downloads = downloads
         super().__init__(file_format="array_record", **options)
@@ -52,9 +57,11 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description=self.__doc__,
+            # A record is one byte string; `Tokens` knows the type of the ids in it.
             features=tfds.features.FeaturesDict(
                 {"tokens": tfds.features.Tensor(shape=(), dtype=np.object_)}
             ),
+            # Records are stretches of a text: their order is the data.
             disable_shuffling=True,
             metadata=tfds.core.MetadataDict(),
         )
@@ -62,12 +69,15 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
     def _split_generators(
         self, dl_manager: tfds.download.DownloadManager
     ) -> dict[str, Iterator[tuple[int, dict]]]:
+        # The training text alone makes the vocabulary; the others are read with it.
         texts = self.texts()
         vocabulary = Vocabulary.from_text(texts["train"], self.unit)
         if self.expected_size not in (None, vocabulary.size):
             raise UserError(
-                f"{self.name}: expected a vocabulary of {self.expected_size}, found {vocabulary.size}"
+                f"{self.name}: expected a vocabulary of {self.expected_size}, "
+                f"found {vocabulary.size}"
             )
+        # The vocabulary is stored in the description of the data set, beside the records.
         self.info.metadata["vocabulary"] = vocabulary.to_json()
         return {
             split: self._generate_examples(split, text, vocabulary) for split, text in texts.items()
@@ -76,16 +86,15 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(
         self, split: str, text: Iterable[bytes], vocabulary: Vocabulary
     ) -> Iterator[tuple[int, dict[str, bytes]]]:
+        # One record after another, so that no split has to fit in memory.
+        encoded = _encoded(text, vocabulary, f"{self.name}, split {split}")
         count = 0
-        for key, ids in enumerate(
-            _records(_encoded(text, vocabulary, f"{self.name}, split {split}"))
-        ):
+        for key, ids in enumerate(_records(encoded)):
             count += ids.size
             yield key, {"tokens": ids.astype(vocabulary.dtype).tobytes()}
         if count != self.expected_tokens.get(split, count):
-            raise UserError(
-                f"{self.name}: expected {self.expected_tokens[split]} {split} tokens, found {count}"
-            )
+            expected = self.expected_tokens[split]
+            raise UserError(f"{self.name}: expected {expected} {split} tokens, found {count}")
 
 
 class Enwik8(TextBuilder):
@@ -93,6 +102,7 @@ class Enwik8(TextBuilder):
 
     name = "enwik8"
     expected_size = 205
+    # Bytes of train, valid and test, in this order in the file.
     sizes: ClassVar[tuple[int, int, int]] = (90_000_000, 5_000_000, 5_000_000)
     corpus = Corpus(
         name="enwik8",
@@ -110,13 +120,15 @@ class Enwik8(TextBuilder):
     def texts(self) -> dict[str, Iterable[bytes]]:
         """The three stretches of the one file."""
         (text,) = self.corpus.find(self.manual_dir, self.downloads).values()
-        train, valid, _ = self.sizes
-        cuts = {
-            "train": (0, train),
-            "valid": (train, train + valid),
-            "test": (train + valid, sum(self.sizes)),
-        }
-        return {split: Text(text.path, text.member, *cut) for split, cut in cuts.items()}
+        train, valid, test = self.sizes
+        ends = {"train": train, "valid": train + valid, "test": train + valid + test}
+        # Each split begins where the one before it ends.
+        texts: dict[str, Iterable[bytes]] = {}
+        start = 0
+        for split, stop in ends.items():
+            texts[split] = Text(text.path, text.member, start, stop)
+            start = stop
+        return texts
 
 
 class Text8(Enwik8):
@@ -174,12 +186,12 @@ class Wikitext103(TextBuilder):
 
     def texts(self) -> dict[str, Iterable[bytes]]:
         """The three files."""
-        found = self.corpus.find(self.manual_dir, self.downloads)
-        return {split: found[f"wiki.{split}.tokens"] for split in ("train", "valid", "test")}
+        texts = self.corpus.find(self.manual_dir, self.downloads)
+        return {split: texts[f"wiki.{split}.tokens"] for split in ("train", "valid", "test")}
 
 
 class Stdlib(TextBuilder):
-    """Source text of the running interpreter's standard library: real text that every machine has."""
+    """Source text of the interpreter's standard library: real text that every machine has."""
 
     name = "stdlib"
     # Another interpreter has another text, so it makes another data set.
@@ -189,16 +201,18 @@ class Stdlib(TextBuilder):
 
     def texts(self) -> dict[str, Iterable[bytes]]:
         """The last 200 kB are valid and test."""
-        text, held = standard_library(), STDLIB_HELD_OUT
-        return {
-            "train": [text[: -2 * held]],
-            "valid": [text[-2 * held : -held]],
-            "test": [text[-held:]],
-        }
+        # The last files in sorted order, so no file is in two splits but the two that are cut.
+        text = standard_library()
+        test = len(text) - STDLIB_HELD_OUT
+        valid = test - STDLIB_HELD_OUT
+        return {"train": [text[:valid]], "valid": [text[valid:test]], "test": [text[test:]]}
 
 
 class Files(TextBuilder):
-    """A folder with train.txt, valid.txt and test.txt; the configuration's name is the unit and a fingerprint."""
+    """A folder with train.txt, valid.txt and test.txt.
+
+    The configuration's name is the unit and a fingerprint of the texts.
+    """
 
     name = "files"
 
@@ -213,6 +227,8 @@ class Files(TextBuilder):
 
 
 def _encoded(text: Iterable[bytes], vocabulary: Vocabulary, what: str) -> Iterator[np.ndarray]:
+    """The ids of a text, piece by piece; `what` says in a message which text it is."""
+    # The offset in the whole text, so that a message can say where an unknown symbol is.
     offset = 0
     for piece in closed(text, vocabulary.unit):
         try:
@@ -223,7 +239,8 @@ def _encoded(text: Iterable[bytes], vocabulary: Vocabulary, what: str) -> Iterat
 
 
 def _records(arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Re-cuts ids into arrays of CHUNK_TOKENS; only the last may be shorter."""
+    """Cut ids anew into arrays of CHUNK_TOKENS; only the last may be shorter."""
+    # Ids that do not fill a record yet.
     rest = np.zeros(0, np.int32)
     for ids in arrays:
         rest = np.concatenate([rest, ids])

@@ -1,4 +1,15 @@
-"""Prepared data sets: made once under a lock, then read lazily."""
+"""Prepared data sets: written once under a lock, then read lazily.
+
+Data is in three locations:
+
+    sources          a download, a folder of files placed by hand, or the interpreter's library
+    wanted folder    what the user asked for: `default_data_dir` or --data_dir, a folder or a bucket
+    local folder     what is read: the wanted folder, or where that is a bucket its copy here
+
+A folder is whole or absent: it is filled under another name and renamed, so that a process that is
+killed leaves nothing that looks prepared. To add a data set: write a builder in builders.py whose
+class name is the capitalised name, and enter the name in DATASETS.
+"""
 
 import difflib
 import fcntl
@@ -21,6 +32,7 @@ from allattn.storage import paths
 if TYPE_CHECKING:
     from allattn.data.builders import TextBuilder
 
+# Names that --dataset takes; builders.py has a class for each.
 DATASETS = ("enwik8", "text8", "wikitext103", "stdlib", "files")
 SPLITS = ("train", "valid", "test")
 
@@ -38,8 +50,10 @@ class Tokens:
         self._dtype = dtype
         # Small neighbouring slices fall into the same record.
         self._record = functools.lru_cache(maxsize=8)(self._read)
+        # All records but the last have the length of the first.
         self._chunk = self._read(0).size
-        self._length = (len(records) - 1) * self._chunk + self._read(len(records) - 1).size
+        last = len(records) - 1
+        self._length = last * self._chunk + self._read(last).size
 
     def __len__(self) -> int:
         return self._length
@@ -50,9 +64,13 @@ class Tokens:
         if step != 1:
             raise ValueError(f"tokens are read with step 1, found {step}")
         ids = np.empty(max(0, stop - start), np.int32)
-        for index in range(start // self._chunk, -(-stop // self._chunk) if ids.size else 0):
+        if not ids.size:
+            return ids
+        # Copy from every record that the stretch meets what the two have in common.
+        for index in range(start // self._chunk, -(-stop // self._chunk)):
             begin = index * self._chunk
-            low, high = max(start, begin), min(stop, begin + self._chunk)
+            low = max(start, begin)
+            high = min(stop, begin + self._chunk)
             ids[low - start : high - start] = self._record(index)[low - begin : high - begin]
         return ids
 
@@ -61,19 +79,25 @@ class Tokens:
 
 
 class Dataset:
-    """A prepared data set: `name`, `path` of its records, `vocabulary`, and the tokens of each split.
+    """A prepared data set.
 
-    `full_name` tells it from all others, of `files` by the contents of the texts.
+    Attributes:
+      name: one of DATASETS.
+      full_name: tells it from all others; that of `files` by the contents of the texts.
+      path: folder of its records.
+      vocabulary: made from the training text.
     """
 
     def __init__(self, builder: "TextBuilder") -> None:
-        self.name, self.full_name = builder.name, builder.info.full_name
+        self.name = builder.name
+        self.full_name = builder.info.full_name
         self.path = Path(builder.data_path)
+        # Stored beside the records, so that reading needs no text.
         self.vocabulary = Vocabulary.from_json(builder.info.metadata["vocabulary"])
         self._builder = builder
 
     def tokens(self, split: str) -> Tokens:
-        """The token source of a split ("train", "valid" or "test"); slices of it are int32 arrays."""
+        """The token source of a split ("train", "valid" or "test"); slices of it are int32."""
         if split not in SPLITS:
             raise UserError(f"split must be one of {', '.join(SPLITS)}, found {split!r}")
         try:
@@ -94,13 +118,16 @@ class Dataset:
         }
 
 
+# --- names and folders -------------------------------------------------------------------------
+
+
 def prepare(
     name: str,
     data_dir: str | os.PathLike[str] | None = None,
     manual_dir: str | os.PathLike[str] | None = None,
     unit: Unit = "byte",
 ) -> Dataset:
-    """Loads a data set, and prepares it first where that has not been done.
+    """Load a data set, and prepare it first where that has not been done.
 
     What lies in a bucket is copied to this machine once and read there; what the bucket lacks is
     prepared here and put into the bucket. Of several processes the first prepares while the others
@@ -121,6 +148,7 @@ def prepare(
         folder that cannot be written, no such bucket.
       RunError: the bucket does not answer.
     """
+    # Every process refuses a wrong name by itself, before they wait for each other.
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: {_nearest(name)}")
     return first_on_leader("data", lambda: _prepare(name, data_dir, manual_dir, unit))
@@ -134,14 +162,15 @@ def default_data_dir() -> epath.Path:
 def cache_dir() -> Path:
     """`default_data_dir`, or ~/.cache/allattn where that is a bucket."""
     default = default_data_dir()
-    return Path("~/.cache/allattn").expanduser() if paths.is_url(default) else Path(default)
+    if paths.is_url(default):
+        return Path("~/.cache/allattn").expanduser()
+    return Path(default)
 
 
 def _local(root: epath.Path) -> Path:
-    """Where data sets lie on this machine.
+    """The folder on this machine for data sets that are asked for at `root`.
 
-    Args:
-      root: where they are asked for; what is a bucket has a folder of its own in `cache_dir`.
+    A bucket has a folder of its own in `cache_dir`.
     """
     if not paths.is_url(root):
         return Path(root)
@@ -153,35 +182,44 @@ def _nearest(name: str) -> str:
     return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(DATASETS)}"
 
 
+# --- preparing ---------------------------------------------------------------------------------
+
+
 def _prepare(name: str, data_dir: Any, manual_dir: Any, unit: Unit) -> Dataset:
     root, options = _options(name, data_dir, manual_dir, unit)
     local = _local(root)
-    make = functools.partial(
+    make_builder = functools.partial(
         _builder, name, data_dir=local, downloads=local / "downloads", **options
     )
-    folder = epath.Path(make().data_path)
+
+    # The same path below both roots: the builder's name, configuration and version.
+    folder = epath.Path(make_builder().data_path)
     wanted = root / folder.relative_to(local) if paths.is_url(root) else folder
+    # What is whole is read without the lock.
     if not (paths.is_whole(folder) and paths.is_whole(wanted)):
         with _locked(Path(folder.parent)):
-            _prepare_once(make(), folder, wanted)
-    return Dataset(make())  # made anew, since a builder knows only what was there when it was made
+            _prepare_once(make_builder(), folder, wanted)
+    # Another builder, since one knows only what was there when it was constructed.
+    return Dataset(make_builder())
 
 
 def _options(
     name: str, data_dir: Any, manual_dir: Any, unit: Unit
 ) -> tuple[epath.Path, dict[str, Any]]:
     """Where the data set is to be prepared, and the builder's other arguments."""
-    given = None if data_dir is None else paths.parse("data_dir", data_dir)
+    asked = None if data_dir is None else paths.parse("data_dir", data_dir)
     if name != "files":
-        return given or default_data_dir(), {"manual_dir": _manual(manual_dir)}
-    if given is None:
+        return asked or default_data_dir(), {"manual_dir": _manual(manual_dir)}
+    # The texts of `files` are only read. Their content names the prepared data, so that texts
+    # which have changed are prepared again.
+    if asked is None:
         raise UserError(
             "data set files needs data_dir, the folder with train.txt, valid.txt and test.txt"
         )
     check_unit(unit)
-    with paths.reached(given):
-        variant = f"{unit}-{fingerprint(folder_of_texts(given))}"
-    return default_data_dir(), {"manual_dir": given, "unit": unit, "variant": variant}
+    with paths.reached(asked):
+        variant = f"{unit}-{fingerprint(folder_of_texts(asked))}"
+    return default_data_dir(), {"manual_dir": asked, "unit": unit, "variant": variant}
 
 
 def _manual(folder: str | os.PathLike[str] | None) -> epath.Path | None:
@@ -202,7 +240,7 @@ def _builder(name: str, **options: Any) -> "TextBuilder":
 
 
 def _prepare_once(builder: "TextBuilder", folder: epath.Path, wanted: epath.Path) -> None:
-    """Fills both folders unless another process has; to be called under the lock."""
+    """Fill both folders unless another process has; to be called under the lock."""
     if not paths.is_whole(folder):
         # Both ways write into a folder "incomplete.*" and rename it; those here were left by killed
         # processes.
@@ -210,23 +248,27 @@ def _prepare_once(builder: "TextBuilder", folder: epath.Path, wanted: epath.Path
             leftover.rmtree()
         if paths.is_whole(wanted):
             return paths.fetch(wanted, folder)
+        # A bucket that refuses is found out before the hour that preparing may take.
         if paths.is_url(wanted):
             paths.check_writable(wanted.parent)
         builder.download_and_prepare(download_dir=builder.downloads)
+    # Also where this machine had the data and the bucket did not.
     if not paths.is_whole(wanted):
         paths.put(folder, wanted)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds a lock that the system frees when the process ends, however it ends."""
+    """Hold a lock that the system frees when the process ends, however it ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
     except OSError as error:
         raise UserError(
-            f"cannot write to {folder} ({error.strerror}): pass another --data_dir or set ALLATTN_DATA_DIR"
+            f"cannot write to {folder} ({error.strerror}): "
+            "pass another --data_dir or set ALLATTN_DATA_DIR"
         ) from None
+    # Closing the file frees the lock, and so does the end of the process.
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

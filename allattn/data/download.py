@@ -1,4 +1,9 @@
-"""Downloads that resume, try several mirrors, and are complete and checked, or absent."""
+"""Downloads that resume, try several mirrors, and are complete and checked, or absent.
+
+The life of a file: its bytes gather in NAME.part, a later attempt asks the server for the bytes
+that are lacking, and only a part of the right size and checksum is renamed to NAME. A part that
+fails the check is deleted, since nobody knows which of its bytes are wrong.
+"""
 
 import hashlib
 import http.client
@@ -23,8 +28,12 @@ from rich.progress import (
 
 from allattn.errors import UserError
 
+# Of silence, after which a connection counts as broken.
 _TIMEOUT_SECONDS = 30.0
+# Read, written and shown as progress at once.
 _CHUNK_BYTES = 1 << 18
+
+# Answers after which the next mirror is asked.
 _REFUSED = (
     urllib.error.URLError,
     http.client.HTTPException,
@@ -43,7 +52,7 @@ def fetch(
     attempts: int = 3,
     pause: float = 1.0,
 ) -> Path:
-    """Downloads one file; an interrupted download goes on where it stopped.
+    """Download one file; an interrupted download resumes where it stopped.
 
     The bytes gather in DESTINATION.part and get their name only when whole and checked; an existing
     file is returned as it is.
@@ -62,12 +71,17 @@ def fetch(
     Raises:
       UserError: no mirror gave the file; says what each of them answered in the last round.
     """
+    # A file with its final name was checked when it got it.
     destination = Path(destination)
     if destination.exists():
         return destination
     _make_folder(destination.parent)
+    failures: list[str] = []
     for attempt in range(attempts):
-        time.sleep(pause * 2 ** (attempt - 1) if attempt else 0)
+        # Wait before every round but the first, twice as long each time.
+        if attempt > 0:
+            time.sleep(pause * 2 ** (attempt - 1))
+        # Only the answers of the last round are reported.
         failures = []
         for url in urls:
             try:
@@ -78,8 +92,18 @@ def fetch(
 
 
 def digest_of(chunks: Iterable[bytes], checksum: str) -> tuple[str, int]:
-    """The digest "KIND:HEX" of the chunks, of the kind that `checksum` names, and their length in bytes."""
-    digest, length = hashlib.new(checksum.partition(":")[0], usedforsecurity=False), 0
+    """Digest and length of some bytes.
+
+    Args:
+      chunks: the bytes in order.
+      checksum: "KIND:HEX"; its kind is the digest's.
+
+    Returns:
+      The digest as "KIND:HEX", and the number of bytes.
+    """
+    kind = checksum.partition(":")[0]
+    digest = hashlib.new(kind, usedforsecurity=False)
+    length = 0
     for chunk in chunks:
         digest.update(chunk)
         length += len(chunk)
@@ -87,6 +111,7 @@ def digest_of(chunks: Iterable[bytes], checksum: str) -> tuple[str, int]:
 
 
 def _fetch_from(url: str, destination: Path, checksum: str | None, size: int | None) -> Path:
+    """Download from one mirror; the part stays where the connection breaks."""
     part = destination.with_name(destination.name + ".part")
     # A part that is already whole must not be asked to continue.
     if size is None or not part.exists() or part.stat().st_size != size:
@@ -100,21 +125,26 @@ def _fetch_from(url: str, destination: Path, checksum: str | None, size: int | N
 
 
 def _receive(url: str, part: Path, label: str) -> None:
-    """Appends to the part what it lacks; raises ConnectionError if the answer breaks off."""
+    """Append to the part what it lacks; raises ConnectionError if the answer breaks off."""
+    # Ask for the bytes after those that are here.
     begin = part.stat().st_size if part.exists() else 0
-    headers = {"User-Agent": "allattn"} | ({"Range": f"bytes={begin}-"} if begin else {})
+    headers = {"User-Agent": "allattn"}
+    if begin:
+        headers["Range"] = f"bytes={begin}-"
+    request = urllib.request.Request(url, headers=headers)
     try:
-        answer = urllib.request.urlopen(
-            urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_SECONDS
-        )
+        answer = urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         if error.code != http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise
         error.close()
         return  # nothing is lacking, or the part is too long: the check decides
+
+    # Write them, and compare with the length that the server announced.
     with answer:
         if begin and answer.status != http.HTTPStatus.PARTIAL_CONTENT:
             begin = 0  # the server ignores ranges and sends the whole file
+        # The header counts the bytes of this answer, not of the file.
         length = answer.headers.get("Content-Length")
         total = begin + int(length) if length else None
         _copy(answer, part, begin, total, label)
@@ -123,6 +153,7 @@ def _receive(url: str, part: Path, label: str) -> None:
 
 
 def _copy(answer: Any, part: Path, begin: int, total: int | None, label: str) -> None:
+    """Write an answer from offset `begin` of the part on, under a progress bar."""
     columns = (
         TextColumn(label),
         BarColumn(),
@@ -130,8 +161,10 @@ def _copy(answer: Any, part: Path, begin: int, total: int | None, label: str) ->
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    # From 0 on the part is written anew, whatever it held.
+    mode = "ab" if begin else "wb"
     with (
-        part.open("ab" if begin else "wb") as file,
+        part.open(mode) as file,
         Progress(*columns, console=Console(stderr=True)) as progress,
     ):
         task = progress.add_task(label, total=total, completed=begin)
@@ -141,18 +174,21 @@ def _copy(answer: Any, part: Path, begin: int, total: int | None, label: str) ->
 
 
 def _check(path: Path, checksum: str | None, size: int | None) -> None:
-    found = path.stat().st_size
-    if size is not None and found != size:
-        raise UserError(f"expected {size} bytes, found {found}")
+    # The size first: it costs nothing.
+    length = path.stat().st_size
+    if size is not None and length != size:
+        raise UserError(f"expected {size} bytes, found {length}")
     if checksum is None:
         return
     with path.open("rb") as file:
-        actual, _ = digest_of(iter(partial(file.read, _CHUNK_BYTES), b""), checksum)
+        chunks = iter(partial(file.read, _CHUNK_BYTES), b"")
+        actual, _ = digest_of(chunks, checksum)
     if actual != checksum:
-        raise UserError(f"expected {checksum}, found {actual} ({found} bytes)")
+        raise UserError(f"expected {checksum}, found {actual} ({length} bytes)")
 
 
 def _make_folder(folder: Path) -> None:
+    # What the system says goes into a message of one line.
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,4 +1,8 @@
-"""Where the texts come from: files placed by hand, archives, the standard library; each read in chunks and checked."""
+"""Where the texts come from: files placed by hand, archives, the standard library.
+
+Every text is read in chunks, so that none has to fit in memory, and a published one is checked
+against its checksum before any of it is used.
+"""
 
 import hashlib
 import sysconfig
@@ -16,9 +20,15 @@ from allattn.data.download import digest_of, fetch
 from allattn.errors import UserError
 from allattn.storage import paths
 
+# Bytes of a text that are in memory at once.
 CHUNK_BYTES = 1 << 20
+
+# The text of the standard library: as much of it as is used, and of that for valid and test each.
 STDLIB_BYTES = 8_000_000
 STDLIB_HELD_OUT = 100_000
+# Every byte that a file of it may have, and folders that differ from one machine to another.
+_PLAIN = bytes(range(32, 127)) + b"\n"
+_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 @dataclass(frozen=True)
@@ -37,32 +47,39 @@ class Text:
     stop: int | None = None
 
     def __iter__(self) -> Iterator[bytes]:
+        # A member of an archive is unpacked up to the start, too.
         with self._opened() as file:
             file.seek(self.start)
-            left = CHUNK_BYTES if self.stop is None else self.stop - self.start
+            if self.stop is None:
+                while chunk := file.read(CHUNK_BYTES):
+                    yield chunk
+                return
+            left = self.stop - self.start
             while chunk := file.read(min(CHUNK_BYTES, left)):
-                left -= 0 if self.stop is None else len(chunk)
+                left -= len(chunk)
                 yield chunk
 
     def __str__(self) -> str:
         return f"{self.path}" if self.member is None else f"{self.member} in {self.path}"
 
     def check(self, checksum: str, size: int | None = None) -> None:
-        """Raises UserError unless the text has this checksum ("md5:..." or another of hashlib's)."""
+        """Raise UserError unless the text has this checksum ("md5:..." or another of hashlib's)."""
         actual, length = digest_of(self, checksum)
         if actual != checksum:
             expected = checksum if size is None else f"{checksum} ({size} bytes)"
             raise UserError(
-                f"{self} is damaged: expected {expected}, found {actual} ({length} bytes); replace it, or remove it to "
-                "download it again"
+                f"{self} is damaged: expected {expected}, found {actual} ({length} bytes); "
+                "replace it, or remove it to download it again"
             )
 
     @contextmanager
     def _opened(self) -> Iterator[IO[bytes]]:
+        """The file or the archive's member; what an archive's fault means is said in one line."""
         with paths.reached(self.path), self.path.open("rb") as file:
             if self.member is None:
                 yield file
                 return
+            # An archive may be another one, or cut short by a download outside of this program.
             try:
                 with zipfile.ZipFile(file) as archive, archive.open(self.member) as member:
                     yield member
@@ -73,8 +90,8 @@ class Text:
             except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                 size = self.path.stat().length
                 raise UserError(
-                    f"{self.path} is not a whole zip archive ({size} bytes found): {error}; replace it, or remove it "
-                    "to download it again"
+                    f"{self.path} is not a whole zip archive ({size} bytes found): {error}; "
+                    "replace it, or remove it to download it again"
                 ) from None
 
 
@@ -98,7 +115,7 @@ class Corpus:
     members: Mapping[str, tuple[str, int | None]]
 
     def find(self, manual_dir: epath.Path | None, downloads: Path) -> dict[str, Text]:
-        """Finds the texts, or downloads them, and checks them.
+        """Find the texts, or download them, and check them.
 
         Args:
           manual_dir: folder of files placed by hand (the archive or its files); None: use, or fill,
@@ -112,6 +129,7 @@ class Corpus:
           UserError: a file is missing or damaged, or no mirror answers.
         """
         texts = self._present(manual_dir or epath.Path(downloads))
+        # Who names a folder wants what lies there: nothing else is downloaded.
         if texts is None and manual_dir is not None:
             raise UserError(
                 f"{self.name}: {self._missing(manual_dir)} in {manual_dir}; {self._advice()}"
@@ -119,25 +137,30 @@ class Corpus:
         if texts is None:
             self._download(downloads)
             texts = self._in_archive(epath.Path(downloads) / self.archive)
+        # Even a file that was downloaded earlier may have been damaged since.
         for member, (checksum, size) in self.members.items():
             texts[Path(member).name].check(checksum, size)
         return texts
 
     def _present(self, folder: epath.Path) -> dict[str, Text] | None:
-        for base in (folder, *(folder / Path(member).parent for member in self.members)):
-            paths = [base / Path(member).name for member in self.members]
-            if all(path.is_file() for path in paths):
-                return {path.name: Text(path) for path in paths}
-        return (
-            self._in_archive(folder / self.archive) if (folder / self.archive).is_file() else None
-        )
+        """The texts of a folder; None if it lacks one."""
+        # The files themselves, in the folder or in the one that unpacking the archive makes.
+        unpacked = [folder / Path(member).parent for member in self.members]
+        for base in [folder, *unpacked]:
+            files = [base / Path(member).name for member in self.members]
+            if all(file.is_file() for file in files):
+                return {file.name: Text(file) for file in files}
+        # Else the archive, which is read without unpacking it.
+        archive = folder / self.archive
+        return self._in_archive(archive) if archive.is_file() else None
 
     def _in_archive(self, path: epath.Path) -> dict[str, Text]:
         return {Path(member).name: Text(path, member) for member in self.members}
 
     def _missing(self, folder: epath.Path) -> str:
         names = [Path(member).name for member in self.members]
-        return f"no {', '.join(n for n in names if not (folder / n).is_file())}, and no {self.archive},"
+        missing = [name for name in names if not (folder / name).is_file()]
+        return f"no {', '.join(missing)}, and no {self.archive},"
 
     def _advice(self) -> str:
         names = ", ".join(Path(member).name for member in self.members)
@@ -151,56 +174,67 @@ class Corpus:
 
 
 def standard_library(folder: Path | None = None) -> bytes:
-    """The first 8,000,000 bytes of the standard library's source text, in sorted order of relative path.
+    """The first 8,000,000 bytes of the standard library's source text, by sorted relative path.
 
     Left out: tests, installed packages, generated files that differ from one machine to another,
-      and every file with
-    a byte other than printable ASCII or newline, so that a short end of the text holds no byte that
-    the long beginning lacks.
+    and every file with a byte other than printable ASCII or newline, so that a short end of the
+    text holds no byte that the long beginning lacks.
 
     Args:
       folder: the library's folder; None: the running interpreter's.
 
+    Returns:
+      The text.
+
     Raises:
       UserError: the folder holds too little source text.
     """
+    # Sorted, so that every machine with this interpreter has the same text.
     root = folder or Path(sysconfig.get_paths()["stdlib"])
-    parts, size = [], 0
-    for path in sorted(
-        (p for p in root.rglob("*.py") if _is_library(p.relative_to(root))),
-        key=lambda p: p.as_posix(),
-    ):
-        text = path.read_bytes()
+    files = [path for path in root.rglob("*.py") if _is_library(path.relative_to(root))]
+    files.sort(key=lambda path: path.as_posix())
+
+    parts: list[bytes] = []
+    size = 0
+    for file in files:
+        text = file.read_bytes()
+        # A file counts if nothing is left of it without the plain bytes.
         if not text.translate(None, _PLAIN):
             parts.append(text)
             size += len(text)
+        # Files after these are not even read.
         if size >= STDLIB_BYTES:
             break
     if size < 10 * STDLIB_HELD_OUT:
         raise UserError(
-            f"stdlib: {root} holds {size} bytes of source text, expected at least {10 * STDLIB_HELD_OUT}"
+            f"stdlib: {root} holds {size} bytes of source text, "
+            f"expected at least {10 * STDLIB_HELD_OUT}"
         )
     return b"".join(parts)[:STDLIB_BYTES]
-
-
-_PLAIN = bytes(range(32, 127)) + b"\n"
-_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 def _is_library(path: Path) -> bool:
     if _NOT_LIBRARY.intersection(path.parts):
         return False
+    # Generated when the interpreter was built, with the paths of that machine.
     return not path.parts[0].startswith(("config-", "_sysconfigdata"))
 
 
 def folder_of_texts(folder: epath.Path) -> dict[str, Text]:
-    """The texts train.txt, valid.txt and test.txt of a folder or bucket, by split; UserError names the missing ones."""
+    """The texts train.txt, valid.txt and test.txt of a folder or bucket, by split.
+
+    Raises:
+      UserError: names the files that are missing or empty.
+    """
+    # Missing files are named together, so that one message is enough.
     texts = {split: Text(folder / f"{split}.txt") for split in ("train", "valid", "test")}
     missing = [text.path.name for text in texts.values() if not text.path.is_file()]
     if missing:
         raise UserError(
-            f"files: {folder} needs train.txt, valid.txt and test.txt; missing: {', '.join(missing)}"
+            f"files: {folder} needs train.txt, valid.txt and test.txt; "
+            f"missing: {', '.join(missing)}"
         )
+    # An empty file is most often one that a copy left behind.
     empty = [text.path.name for text in texts.values() if not text.path.stat().length]
     if empty:
         raise UserError(
@@ -211,6 +245,7 @@ def folder_of_texts(folder: epath.Path) -> dict[str, Text]:
 
 def fingerprint(texts: Mapping[str, Text]) -> str:
     """Sixteen hexadecimal digits that change with the content of any split."""
+    # Digests of digests, so that text moved from one split to the next changes the result.
     digest = hashlib.sha256()
     for split in sorted(texts):
         part = hashlib.sha256()

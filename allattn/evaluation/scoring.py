@@ -1,7 +1,15 @@
-"""The evaluation protocols; the only code that computes a bpc or a perplexity.
+"""Scores of a split: the sums that an evaluation protocol asks for, and what is reported of them.
 
-Dimension key: X layer, R row of parallel work, T position in the block, S cached position, E all
-heads side by side.
+The plan of a protocol (`protocols.py`) is carried out block by block. The cache of keys and values
+holds the last `context` positions; the block's own are appended while it is scored:
+
+    cache, as S        |<----- context ----->|<- block ->|
+    before a block     | earlier positions   | zeros     |
+    while it is scored | earlier positions   | its own   |   attention sees both
+    after it           | the last of both    | zeros     |   shifted left by a block
+
+Dimension key: X layer, R row of parallel work, B batch (the rows), T position in the block, S
+cached position, E all heads side by side, D model width.
 """
 
 import functools
@@ -11,98 +19,44 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
 from allattn import sharding
 from allattn.data import Vocabulary
 from allattn.data.stream import TokenSource
-from allattn.errors import PreemptedError, UserError
+from allattn.errors import PreemptedError
+from allattn.evaluation.protocols import (
+    Lengths,
+    Plan,
+    authors_plan,
+    check_protocol,
+    full_plan,
+    xl_plan,
+)
 from allattn.model import KeyValue, Model, Params
 
 Array = jax.Array
 
-AUTHORS_ROWS, XL_ROWS = 8, 10
-PROTOCOLS = ("authors", "full", "xl")
+# The context is rounded up to a multiple of this many positions, so that networks whose spans
+# differ a little share compiled code.
+CONTEXT_STEP = 64
+# A worse mean than this many nats overflows the exponential; the perplexity stops growing there.
+MOST_NATS = 700
 
 
-class Lengths(NamedTuple):
-    """Of protocol `xl`, in tokens."""
+class Total(NamedTuple):
+    """Sums over scored targets."""
 
-    target: int  # of a block
-    memory: int  # distances that every query sees
-    clamp: int  # distances beyond it look like it; 0: none does
-
-
-class Plan(NamedTuple):
-    """Which tokens each row reads and which targets it scores, as indices into the split."""
-
-    begin_R: np.ndarray  # first input token
-    first_R: np.ndarray  # first target scored
-    last_R: np.ndarray  # last target scored
-    blocks: int
-
-    def padded(self, multiple: int) -> "Plan":
-        """The same with idle rows, which score nothing, up to a multiple of `multiple` rows."""
-        idle = (0, -len(self.begin_R) % multiple)
-        first_R, last_R = np.pad(self.first_R, idle), np.pad(self.last_R, idle, constant_values=-1)
-        return Plan(np.pad(self.begin_R, idle), first_R, last_R, self.blocks)
-
-    def part(self, rows: np.ndarray) -> "Plan":
-        """Some of the rows."""
-        return Plan(self.begin_R[rows], self.first_R[rows], self.last_R[rows], self.blocks)
+    # Negative log-likelihood of all of them, nats.
+    nll: Any
+    # The same of those that are not the end of a line, and how many they are; 0 where symbols are
+    # not words.
+    word_nll: Any
+    words: Any
 
 
-def check_protocol(protocol: str, layer: str, place: str = "") -> None:
-    """Refuse an unknown protocol, and `xl` where positions are learned; `place` begins the message."""
-    if protocol not in PROTOCOLS:
-        raise UserError(f"{place}protocol: expected one of {PROTOCOLS}, found {protocol!r}")
-    if protocol == "xl" and layer != "transformer_xl":
-        raise UserError(f"{place}protocol xl: expected model.layer transformer_xl, found {layer}")
-
-
-def check_length(protocol: str, tokens: int, block: int, place: str = "") -> None:
-    """Refuse a text that is too short for a protocol; `place` begins the message."""
-    least = {"authors": AUTHORS_ROWS * (block + 1), "full": 2, "xl": 2 * XL_ROWS}[protocol]
-    if tokens < least:
-        raise UserError(
-            f"{place}protocol {protocol}: expected at least {least} tokens, found {tokens}"
-        )
-
-
-def authors_plan(tokens: int, block: int) -> Plan:
-    """8 streams from a zero cache, targets 1..floor((T-1)/M) M of each, the rest dropped."""
-    check_length("authors", tokens, block)
-    length = tokens // AUTHORS_ROWS
-    blocks = (length - 1) // block
-    begin_R = np.arange(AUTHORS_ROWS) * length
-    return Plan(begin_R, begin_R + 1, begin_R + blocks * block, blocks)
-
-
-def full_plan(tokens: int, block: int, rows: int, warm_up: int) -> Plan:
-    """Targets 1..T-1, each once with its full context; a row first reads `warm_up` tokens that it does not score."""
-    check_length("full", tokens, block)
-    rows = max(1, min(rows, tokens - 1))
-    bounds = 1 + np.arange(rows + 1) * (tokens - 1) // rows
-    first_R, last_R = bounds[:-1], bounds[1:] - 1
-    begin_R = np.maximum(0, first_R - 1 - warm_up)
-    return Plan(begin_R, first_R, last_R, -(-int((last_R - begin_R).max()) // block))
-
-
-def xl_plan(tokens: int, block: int) -> Plan:
-    """10 streams, targets 1..T-1 of each, a short last block included; what does not fill the streams is dropped."""
-    check_length("xl", tokens, block)
-    length = tokens // XL_ROWS
-    begin_R = np.arange(XL_ROWS) * length
-    return Plan(begin_R, begin_R + 1, begin_R + length - 1, -(-(length - 1) // block))
-
-
-def options(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """What a configuration says of how to evaluate, as arguments of `evaluate_tokens`."""
-    c = config.evaluate
-    lengths = Lengths(c.target_length, c.memory_length, c.clamp_length)
-    return {"block": config.train.block, "rows": c.batch, "lengths": lengths}
+# --- a split -----------------------------------------------------------------------------------
 
 
 def evaluate_tokens(
@@ -124,7 +78,7 @@ def evaluate_tokens(
       model: the network.
       params: its parameters.
       tokens: ids of the split, (T,).
-      protocol: "authors", "full" or "xl" (method page, "Evaluation protocols").
+      protocol: "authors", "full" or "xl" (docs/method.md, "Evaluation protocols").
       block: tokens read at once; part of the definition of `authors`, without effect on the others.
       rows: rows that share the work of `full`; without effect on the result beyond rounding.
       lengths: of `xl`.
@@ -141,49 +95,58 @@ def evaluate_tokens(
       PreemptedError: it was stopped.
     """
     check_protocol(protocol, model.config.layer)
+
+    # A protocol says how far queries see, how many tokens are read at once, and what is scored.
     if protocol == "xl":
-        block, model = lengths.target, model.windowed(lengths.memory, lengths.clamp)
+        block = lengths.target
+        model = model.windowed(lengths.memory, lengths.clamp)
         plan = xl_plan(len(tokens), block)
     elif protocol == "full":
         model = model.windowed(model.config.limit)
-        plan = full_plan(
-            len(tokens), block, rows, model.config.depth * context_length(model, params)
-        )
+        # Each layer looks back by one context, so a state depends on `depth` of them.
+        warm_up = model.config.depth * context_length(model, params)
+        plan = full_plan(len(tokens), block, rows, warm_up)
     else:
         plan = authors_plan(len(tokens), block)
     context = context_length(model, params)
+
+    # Rows are spread evenly over the mesh; idle ones fill it.
     plan = plan.padded(sharding.row_shards(mesh))
-    end_of_line = vocabulary.end_of_line if vocabulary and vocabulary.unit == "word" else None
+    # Bytes have a bpc; a perplexity of words without line ends is reported for words alone.
+    end_of_line = None
+    if vocabulary and vocabulary.unit == "word":
+        end_of_line = vocabulary.end_of_line
     total = score(model, params, tokens, plan, block, context, mesh, end_of_line, stop)
-    return summary(total, int((plan.last_R - plan.first_R + 1).sum()))
-
-
-class Total(NamedTuple):
-    """Sums over scored targets."""
-
-    nll: Any  # nats
-    word_nll: Any  # nats of those that are not the end of a line; 0 where symbols are not words
-    words: Any  # how many those are
-
-
-def summary(total: Total, tokens: int) -> dict[str, float]:
-    """Mean negative log-likelihood in its three units, and the perplexity of words where there are any."""
-    nll = total.nll / tokens
-    found = {"nll": nll, "bpc": nll / math.log(2), "ppl": _perplexity(nll), "tokens": tokens}
-    return found | ({"ppl_words": _perplexity(total.word_nll / total.words)} if total.words else {})
-
-
-def _perplexity(nll: float) -> float:
-    return math.exp(min(nll, 700))
+    return summary(total, plan.targets())
 
 
 def context_length(model: Model, params: Params) -> int:
-    """How many earlier positions any head may look at, rounded up to 64 to share compiled code."""
+    """How many earlier positions any head may look at, rounded up to share compiled code."""
     config = model.config
+    # Without learned spans every head sees the whole limit.
     if not config.adaptive:
         return config.limit
+    # Spans are stored as shares of the limit; the soft mask ends `ramp` positions after them.
     longest = float(jnp.max(params["layers"]["span"])) * config.limit
-    return min(config.limit, -(-(math.ceil(longest) + config.ramp) // 64) * 64)
+    reach = math.ceil(longest) + config.ramp
+    return min(config.limit, -(-reach // CONTEXT_STEP) * CONTEXT_STEP)
+
+
+def summary(total: Total, tokens: int) -> dict[str, float]:
+    """Mean negative log-likelihood in its three units, and the perplexity of words if any."""
+    # Bits per character and perplexity are the same mean in other units.
+    nll = total.nll / tokens
+    scores = {"nll": nll, "bpc": nll / math.log(2), "ppl": _perplexity(nll), "tokens": tokens}
+    if total.words:
+        scores["ppl_words"] = _perplexity(total.word_nll / total.words)
+    return scores
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(min(nll, MOST_NATS))
+
+
+# --- its blocks --------------------------------------------------------------------------------
 
 
 def score(
@@ -197,45 +160,78 @@ def score(
     end_of_line: int | None,
     stop: Callable[[], bool],
 ) -> Total:
-    """Sums of the scored targets' negative log-likelihoods; `end_of_line` is the id that is no word, None: no words."""
-    rows, total = len(plan.begin_R), Total(0.0, 0.0, 0)
+    """Sums of the scored targets' negative log-likelihoods.
+
+    Args:
+      model: the network, its window as the protocol says.
+      params: its parameters.
+      tokens: ids of the split, (T,).
+      plan: which tokens the rows read and score; rows are a multiple of the mesh's row shards.
+      block: tokens read at once.
+      context: positions that the cache holds.
+      mesh: devices that the rows are spread over.
+      end_of_line: the id that is no word; None: symbols are not words.
+      stop: asked before every block whether to stop there.
+
+    Raises:
+      PreemptedError: it was stopped.
+    """
+    rows = len(plan.begin_R)
     spread = sharding.Rows(mesh, rows)
-    mine, cache = plan.part(spread.local), empty_cache(model, mesh, rows, context + block)
+    # Of several processes each reads the tokens of its own rows only.
+    local_plan = plan.part(spread.local)
+    # Every row begins with an empty context, as training does.
+    cache = empty_cache(model, mesh, rows, context + block)
+    total = Total(0.0, 0.0, 0)
     pending = total
     for number in range(plan.blocks):
+        # A sum over part of a split is no score, so nothing is returned.
         if stop():
             raise PreemptedError(
                 "stopped while scoring: this machine is being taken away; run again to score"
             )
-        arrays = (spread.place(x_RT) for x_RT in read_block(tokens, mine, block, number))
+        arrays = [spread.place(x_RT) for x_RT in read_block(tokens, local_plan, block, number)]
         cache, sums = score_block(model, mesh, end_of_line, params, cache, number * block, *arrays)
-        total, pending = (
-            _add(total, pending),
-            sums,
-        )  # read one block late, so that the device never waits
+        # Sums are fetched one block late, so that the device never waits for this loop.
+        total = _add(total, pending)
+        pending = sums
     return _add(total, pending)
 
 
 def _add(total: Total, block: Total) -> Total:
-    more = jax.device_get(block)  # the three at once
-    return Total(*(before + float(x) for before, x in zip(total, more, strict=True)))
+    sums = jax.device_get(block)  # the three in one transfer
+    return Total(*(before + float(x) for before, x in zip(total, sums, strict=True)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty_cache(model: Model, mesh: Mesh, rows: int, length: int) -> KeyValue:
-    """Keys and values of zero states, made in place on the mesh."""
+    """Keys and values of zero states, created on the mesh."""
     return sharding.constrain(mesh, model.empty_key_value(rows, length))
 
 
 def read_block(
     tokens: TokenSource, plan: Plan, block: int, number: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """inputs_RT, targets_RT and scored_RT of a block; what lies beyond the split is token 0, not scored."""
+    """The arrays of one block of every row of a plan.
+
+    Args:
+      tokens: ids of the split, (T,).
+      plan: which tokens the rows read and score.
+      block: tokens of a row.
+      number: of the block, from 0.
+
+    Returns:
+      inputs_RT and targets_RT, int32, and scored_RT, bool. What lies beyond the split is token 0
+      and not scored.
+    """
     begin_R = plan.begin_R + number * block
+    # One token more than a block, since the targets are the inputs shifted by one.
     window_RT = np.zeros((len(begin_R), block + 1), np.int32)
+    # Near the end of the split there are fewer tokens; the rest of the window stays 0.
     for row, begin in enumerate(begin_R):
         ids = tokens[int(begin) : int(begin) + block + 1]
         window_RT[row, : len(ids)] = ids
+    # Index into the split of every target: it tells the row's own from those of its neighbours.
     target_RT = begin_R[:, None] + 1 + np.arange(block)
     scored_RT = (target_RT >= plan.first_R[:, None]) & (target_RT <= plan.last_R[:, None])
     return window_RT[:, :-1], window_RT[:, 1:], scored_RT
@@ -245,29 +241,52 @@ def read_block(
 def score_block(
     model: Model,
     mesh: Mesh,
-    end_of_line,
+    end_of_line: int | None,
     params: Params,
     cache: KeyValue,
-    before,
-    inputs_RT,
-    targets_RT,
-    scored_RT,
-):
-    """A block of every row after `before` tokens: the shifted cache and the sums over the scored targets."""
-    network, (R, T) = model.bind(params), inputs_RT.shape
+    before: Array,
+    inputs_RT: Array,
+    targets_RT: Array,
+    scored_RT: Array,
+) -> tuple[KeyValue, Total]:
+    """Score a block of every row.
+
+    Args:
+      model: the network.
+      mesh: devices that the rows are spread over.
+      end_of_line: the id that is no word; None: symbols are not words.
+      params: parameters of the network.
+      cache: keys and values, XRSE with S = context + T; the last T are free. It is donated.
+      before: tokens that every row has read, int32.
+      inputs_RT, targets_RT: ids, int32.
+      scored_RT: which targets count, bool.
+
+    Returns:
+      The cache shifted by a block, and the sums over the scored targets.
+    """
+    # The network on this block, its rows spread over the mesh.
+    network = model.bind(params)
+    R, T = inputs_RT.shape
     attention = sharding.attention_over(mesh, R)
     forward = network.cached_forward(inputs_RT, cache, attention=attention, before=before)
     nll_RT = sharding.nll_over(mesh)(network.io, forward.hidden_BTD, targets_RT)
 
     def shift(old_XRSE: Array, new_XRTE: Array) -> Array:
+        """Write the block's entries over the free ones, drop the oldest, append free ones."""
         context_XRSE = jnp.concatenate([old_XRSE[:, :, :-T], new_XRTE], axis=2)[:, :, T:]
         return jnp.concatenate([context_XRSE, jnp.zeros_like(new_XRTE)], axis=2)
 
     cache = jax.tree.map(shift, cache, forward.new)
-    word_RT = (
-        jnp.zeros_like(scored_RT)
-        if end_of_line is None
-        else scored_RT & (targets_RT != end_of_line)
-    )
-    nll, word_nll = (jnp.sum(jnp.where(chosen_RT, nll_RT, 0)) for chosen_RT in (scored_RT, word_RT))
+
+    # Line ends are symbols like others in `nll`; the perplexity of words leaves them out.
+    word_RT = _scored_words(end_of_line, targets_RT, scored_RT)
+    nll = jnp.sum(jnp.where(scored_RT, nll_RT, 0))
+    word_nll = jnp.sum(jnp.where(word_RT, nll_RT, 0))
     return sharding.constrain(mesh, cache), Total(nll, word_nll, word_RT.sum())
+
+
+def _scored_words(end_of_line: int | None, targets_RT: Array, scored_RT: Array) -> Array:
+    """Which of the scored targets are words, bool; none where symbols are not words."""
+    if end_of_line is None:
+        return jnp.zeros_like(scored_RT)
+    return scored_RT & (targets_RT != end_of_line)

@@ -1,1 +1,1 @@
-"""Checkpoints of other programs, in and out."""
+"""Checkpoints of the papers' own code, imported and exported."""

@@ -1,15 +1,8 @@
-"""The network: layers of one kind between an embedding and a softmax."""
+"""The network: layers of one kind between an embedding and a softmax. network.py is where to start reading."""
 
-from allattn.model.network import (
-    RECOMPUTED,
-    Forward,
-    KeyValue,
-    Model,
-    ModelConfig,
-    Network,
-    Params,
-    forward_flops,
-)
+from allattn.model.config import ModelConfig
+from allattn.model.flops import forward_flops
+from allattn.model.network import RECOMPUTED, Forward, KeyValue, Model, Network, Params
 
 __all__ = [
     "RECOMPUTED",

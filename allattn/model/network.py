@@ -1,4 +1,24 @@
-"""The network: a stack of layers of one kind between an embedding and a softmax, and its pure functions.
+"""The network: a stack of layers of one kind between an embedding and a softmax.
+
+A token's way, and where to read it:
+
+1. Its vector is looked up in a table, over the whole vocabulary (token_io.py) or by clusters of
+   falling frequency (adaptive_softmax.py).
+2. The scan in `Network._scan` takes it through the layers. Each layer gets the states before the
+   block from a cache: in training the inputs of every layer, whose keys and values are computed
+   anew (`train_forward`, reach_projection.py); in inference keys and values (`cached_forward`).
+3. A layer attends to the context, up to its heads' spans, and to its persistent pairs
+   (all_attention_layer.py, which is the paper; the operation itself is allattn/attention). The
+   baselines have a feed-forward sublayer instead of pairs (span_transformer.py,
+   transformer_xl.py).
+4. The final hidden state becomes a loss or logits in `io`, the object that the token came from.
+
+`Network` is a Flax module and lives only inside traced functions. `Model` is the same network as
+pure functions of a nested dict of arrays, which is all that training, evaluation and storage see.
+
+In this order: config.py, network.py, attention_layer.py, span_attention.py,
+all_attention_layer.py, sublayers.py, span_transformer.py, transformer_xl.py, token_io.py,
+adaptive_softmax.py. You can skip reach_projection.py, norm.py and flops.py at first.
 
 Dimension key: X layer, B batch, T position in the block, S cached position, H head, K head width,
 E all heads side by side, D model width, V vocabulary.
@@ -6,192 +26,97 @@ E all heads side by side, D model width, V vocabulary.
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import nnx
 
-from allattn.attention import IMPLEMENTATIONS, all_attention, autodiff
-from allattn.config import check_clusters, check_ranges
-from allattn.errors import UserError
-from allattn.model.all_attention_layer import (
-    TWO_SOFTMAX_INTEGRATIONS,
-    AllAttention,
-    DropoutSeeds,
-    Transformer,
-    drop,
-)
+from allattn.attention import all_attention, autodiff
+from allattn.model.all_attention_layer import AllAttention
+from allattn.model.attention_layer import AttentionLayer, Operation
+from allattn.model.config import ModelConfig
+from allattn.model.span_transformer import SpanTransformer
+from allattn.model.sublayers import DropoutSeeds, drop
 from allattn.model.transformer_xl import TransformerXL
 
 Array = jax.Array
 Params = dict[str, Any]
 
-DTYPES = ("float32", "bfloat16", "float64")
-# train.remat: what of a layer is kept for the backward pass, which computes the rest again
+# train.remat: what of a layer is kept for the backward pass, which computes the rest again.
 RECOMPUTED = {
     "projections": jax.checkpoint_policies.save_only_these_names(autodiff.NAME),
     "layer": jax.checkpoint_policies.nothing_saveable,
 }
-LAYERS = {
+# model.layer, and the class of each kind.
+LAYERS: dict[str, type[AttentionLayer]] = {
     "all_attention": AllAttention,
-    "transformer": Transformer,
+    "transformer": SpanTransformer,
     "transformer_xl": TransformerXL,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Geometry of the network; the fields of `config.model`, whose comments in configs/base.py explain them."""
-
-    depth: int
-    width: int
-    heads: int
-    persistent: int
-    vocab_size: int
-    dropout: float
-    embedding_dropout: float
-    dtype: str
-    limit: int
-    adaptive: bool
-    ramp: int
-    init: float
-    implementation: str | None = None
-    cutoffs: tuple[int, ...] = ()
-    division: int = 1
-    tied: bool = True
-    layer: str = "all_attention"
-    integration: str = "joint"
-    feed_forward: int = 0
-    attention_dropout: float = 0.0
-    pre_norm: bool = False
-    # Transformer-XL in evaluation: every query sees `limit` distances, wherever in the block
-    same_length: bool = False
-    clamp: int = 0  # and distances beyond it look like it; 0: none does
-
-    @classmethod
-    def from_config(cls, config: ml_collections.ConfigDict) -> "ModelConfig":
-        """Read and check `config.model`.
-
-        Raises:
-          UserError: a field is out of range, or names a model that this version does not have.
-        """
-        model, span = config.model, config.model.span
-        check_ranges(config, "model.")
-        choices = {
-            "layer": tuple(LAYERS),
-            "dtype": DTYPES,
-            "implementation": ("", *IMPLEMENTATIONS),
-        }
-        for name, known in choices.items():
-            if model[name] not in known:
-                raise UserError(f"model.{name}: expected one of {known}, found {model[name]!r}")
-        if model.width % model.heads:
-            raise UserError(
-                f"model.heads: expected a divisor of model.width {model.width}, found {model.heads}"
-            )
-        if span.init > 1:
-            raise UserError(f"model.span.init: expected a number in [0, 1], found {span.init}")
-        check_clusters(config)
-        _check_combination(model)
-        shared = ["depth", "width", "heads", "persistent", "vocab_size", "dropout", "dtype"]
-        shared += ["layer", "integration", "feed_forward", "attention_dropout", "pre_norm"]
-        one_rate = (
-            model.layer == "transformer_xl"
-        )  # of embedding, positions and final state as well
-        return cls(
-            **{name: model[name] for name in shared},
-            **{name: span[name] for name in ("limit", "adaptive", "ramp", "init")},
-            **{name: model.adaptive_io[name] for name in ("cutoffs", "division", "tied")},
-            embedding_dropout=model.dropout if one_rate else model.embedding_dropout,
-            implementation=model.implementation or None,
-        )
-
-    @property
-    def head_width(self) -> int:
-        return self.width // self.heads
-
-    @property
-    def context_heads(self) -> int:
-        """Heads that attend to the context."""
-        return self.heads // 2 if self.integration == "head_split" else self.heads
-
-    @property
-    def drops(self) -> bool:
-        """Whether training drops anything."""
-        return max(self.dropout, self.embedding_dropout, self.attention_dropout) > 0
-
-
-def _check_combination(model: ml_collections.ConfigDict) -> None:
-    """Refuse fields that do not go together."""
-    layer, integration, known = model.layer, model.integration, LAYERS[model.layer].INTEGRATIONS
-    feeds, relative, apart = (
-        layer != "all_attention",
-        layer == "transformer_xl",
-        integration in TWO_SOFTMAX_INTEGRATIONS,
-    )
-    rules = (
-        ("integration", integration in known, f"one of {known}"),
-        ("feed_forward", (model.feed_forward > 0) == feeds, "at least 1" if feeds else "0"),
-        ("persistent", not (feeds and model.persistent), "0"),
-        ("persistent", not apart or model.persistent > 0, "at least 1"),
-        ("heads", integration != "head_split" or model.heads % 2 == 0, "an even number"),
-        ("width", not relative or model.width % 2 == 0, "an even number"),
-        ("span.adaptive", not (relative and model.span.adaptive), "False"),
-        (
-            "embedding_dropout",
-            not (relative and model.embedding_dropout),
-            "0, as model.dropout acts there too,",
-        ),
-        ("attention_dropout", relative or not model.attention_dropout, "0"),
-        ("pre_norm", relative or not model.pre_norm, "False"),
-        ("adaptive_io.tied", model.adaptive_io.tied or not relative, "True"),
-    )
-    for field, holds, expected in rules:
-        if not holds:
-            found = operator.attrgetter(field)(model)
-            raise UserError(
-                f"model.{field}: expected {expected} with {layer} and {integration}, found {found!r}"
-            )
 
 
 class Forward(NamedTuple):
     """What one pass over a block gives."""
 
-    hidden_BTD: Array  # final hidden states, after embedding dropout
-    new: Any  # what the cache gains: inputs_XBTD in training, KeyValue of (X, B, T, E) in inference
-    mass_XBH: Array  # mean share of the attention weight on persistent pairs
+    # Final hidden states, after embedding dropout.
+    hidden_BTD: Array
+    # What the cache gains: inputs_XBTD in training, KeyValue of (X, B, T, E) in inference.
+    new: Any
+    # Mean share of the attention weight on persistent pairs.
+    mass_XBH: Array
 
 
 class KeyValue(NamedTuple):
-    """Cached keys and values of every layer, heads side by side as the kernels read them; exact in inference."""
+    """Cached keys and values of every layer, for inference; heads side by side as kernels read them."""
 
     key_XBSE: Array
     value_XBSE: Array
+
+
+class NetworkSeeds(NamedTuple):
+    """What the dropout of the whole network is a function of."""
+
+    # uint32 (depth + 2,): one for each layer, then of the embedding and of the final hidden state.
+    seeds_X: Array
+    # Global index of every row, int32.
+    row_B: Array
+
+    def embedding(self) -> DropoutSeeds:
+        """Of the embedding's dropout."""
+        return DropoutSeeds(self.seeds_X[-2], self.row_B)
+
+    def output(self) -> DropoutSeeds:
+        """Of the final hidden state's dropout."""
+        return DropoutSeeds(self.seeds_X[-1], self.row_B)
+
+
+# --- the network
 
 
 class Network(nnx.Module):
     """Embedding, a stack of layers of one kind run by one scan, and the output softmax (in `io`)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.config, kind = config, LAYERS[config.layer]
+        self.config = config
+        kind = LAYERS[config.layer]
+        # The order is that of the draws: a run is repeated from its seed.
         self.io = kind.make_io(config, rngs)
         self.position = kind.shared(config, rngs)
+        # Every parameter of a layer gets a leading dimension X.
         stack = nnx.vmap(lambda layer_rngs: kind(config, layer_rngs), in_axes=0, out_axes=0)
         self.layers = stack(nnx.Rngs(params=jax.random.split(rngs.params(), config.depth)))
 
     def train_forward(
         self,
-        tokens_BT,
-        cache_XBSD,
-        seeds_X=None,
-        row_B=None,
-        attention=all_attention,
-        before=None,
-        remat="",
+        tokens_BT: Array,
+        cache_XBSD: Array,
+        seeds_X: Array | None = None,
+        row_B: Array | None = None,
+        attention: Operation = all_attention,
+        before: Array | int | None = None,
+        remat: str = "",
     ) -> Forward:
         """One block in training: keys and values are recomputed from the cached inputs of each layer.
 
@@ -207,31 +132,38 @@ class Network(nnx.Module):
             cache holds.
           remat: what the backward pass computes again, of `RECOMPUTED`; "": nothing.
         """
-        (B, T), S = tokens_BT.shape, cache_XBSD.shape[2]
-        row_B = jnp.arange(B) if row_B is None else row_B
-        starts, chosen_X = self._key_start(S, before), self.layers.choose_length(S, T)
+        B, T = tokens_BT.shape
+        S = cache_XBSD.shape[2]
+        if row_B is None:
+            row_B = jnp.arange(B)
+        seeds = None
+        if seeds_X is not None:
+            seeds = NetworkSeeds(seeds_X, row_B)
+        starts = self._key_start(S, before)
+        choice_X = self.layers.choose_length(S, T)
 
-        def layer(layer: AllAttention, h_BTD, cache, positions, draws):
-            x, chosen = cache
-            key_BSHK, value_BSHK = layer.project_reach(cache_XBSD, x, h_BTD, chosen)
+        def run(layer, h_BTD, numbers, positions, dropout_seeds):
+            # The body reads its layer's slice of the cache, and returns its own input for it.
+            x, choice = numbers
+            key_BSHK, value_BSHK = layer.project_reach(cache_XBSD, x, h_BTD, choice)
             out_BTD, mass_BH = layer(
-                h_BTD, key_BSHK, value_BSHK, positions, attention, draws=draws, **starts
+                h_BTD, key_BSHK, value_BSHK, positions, attention, dropout_seeds, **starts
             )
             return out_BTD, (h_BTD, mass_BH)
 
-        again = functools.partial(jax.checkpoint, policy=RECOMPUTED[remat]) if remat else None
-        return self._scan(
-            layer,
-            tokens_BT,
-            (jnp.arange(self.config.depth), chosen_X),
-            (S, T),
-            seeds_X,
-            row_B,
-            again,
-        )
+        recompute = None
+        if remat:
+            recompute = functools.partial(jax.checkpoint, policy=RECOMPUTED[remat])
+        numbers_X = (jnp.arange(self.config.depth), choice_X)
+        return self._scan(run, tokens_BT, numbers_X, (S, T), seeds, recompute)
 
     def cached_forward(
-        self, tokens_BT, cache: KeyValue, position=None, attention=all_attention, before=None
+        self,
+        tokens_BT: Array,
+        cache: KeyValue,
+        position: Array | int | None = None,
+        attention: Operation = all_attention,
+        before: Array | int | None = None,
     ) -> Forward:
         """One block in inference, from cached keys and values.
 
@@ -244,58 +176,94 @@ class Network(nnx.Module):
           before: tokens of this text before the block, int32, may be traced; None: as many as the
             cache holds.
         """
-        (B, T), S = tokens_BT.shape, cache.key_XBSE.shape[2]
+        B, T = tokens_BT.shape
+        S = cache.key_XBSE.shape[2]
+        K = self.config.head_width
         start = S - T if position is None else position
         starts = {"query_start": position, **self._key_start(start, before)}
 
-        def layer(layer: AllAttention, h_BTD, cache: KeyValue, positions, draws):
-            def write(old_BSE: Array, new_BTE: Array) -> Array:
-                whole_BSE = jax.lax.dynamic_update_slice_in_dim(old_BSE, new_BTE, start, 1)
-                return whole_BSE.reshape(B, S, -1, self.config.head_width)
+        def write(old_BSE: Array, new_BTE: Array) -> Array:
+            """Keys or values of cache and block, as (B, S, H, K)."""
+            whole_BSE = jax.lax.dynamic_update_slice_in_dim(old_BSE, new_BTE, start, 1)
+            return whole_BSE.reshape(B, S, -1, K)
 
-            new = KeyValue(*(x_BTHK.reshape(B, T, -1) for x_BTHK in layer.project(h_BTD)))
-            key_BSHK, value_BSHK = (write(*pair) for pair in zip(cache, new, strict=True))
+        def run(layer, h_BTD, cache, positions, dropout_seeds):
+            # The block's keys and values enter the cache before it is read.
+            key_BTHK, value_BTHK = layer.project(h_BTD)
+            new = KeyValue(key_BTHK.reshape(B, T, -1), value_BTHK.reshape(B, T, -1))
+            key_BSHK = write(cache.key_XBSE, new.key_XBSE)
+            value_BSHK = write(cache.value_XBSE, new.value_XBSE)
             out_BTD, mass_BH = layer(
-                h_BTD, key_BSHK, value_BSHK, positions, attention, draws=draws, **starts
+                h_BTD, key_BSHK, value_BSHK, positions, attention, dropout_seeds, **starts
             )
             return out_BTD, (new, mass_BH)
 
-        return self._scan(layer, tokens_BT, cache, (S, 0), None, None)
+        # The cache holds the block as well: no position lies outside it.
+        return self._scan(run, tokens_BT, cache, (S, 0))
 
     def _key_start(self, start: Array | int, before: Array | int | None) -> dict[str, Any]:
-        """Where the keys that exist begin, for a block at `start`; zero states exist for the kinds that attend them."""
+        """Where the keys that exist begin, for a block at `start`.
+
+        Kinds that attend zero states need no such bound: the cache holds zeros before the text.
+        """
         if before is None or LAYERS[self.config.layer].ATTENDS_ZEROS:
             return {}
         return {"key_start": jnp.maximum(0, start - before)}
 
     def _scan(
         self,
-        layer: Callable,
-        tokens_BT,
-        cache,
+        run: Callable[..., Any],
+        tokens_BT: Array,
+        per_layer: Any,
         visible: tuple[int, int],
-        seeds_X,
-        row_B,
-        again: Callable | None = None,
+        seeds: NetworkSeeds | None = None,
+        recompute: Callable[[Callable], Callable] | None = None,
     ) -> Forward:
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        first, last = (
-            None if seeds_X is None else DropoutSeeds(seeds_X[i], row_B) for i in (-2, -1)
-        )
-        positions = self.position.keys(*visible, dtype, first)
-        layers, state = nnx.split(self.layers)
+        """Embedding, all layers, and dropout of the final states.
 
-        def body(h_BTD, scanned):
-            state, cache, seed = scanned
-            draws = None if seed is None else DropoutSeeds(seed, row_B)
-            return layer(nnx.merge(layers, state), h_BTD, cache, positions, draws)
+        Args:
+          run: function (layer, h_BTD, its slice of per_layer, positions, dropout_seeds) ->
+            (out_BTD, (what the cache gains, mass_BH)).
+          tokens_BT: int32.
+          per_layer: arrays whose first dimension is layers.
+          visible: states before the block, and tokens of the block, that positions are needed for.
+          seeds: of all dropout; None: no dropout.
+          recompute: from a function to one that keeps less for the backward pass; None: it keeps
+            all it needs.
+        """
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
 
-        seeds = None if seeds_X is None else seeds_X[: config.depth]
-        h_BTD = drop(first, self.io.embed(tokens_BT, dtype), config.embedding_dropout)
-        h_BTD, (new, mass_XBH) = jax.lax.scan(
-            again(body) if again else body, h_BTD, (state, cache, seeds)
-        )
-        return Forward(drop(last, h_BTD, config.embedding_dropout), new, mass_XBH)
+        embedding_seeds = None
+        output_seeds = None
+        if seeds is not None:
+            embedding_seeds = seeds.embedding()
+            output_seeds = seeds.output()
+        positions = self.position.keys(*visible, dtype, embedding_seeds)
+
+        # A scan takes arrays, so each step of it puts its layer together from its parameters.
+        layers, parameters_X = nnx.split(self.layers)
+
+        def body(h_BTD: Array, scanned: tuple) -> tuple[Array, Any]:
+            parameters, of_layer, seed = scanned
+            layer_seeds = None
+            if seeds is not None:
+                layer_seeds = DropoutSeeds(seed, seeds.row_B)
+            return run(nnx.merge(layers, parameters), h_BTD, of_layer, positions, layer_seeds)
+
+        if recompute is not None:
+            body = recompute(body)
+        layer_seeds_X = None
+        if seeds is not None:
+            layer_seeds_X = seeds.seeds_X[: config.depth]
+
+        h_BTD = drop(embedding_seeds, self.io.embed(tokens_BT, dtype), config.embedding_dropout)
+        scanned_X = (parameters_X, per_layer, layer_seeds_X)
+        h_BTD, (new, mass_XBH) = jax.lax.scan(body, h_BTD, scanned_X)
+        return Forward(drop(output_seeds, h_BTD, config.embedding_dropout), new, mass_XBH)
+
+
+# --- the same as pure functions
 
 
 class Model:
@@ -313,26 +281,66 @@ class Model:
         return hash(self.config)
 
     def init(self, key: Array) -> Params:
-        """Fresh parameters from a random key, in float32 (initialisation: method page)."""
+        """Fresh parameters from a random key, in float32.
+
+        N(m, s) is a normal distribution of deviation s; U(n) is uniform within 1/sqrt(n), n being
+        the features that the map reads. D model width, H heads, K head width, N persistent pairs,
+        F inner units, d width of a cluster, X layers.
+
+            parameter                           shape       all_attention,         transformer_xl
+                                                            transformer
+            layers/query                        X D H K     U(D)                   N(0, 0.02)
+            layers/key, value                   X D H K     U(D)                   N(0, 0.02)
+            layers/output                       X H K D     U(D)                   N(0, 0.02)
+            layers/relative                     X D H K     -                      N(0, 0.02)
+            layers/persistent_key               X H N K     N(0, 1/sqrt(K)) (1)    -
+            layers/persistent_value             X H N K     N(0, 1/sqrt(N))        -
+            layers/span                         X H         model.span.init        -
+            layers/norm_scale                   X D         1                      N(1, 0.02)
+            layers/norm_bias                    X D         0                      0
+            layers/feed_forward/inner           X D F       U(D)                   N(0, 0.02)
+            layers/feed_forward/inner_bias      X F         U(D)                   0
+            layers/feed_forward/outer           X F D       U(F)                   N(0, 0.02)
+            layers/feed_forward/outer_bias      X D         U(F)                   0
+            layers/feed_forward/norm_scale      X D         1                      N(1, 0.02)
+            layers/feed_forward/norm_bias       X D         0                      0
+            position/table                      L K         N(0, 1)                -
+            position/content, distance          H K         -                      N(0, 0.02)
+            io/embedding                        V D         N(0, 1)                -
+            io/kernel                           V D         U(D)                   -
+            io/bias                             V           U(D)                   -
+          with cutoffs, for cluster i of n symbols; transformer_xl always, with one cluster or more:
+            io/embedding/i                      n d         N(0, 1)                N(0, 0.02)
+            io/projection/i (2)                 D d         U(d)                   N(0, 0.01)
+            io/bias/i                           n           U(d)                   0
+            io/tail_kernel                      tails D     U(D)                   N(0, 0.02)
+            io/tail_bias                        tails       U(D)                   0
+            io/kernel/i (3)                     n d         U(d)                   -
+            io/output_projection/i (2, 3)       D d         U(d)                   N(0, 0.01) (4)
+
+        (1) 1/sqrt(D) in single_head. (2) Only with a division above 1. (3) Only when not tied.
+        (4) Of the head alone, though tied.
+        """
         params = nnx.to_pure_dict(nnx.state(Network(self.config, nnx.Rngs(key)), nnx.Param))
         return LAYERS[self.config.layer].initialise(params, key)
 
     def bind(self, params: Params) -> Network:
         """The network with these parameters, for use inside one traced function."""
+        # A copy, since parameters are written into the state.
         state = jax.tree.map(lambda x: x, self._state)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(self._graph, state)
 
     def windowed(self, length: int, clamp: int = 0) -> "Model":
-        """The same network for evaluation, where every query sees `length` distances wherever in the block it is.
+        """The same network for evaluation, where every query sees `length` distances in any place.
 
-        That changes Transformer-XL alone, whose parameters do not depend on length and clamp; the
-        others' queries see as many as they have position keys.
+        That changes Transformer-XL alone, whose parameters do not depend on length and clamp. The
+        queries of the others see as many distances as there are position keys.
         """
         return Model(dataclasses.replace(self.config, limit=length, same_length=True, clamp=clamp))
 
     def empty_cache(self, rows: int, length: int) -> Array:
-        """Zero states, as cache_XBSD; they are attended, but for Transformer-XL's."""
+        """Zero states, as cache_XBSD; they are attended, except by Transformer-XL."""
         return jnp.zeros((self.config.depth, rows, length, self.config.width), self.config.dtype)
 
     def empty_key_value(self, rows: int, length: int) -> KeyValue:
@@ -340,42 +348,3 @@ class Model:
         config = self.config
         shape = (config.depth, rows, length, config.context_heads * config.head_width)
         return KeyValue(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-
-
-def forward_flops(
-    config: ModelConfig, mean_reach: float, block: int, cached: bool = False
-) -> float:
-    """Required products of one token's forward pass, in FLOPs; training requires three times as many.
-
-    Args:
-      config: geometry.
-      mean_reach: mean over layers and heads of min(L, span + ramp), in tokens; of Transformer-XL
-        its memory.
-      block: T, over which the projections of the cached states are shared.
-      cached: keys and values of earlier blocks are not projected again.
-
-    Returns:
-      Per layer 2 D (3 reach + 2 N) for attention (query.key, weights.value, query.position;
-      query.persistent key, weights.persistent value), 8 D^2 for the four projections, 4 D^2 reach /
-      T for keys and values of the cache and 4 D F for feed-forward; and 2 D V for the output. With
-      `head_split`, half of the heads has only reach, keys and values, the other half only N.
-      Transformer-XL's queries see the (T + 1) / 2 tokens of the block up to them as well; its
-      projected sinusoids are not counted, since all rows share them. With adaptive input and
-      softmax the output is 2 D (n + tails) for a head of n symbols, and 4 D^2 for its two
-      projections, as a token of the head needs. Tails are left out, since how many tokens visit
-      them is up to the text: the count is never too high.
-    """
-    D, context = config.width, config.context_heads / config.heads
-    own_block = (block + 1) / 2 if config.layer == "transformer_xl" else 0
-    persistent = 2 * config.persistent * ((1 - context) or 1)
-    attention = 2 * D * (3 * (mean_reach + own_block) * context + persistent)
-    projections = 4 * D * D * (1 + context + (0 if cached else context * mean_reach / block))
-    feed_forward = 4 * D * config.feed_forward
-    head = (
-        config.cutoffs[0] + len(config.cutoffs) + 2 * D * (config.division > 1)
-        if config.cutoffs
-        else 0
-    )
-    return config.depth * (attention + projections + feed_forward) + 2 * D * (
-        head or config.vocab_size
-    )

@@ -1,22 +1,32 @@
 """Transformer-XL (Dai et al. 2019, arXiv 1901.02860) on the same operation.
 
+Section 3.3 of the paper: the logit of a query and a key is, before the scale,
+
+    (q + u) . k  +  (q + v) . W r(distance)
+
+where r is a fixed sinusoid, W projects it (one for each layer), and u and v are two vectors for
+each head that all layers share. The operation computes the second product by its position keys.
+
 Dimension key: B batch, T position in the block, S context key, L distance, H head, K head width, D
-model width, V vocabulary.
+model width.
 """
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from allattn.model.adaptive_softmax import XL_DEVIATION, AdaptiveIO
-from allattn.model.all_attention_layer import DropoutSeeds, Transformer, drop, project
-
-if TYPE_CHECKING:
-    from allattn.model import ModelConfig
+from allattn.model.attention_layer import AttentionLayer, Operation
+from allattn.model.config import ModelConfig
+from allattn.model.reach_projection import project
+from allattn.model.sublayers import DropoutSeeds, FeedForward, drop
 
 Array = jax.Array
+
+
+# --- positions
 
 
 class Relative(NamedTuple):
@@ -28,29 +38,45 @@ class Relative(NamedTuple):
 
 
 class RelativePositions(nnx.Module):
-    """Fixed sinusoids, and the two vectors added to queries, which all layers share (arXiv 1901.02860, section 3.3)."""
+    """Fixed sinusoids, and the two vectors added to queries, which all layers share."""
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         shape = (config.heads, config.head_width)
-        self.content, self.distance = nnx.Param(jnp.zeros(shape)), nnx.Param(jnp.zeros(shape))
+        self.content = nnx.Param(jnp.zeros(shape))
+        self.distance = nnx.Param(jnp.zeros(shape))
         self.config = config
 
-    def keys(self, cached: int, block: int, dtype: Any, draws: DropoutSeeds | None) -> Relative:
-        """Sinusoids of the distances that a block behind `cached` states may see, the current token's 0 first.
+    def keys(
+        self, cached: int, block: int, dtype: Any, dropout_seeds: DropoutSeeds | None
+    ) -> Relative:
+        """Sinusoids of the distances that a block may see, the current token's 0 first.
 
         A query sees all states before it or, with `same_length`, the last `limit` ones, itself
-        included; distances beyond `clamp` look like `clamp`.
+        included. Distances beyond `clamp` look like `clamp`.
+
+        Args:
+          cached: states before the block.
+          block: tokens of the block.
+          dtype: of the result.
+          dropout_seeds: of the encodings' dropout; None: no dropout.
         """
         config = self.config
-        length = config.limit if config.same_length else cached + block
-        sinusoid_LD = sinusoids(
-            jnp.minimum(jnp.arange(length), config.clamp or length), config.width
-        ).astype(dtype)
-        if draws:  # no rows here: the block's rows share the encodings
-            draws = draws._replace(row_B=jnp.zeros(1, jnp.int32))
-        sinusoid_LD = drop(draws, sinusoid_LD[None], config.embedding_dropout, site=1)[0]
+        length = cached + block
+        if config.same_length:
+            length = config.limit
+        farthest = length
+        if config.clamp > 0:
+            farthest = config.clamp
+        distance_L = jnp.minimum(jnp.arange(length), farthest)
+        sinusoid_LD = sinusoids(distance_L, config.width).astype(dtype)
+
+        # The rows of the batch share the encodings, so there is one row to drop from.
+        if dropout_seeds is not None:
+            dropout_seeds = dropout_seeds._replace(row_B=jnp.zeros(1, jnp.int32))
+        sinusoid_BLD = sinusoid_LD[None]
+        sinusoid_BLD = drop(dropout_seeds, sinusoid_BLD, config.embedding_dropout, site=1)
         return Relative(
-            sinusoid_LD, self.content[...].astype(dtype), self.distance[...].astype(dtype)
+            sinusoid_BLD[0], self.content[...].astype(dtype), self.distance[...].astype(dtype)
         )
 
 
@@ -61,29 +87,46 @@ def sinusoids(distance_L: Array, width: int) -> Array:
     return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)
 
 
-class TransformerXL(Transformer):
-    """Attention to memory, block and current token by relative positions, and a feed-forward sublayer."""
+# --- the layer
+
+
+class TransformerXL(AttentionLayer):
+    """Attention to memory, block and current token by relative positions, then feed-forward."""
 
     INTEGRATIONS = ("joint",)
-    ATTENDS_ZEROS = False  # a text begins with an empty memory
+    # A text begins with an empty memory.
+    ATTENDS_ZEROS = False
 
     @staticmethod
-    def make_io(config: "ModelConfig", rngs: nnx.Rngs) -> AdaptiveIO:
-        """One table, scaled by sqrt(D), for input and output; where there are cutoffs, one for each cluster."""
+    def make_io(config: ModelConfig, rngs: nnx.Rngs) -> AdaptiveIO:
+        """One table, scaled by sqrt(D), for input and output; with cutoffs, one for each cluster."""
         division = config.division if config.cutoffs else 1
-        clusters: dict[str, Any] = {"cutoffs": config.cutoffs, "division": division, "tied": True}
-        return AdaptiveIO(config.vocab_size, config.width, rngs, **clusters, xl=True)
+        return AdaptiveIO(
+            config.vocab_size,
+            config.width,
+            rngs,
+            cutoffs=config.cutoffs,
+            division=division,
+            tied=True,
+            xl=True,
+        )
 
     @staticmethod
-    def shared(config: "ModelConfig", rngs: nnx.Rngs) -> Any:
-        """What all layers share."""
+    def shared(config: ModelConfig, rngs: nnx.Rngs) -> RelativePositions:
+        """Sinusoids and the two vectors of queries."""
+        del rngs
         return RelativePositions(config)
 
     @staticmethod
     def initialise(params: dict[str, Any], key: Array) -> dict[str, Any]:
-        """Weights N(0, 0.02), u and v among them; scales of norms N(1, 0.02); biases 0. `io` draws its own."""
+        """The paper's code draws every parameter alike, whatever the modules drew.
+
+        Weights are N(0, 0.02), u and v among them; scales of norms N(1, 0.02); biases 0. `io`
+        draws its own.
+        """
         leaves, tree = jax.tree_util.tree_flatten_with_path({**params, "io": {}})
-        key = jax.random.fold_in(key, 2**31)  # apart from the draws of the modules
+        # A key of its own: the modules have drawn from `key`.
+        key = jax.random.fold_in(key, 2**31)
 
         def draw(number: int, name: str, old: Array) -> Array:
             if name.endswith("bias"):
@@ -94,27 +137,64 @@ class TransformerXL(Transformer):
         drawn = [draw(i, path[-1].key, old) for i, (path, old) in enumerate(leaves)]
         return {**jax.tree.unflatten(tree, drawn), "io": params["io"]}
 
-    def __init__(self, config: "ModelConfig", rngs: nnx.Rngs):
-        super().__init__(config, rngs, output_dropout=config.dropout)
-        self.relative = nnx.Param(
-            jnp.zeros((config.width, config.heads, config.head_width))
-        )  # projects the sinusoids
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        self.feed_forward = FeedForward(config, rngs, output_dropout=config.dropout)
+        # W of the paper, which projects the sinusoids. `initialise` draws it.
+        self.relative = nnx.Param(jnp.zeros((config.width, config.heads, config.head_width)))
 
     def attend(
-        self, h_BTD, key_BSHK, value_BSHK, position, attention, draws=None, **starts
+        self,
+        h_BTD: Array,
+        key_BSHK: Array,
+        value_BSHK: Array,
+        position: Relative,
+        attention: Operation,
+        dropout_seeds: DropoutSeeds | None = None,
+        **starts: Any,
     ) -> tuple[Array, Array]:
-        """Attention, residual and norm: as in `AllAttention`, with the `Relative` of the block as position."""
+        """Attention, residual and norm: as in `AttentionLayer`."""
         config = self.config
-        query_BTHK = project(self.query[...], self.enter(h_BTD))
+        query_BTHK = self.queries(h_BTD)
         position_LHK = project(self.relative[...], position.sinusoid_LD[None])[0]
+
+        # Keys and distances have queries of their own.
+        content_query_BTHK = query_BTHK + position.content_HK
+        distance_query_BTHK = query_BTHK + position.distance_HK
+        position_HLK = position_LHK.transpose(1, 0, 2)
+        weights = {}
+        if dropout_seeds is not None:
+            weights = dropout_seeds.weights(config.attention_dropout)
         out_BTHK = attention(
-            *(query_BTHK + position.content_HK, key_BSHK, value_BSHK),
-            position_query_BTHK=query_BTHK + position.distance_HK,
-            position_HLK=position_LHK.transpose(1, 0, 2),
+            content_query_BTHK,
+            key_BSHK,
+            value_BSHK,
+            position_query_BTHK=distance_query_BTHK,
+            position_HLK=position_HLK,
             first_distance=0,
             implementation=config.implementation,
-            **(draws.weights(config.attention_dropout) if draws else {}),
+            **weights,
             **starts,
         )
-        out_BTD = drop(draws, self.merge(out_BTHK), config.dropout, site=2)
-        return self.leave(h_BTD, out_BTD), jnp.zeros(query_BTHK.shape[::2])  # no persistent pairs
+
+        # Sites 0 and 1 are those of the feed-forward sublayer. There are no persistent pairs.
+        out_BTD = drop(dropout_seeds, self.merge(out_BTHK), config.dropout, site=2)
+        h_BTD = self.leave(h_BTD, out_BTD)
+        B, _, H, _ = query_BTHK.shape
+        return h_BTD, jnp.zeros((B, H))
+
+    def __call__(
+        self,
+        h_BTD: Array,
+        key_BSHK: Array,
+        value_BSHK: Array,
+        position: Relative,
+        attention: Operation,
+        dropout_seeds: DropoutSeeds | None = None,
+        **starts: Any,
+    ) -> tuple[Array, Array]:
+        """The whole layer: `attend`, then the feed-forward sublayer."""
+        h_BTD, mass_BH = self.attend(
+            h_BTD, key_BSHK, value_BSHK, position, attention, dropout_seeds, **starts
+        )
+        return self.feed_forward(h_BTD, dropout_seeds), mass_BH

@@ -1,11 +1,36 @@
-"""What the collectives of a training step are for, and which of them must not be.
+"""What the collectives of a training step are for, and which of them no rule allows.
 
-A step may reduce gradients over rows, gather what fsdp splits, and reduce norms and metrics once;
-where heads are split as well, it sums activations over `tensor`. Anything else is a mistake in the
-sharding, above all a collective inside the attention operation.
+A step may send this and nothing else; sizes and counts are read from the compiled text:
+
+gradient reduction
+    Sums over `data` and `fsdp` of arrays as large as a parameter, or its part along `fsdp`, each as
+    often as there are such parameters, once for every accumulated part of the batch
+    (`allowed_reductions`). They are counted by size, since a sum of activations may be as large as
+    that of a kernel's gradient: then it is one too many.
+fsdp gather
+    Gathers over `fsdp` of arrays as large as a parameter, also as a ring round which a TPU sends
+    their parts while it multiplies. Together at most three times the parameters, four with
+    `train.remat`.
+norms and metrics
+    Single numbers, or one for every layer, once a step, together at most 64 KiB.
+activations
+    With `mesh.tensor` > 1, sums over `tensor`: in a layer one forward and two backward (keys and
+    values; queries), or all in one on Transformer-XL. A feed-forward sublayer has two more, and the
+    step one behind the loss.
+sums between slices
+    Of several TPU slices: no more bytes than are summed within one.
+unexpected
+    Anything else, above all a collective inside the attention operation. Each is a mistake in the
+    sharding, and makes `allattn compile` fail.
+
+Tests in tests/planning/test_compile.py put such mistakes into a step and expect to find them.
+
+Dimension key: A axis of the mesh, G group of devices, N device in its group.
 """
 
+import enum
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,232 +38,358 @@ import numpy as np
 from jax.sharding import Mesh
 
 from allattn import sharding
-from allattn.planning import collectives
+from allattn.planning.collectives import OVER_SLICES, Collective
 from allattn.train import TrainProgram
 
-SMALL = 65_536  # bytes that norms and metrics may take together
-# of every parameter in a pass: forward, backward, and its gradient where that goes round the same
-# ring
-GATHERS = 3
-GRADIENT, GATHER, METRICS, ACTIVATION = (
-    "gradient reduction",
-    "fsdp gather",
-    "norms and metrics",
-    "activations",
-)
-BETWEEN = "sums between slices"
+# Bytes that norms and metrics may take together.
+MAX_METRIC_BYTES = 65_536
+
+# Gathers of every parameter in a pass: forward, backward, and its gradient where that is sent round
+# the same ring. Recomputation (`train.remat`) gathers it once more.
+GATHERS_OF_A_PARAMETER = 3
 
 
-class Use(NamedTuple):
+class Purpose(enum.Enum):
+    """What a collective is for; the values are the words that are printed and stored."""
+
+    # Over the rows' axes, in the backward pass.
+    GRADIENT_REDUCTION = "gradient reduction"
+    # Before a parameter is used.
+    FSDP_GATHER = "fsdp gather"
+    # After the backward pass: reach of the spans, norm of the gradient, spans after the update.
+    METRICS = "norms and metrics"
+    # Where heads are split.
+    ACTIVATION = "activations"
+    # Where the mesh has several TPU slices.
+    BETWEEN_SLICES = "sums between slices"
+    # No rule allows it.
+    UNEXPECTED = "unexpected"
+
+
+class ClassifiedCollective(NamedTuple):
     """A collective and what it is for."""
 
-    role: str  # "": nothing that a step needs
-    axes: tuple[str, ...]  # of the mesh, along which it moves data
-    collective: collectives.Collective
+    purpose: Purpose
+    # Axes of the mesh along which it moves data; between slices ("slices",).
+    axes: tuple[str, ...]
+    collective: Collective
 
 
-def judge(found: list[collectives.Collective], program: TrainProgram) -> list[Use]:
+# --- what a collective is for --------------------------------------------------------------------
+
+
+def classify(sent: Iterable[Collective], program: TrainProgram) -> list[ClassifiedCollective]:
     """What every collective of a step is for.
 
     Args:
-      found: from `hlo.collectives`, of a step on one slice.
+      sent: collectives of a step on one slice, from `collectives.parse`.
       program: whose step it is; tells collectives of parameters by their sizes.
+
+    Returns:
+      The collectives that move data, in the order of the text.
     """
-    sizes, uses = set(_sums(program)), []
-    for collective in found:
+    # Only sizes tell collectives of parameters from others: the text has no names of arrays.
+    parameter_sizes = set(allowed_reductions(program))
+    depth = program.model.config.depth
+    classified = []
+    for collective in sent:
         axes = _axes(collective, program.mesh)
-        if not axes:
-            continue  # each device with itself
-        uses.append(
-            Use(_role(collective, axes, sizes, program.model.config.depth), axes, collective)
-        )
-    return uses
+        # Without axes each device sends to itself.
+        if axes:
+            purpose = _purpose(collective, axes, parameter_sizes, depth)
+            classified.append(ClassifiedCollective(purpose, axes, collective))
+    return classified
 
 
-def between_slices(found: list[collectives.Collective]) -> list[Use]:
-    """What a step on several slices sends between them, sums and nothing else, and what is inside of the operation."""
-    far = [collective for collective in found if collective.kind.endswith(collectives.OVER_SLICES)]
-    inside = [
-        Use("", (), collective) for collective in found if sharding.OPERATION in collective.place
-    ]
-    return [
-        Use(BETWEEN if c.kind.startswith("all-reduce") else "", ("slices",), c) for c in far
-    ] + inside
+def classify_between_slices(sent: Iterable[Collective]) -> list[ClassifiedCollective]:
+    """What a step on several slices sends between them, and what it sends inside the operation.
+
+    The compiler rewrites what happens within a slice beyond recognition, so all other collectives
+    are left out: a step on one of the slices is classified instead.
+
+    Args:
+      sent: collectives of a step on several slices, from `collectives.parse`.
+
+    Returns:
+      The collectives between slices, then those inside the operation, which are unexpected.
+    """
+    between = []
+    inside = []
+    for collective in sent:
+        if collective.kind.endswith(OVER_SLICES):
+            # Gradients and metrics alone pass between slices, and both are sums.
+            is_sum = collective.kind.startswith("all-reduce")
+            purpose = Purpose.BETWEEN_SLICES if is_sum else Purpose.UNEXPECTED
+            between.append(ClassifiedCollective(purpose, ("slices",), collective))
+        if sharding.OPERATION in collective.op_name:
+            inside.append(ClassifiedCollective(Purpose.UNEXPECTED, (), collective))
+    return between + inside
 
 
-def _role(found: collectives.Collective, axes: tuple[str, ...], sizes: set[int], depth: int) -> str:
-    reduces, once = found.kind in ("all-reduce", "reduce-scatter"), found.times == 1
-    if sharding.OPERATION in found.place or found.times is None:
-        return ""
-    if reduces and once and max(found.sizes) <= depth:  # a number, or one for every layer
-        return METRICS
-    of_parameters = all(
-        size in sizes or size <= depth for size in found.sizes
-    )  # norms may be joined with gradients
-    backward = (
-        once or "transpose(" in found.place or not found.place
-    )  # where several are joined, names may be lost
-    if reduces and of_parameters and backward and set(axes) & set(sharding.ROWS):
-        return GRADIENT
-    if found.kind == "all-gather" and of_parameters and axes == ("fsdp",):
-        return GATHER
-    if found.kind == "collective-permute" and of_parameters and axes == ("fsdp",):
-        # a TPU sends a kernel's parts, or its gradient's, round a ring while it multiplies
-        return GATHER
-    return ACTIVATION if found.kind == "all-reduce" and axes == ("tensor",) else ""
+def _purpose(
+    collective: Collective, axes: tuple[str, ...], parameter_sizes: set[int], depth: int
+) -> Purpose:
+    """The purpose of a collective within a slice.
+
+    Args:
+      collective: of a step on one slice.
+      axes: along which it moves data.
+      parameter_sizes: numbers in the arrays of parameters, from `allowed_reductions`.
+      depth: layers of the model; arrays of one number for every layer are norms.
+    """
+    # Inside the operation nothing is sent, and everything else runs a known number of times.
+    if sharding.OPERATION in collective.op_name or collective.times is None:
+        return Purpose.UNEXPECTED
+    reduces = collective.kind in ("all-reduce", "reduce-scatter")
+    once = collective.times == 1
+    if reduces and once and max(collective.sizes) <= depth:
+        return Purpose.METRICS
+    # Norms may be joined with gradients.
+    of_parameters = all(size in parameter_sizes or size <= depth for size in collective.sizes)
+    # Gradients are summed in the backward pass. Where several are joined, names may be lost.
+    backward = once or "transpose(" in collective.op_name or not collective.op_name
+    over_rows = bool(set(axes) & set(sharding.ROWS))
+    if reduces and of_parameters and backward and over_rows:
+        return Purpose.GRADIENT_REDUCTION
+    # A TPU sends a kernel's parts, or its gradient's, round a ring while it multiplies.
+    gathers = collective.kind in ("all-gather", "collective-permute")
+    if gathers and of_parameters and axes == ("fsdp",):
+        return Purpose.FSDP_GATHER
+    if collective.kind == "all-reduce" and axes == ("tensor",):
+        return Purpose.ACTIVATION
+    return Purpose.UNEXPECTED
 
 
-def _axes(found: collectives.Collective, mesh: Mesh) -> tuple[str, ...]:
-    """Axes of the mesh along which devices of a group differ."""
+def _axes(collective: Collective, mesh: Mesh) -> tuple[str, ...]:
+    """Axes of the mesh along which the devices of a group differ."""
     shape = tuple(mesh.shape[axis] for axis in sharding.AXES)
-    places = np.stack(np.unravel_index(np.array(found.groups), shape))
-    differ = (places != places[:, :, :1]).any(axis=(1, 2))
-    return tuple(axis for axis, differs in zip(sharding.AXES, differ, strict=True) if differs)
+    devices_GN = np.array(collective.groups)
+    # Where every device is in the mesh, and whether that differs from the first one of its group.
+    coordinate_AGN = np.stack(np.unravel_index(devices_GN, shape))
+    differs_A = (coordinate_AGN != coordinate_AGN[:, :, :1]).any(axis=(1, 2))
+    return tuple(axis for axis, differs in zip(sharding.AXES, differs_A, strict=True) if differs)
 
 
-def violations(uses: list[Use], program: TrainProgram) -> list[str]:
-    """What a step sends that it must not, a line each.
+# --- collectives that no rule allows -------------------------------------------------------------
+
+
+def unexpected(classified: list[ClassifiedCollective], program: TrainProgram) -> list[str]:
+    """Collectives of a step that no rule allows.
 
     A sum or gather of activations may have the size of a parameter's, so these are counted as well:
     what is sent of parameters and gradients is no more than there is of them.
 
     Args:
-      uses: from `judge`.
+      classified: from `classify`.
       program: whose step it is.
+
+    Returns:
+      A line for each mistake.
     """
-    lines = _strangers(uses)
-    if (small := sent(uses, METRICS)) > SMALL:
-        lines.append(f"norms and metrics: expected at most {SMALL:,} bytes, found {small:,}")
-    train, sums = program.config.train, _sums(program)
-    for axis in sharding.ROWS:
-        for size, found in _counts(
-            [u.collective for u in uses if u.role == GRADIENT and axis in u.axes]
-        ).items():
-            if size > program.model.config.depth and found > (
-                most := sums[size] * train.accumulation
-            ):
-                lines.append(
-                    f"{GRADIENT} over {axis} of {size:,} numbers: expected at most {most} times, found {found}"
-                )
-    most = train.accumulation * (GATHERS + bool(train.remat)) * _parameters_of_a_device(program)
-    counts = _counts([u.collective for u in uses if u.role == GATHER])
-    if (gathered := sum(size * n for size, n in counts.items())) > most:
-        lines.append(f"{GATHER}: expected at most {most:,} numbers, found {gathered:,}")
-    return lines
+    return [
+        *_without_purpose(classified),
+        *_too_many_metrics(classified),
+        *_too_many_reductions(classified, program),
+        *_too_many_gathers(classified, program),
+    ]
 
 
-def violations_between(far: list[Use], near: list[Use]) -> list[str]:
-    """What a step on several slices sends that it must not, a line each.
+def unexpected_between_slices(
+    between: list[ClassifiedCollective], within: list[ClassifiedCollective]
+) -> list[str]:
+    """Collectives of a step on several slices that no rule allows.
 
     Args:
-      far: from `between_slices`.
-      near: from `judge`, of a step on one of the slices.
+      between: from `classify_between_slices`.
+      within: from `classify`, of a step on one of the slices.
+
+    Returns:
+      A line for each mistake.
     """
-    lines = _strangers(far)
-    between, within = sent(far, BETWEEN), sent(near, GRADIENT) + sent(near, METRICS)
-    if between > within:
-        lines.append(
-            f"between slices: expected no more than is summed within one, {within:,} bytes, found {between:,}"
-        )
+    lines = list(_without_purpose(between))
+    sent = bytes_for(between, Purpose.BETWEEN_SLICES)
+    # What is summed within a slice is summed between slices once more.
+    gradients = bytes_for(within, Purpose.GRADIENT_REDUCTION)
+    allowed = gradients + bytes_for(within, Purpose.METRICS)
+    if sent > allowed:
+        expected = f"no more than is summed within one, {allowed:,} bytes"
+        lines.append(f"between slices: expected {expected}, found {sent:,}")
     return lines
 
 
-def _strangers(uses: list[Use]) -> list[str]:
-    found = [use.collective for use in uses if not use.role]
-    return [f"{c.kind} of {c.bytes:,} bytes in {c.place}" for c in found]
+def _without_purpose(classified: list[ClassifiedCollective]) -> Iterator[str]:
+    for purpose, _, collective in classified:
+        if purpose is Purpose.UNEXPECTED:
+            yield f"{collective.kind} of {collective.bytes:,} bytes in {collective.op_name}"
 
 
-def _sizes(program: TrainProgram) -> list[tuple[str, int]]:
-    """Of every array of parameters: where it belongs, and its numbers on a device, whole along `fsdp`."""
-    params = jax.eval_shape(program.model.init, jax.random.key(0))
-    places = jax.tree.leaves(sharding.shardings(program.mesh, params))
-    parts = [program.mesh.shape["tensor"] if "tensor" in place.spec else 1 for place in places]
-    leaves = jax.tree.leaves_with_path(params)
-    return [(path[0].key, x.size // n) for (path, x), n in zip(leaves, parts, strict=True)]
+def _too_many_metrics(classified: list[ClassifiedCollective]) -> Iterator[str]:
+    sent = bytes_for(classified, Purpose.METRICS)
+    if sent > MAX_METRIC_BYTES:
+        purpose = Purpose.METRICS.value
+        yield f"{purpose}: expected at most {MAX_METRIC_BYTES:,} bytes, found {sent:,}"
 
 
-def _parameters_of_a_device(program: TrainProgram) -> int:
-    return sum(size for _, size in _sizes(program))
+def _too_many_reductions(
+    classified: list[ClassifiedCollective], program: TrainProgram
+) -> Iterator[str]:
+    """Gradient reductions of a size of which there are fewer parameters, for each axis of rows."""
+    allowed = allowed_reductions(program)
+    accumulation = program.config.train.accumulation
+    purpose = Purpose.GRADIENT_REDUCTION
+    for axis in sharding.ROWS:
+        along_axis = [c for c in classified if c.purpose is purpose and axis in c.axes]
+        for size, sent in _counts_by_size(along_axis).items():
+            most = allowed[size] * accumulation
+            # Smaller arrays are norms that were joined with gradients.
+            if size > program.model.config.depth and sent > most:
+                what = f"{purpose.value} over {axis} of {size:,} numbers"
+                yield f"{what}: expected at most {most} times, found {sent}"
 
 
-def _sums(program: TrainProgram) -> Counter[int]:
-    """How often a step may sum gradients of every size, whole or a part along `fsdp`: once for each array."""
-    config, tied = (
-        program.model.config,
-        "kernel" not in jax.eval_shape(program.model.init, jax.random.key(0))["io"],
-    )
-    # The table of positions is every layer's, and a compiler may leave its sum in each; a tied
-    # table is read twice.
-    times = {"position": config.depth, "layers": config.depth, "io": 2 if tied else 1}
-    found: Counter[int] = Counter()
-    for where, size in _sizes(program):
-        layers = config.depth if where == "layers" else 1
-        for shard in {1, program.mesh.shape["fsdp"]}:
-            if size % (layers * shard) == 0:
-                found[size // layers // shard] += times[where]
-                found[size // shard] += layers > 1  # of all layers at once
-    if config.layer == "transformer_xl":
-        found[_distances(program) // program.mesh.shape["tensor"]] += config.depth
-    return found
+def _too_many_gathers(
+    classified: list[ClassifiedCollective], program: TrainProgram
+) -> Iterator[str]:
+    """More numbers gathered than the passes over the parameters need."""
+    train = program.config.train
+    purpose = Purpose.FSDP_GATHER
+    counts = _counts_by_size([c for c in classified if c.purpose is purpose])
+    gathered = sum(size * count for size, count in counts.items())
+    # Every part of an accumulated batch is a pass.
+    passes = GATHERS_OF_A_PARAMETER + bool(train.remat)
+    parameters = sum(size for _, size in _parameter_sizes(program))
+    most = train.accumulation * passes * parameters
+    if gathered > most:
+        yield f"{purpose.value}: expected at most {most:,} numbers, found {gathered:,}"
 
 
-def _distances(program: TrainProgram) -> int:
-    """Numbers in the table of positions that every layer of Transformer-XL computes from parameters."""
-    return (program.model.config.limit + program.config.train.block) * program.model.config.width
-
-
-def _counts(found: list[collectives.Collective]) -> Counter[int]:
+def _counts_by_size(classified: list[ClassifiedCollective]) -> Counter[int]:
     """How often a step sends arrays of every size."""
     counts: Counter[int] = Counter()
-    for collective in found:
+    for _, _, collective in classified:
         for size in collective.sizes:
             counts[size] += collective.times or 1
     return counts
 
 
-def sent(uses: list[Use], role: str) -> int:
-    """Bytes of a step that are sent for a purpose."""
-    return sum(u.collective.bytes * (u.collective.times or 1) for u in uses if u.role == role)
+# --- the sizes of parameters ---------------------------------------------------------------------
 
 
-def summary(uses: list[Use]) -> list[dict[str, Any]]:
-    """Uses that differ in origin or place alone, added up: role, kind, axes, times, count and bytes of a step."""
-    groups: dict[tuple, list[collectives.Collective]] = defaultdict(list)
-    for role, axes, found in uses:
-        groups[role or "must not be", found.kind, axes, found.times or 1].append(found)
+def allowed_reductions(program: TrainProgram) -> Counter[int]:
+    """How often a step may sum gradients of every size: once for each array that has it.
+
+    The table of positions is every layer's, and a compiler may leave its sum in each layer. A table
+    that input and output share is read twice, so it is summed twice.
+
+    Args:
+      program: whose step it is.
+
+    Returns:
+      From numbers of an array on a device, whole or its part along `fsdp`, to the number of sums.
+    """
+    config = program.model.config
+    parameters = _abstract_parameters(program)
+    tied = "kernel" not in parameters["io"]
+    sums_of_array = {"position": config.depth, "layers": config.depth, "io": 2 if tied else 1}
+    allowed: Counter[int] = Counter()
+    for branch, size in _parameter_sizes(program):
+        layers = config.depth if branch == "layers" else 1
+        for shards in {1, program.mesh.shape["fsdp"]}:
+            # An axis that does not divide an array leaves it whole.
+            if size % (layers * shards):
+                continue
+            allowed[size // layers // shards] += sums_of_array[branch]
+            # The gradients of all layers may be summed at once.
+            if layers > 1:
+                allowed[size // shards] += 1
+    # The table of positions that every layer of Transformer-XL computes from parameters.
+    if config.layer == "transformer_xl":
+        numbers = (config.limit + program.config.train.block) * config.width
+        allowed[numbers // program.mesh.shape["tensor"]] += config.depth
+    return allowed
+
+
+def _parameter_sizes(program: TrainProgram) -> list[tuple[str, int]]:
+    """Every array of parameters: the branch of the tree it is in, and its numbers on a device.
+
+    Split along `tensor`, but whole along `fsdp`.
+    """
+    parameters = _abstract_parameters(program)
+    shardings = jax.tree.leaves(sharding.shardings(program.mesh, parameters))
+    sizes = []
+    for (path, array), array_sharding in zip(
+        jax.tree.leaves_with_path(parameters), shardings, strict=True
+    ):
+        parts = program.mesh.shape["tensor"] if "tensor" in array_sharding.spec else 1
+        sizes.append((path[0].key, array.size // parts))
+    return sizes
+
+
+def _abstract_parameters(program: TrainProgram) -> Any:
+    """Shapes and dtypes of the parameters."""
+    return jax.eval_shape(program.model.init, jax.random.key(0))
+
+
+# --- adding up -----------------------------------------------------------------------------------
+
+
+def bytes_for(classified: list[ClassifiedCollective], purpose: Purpose) -> int:
+    """Bytes of whole arrays that a step sends for a purpose."""
+    sent = [c.collective for c in classified if c.purpose is purpose]
+    return sum(collective.bytes * (collective.times or 1) for collective in sent)
+
+
+def summary(classified: list[ClassifiedCollective]) -> list[dict[str, Any]]:
+    """Rows that `allattn compile` prints and `benchmarks.compile` stores.
+
+    Args:
+      classified: from `classify` or `classify_between_slices`.
+
+    Returns:
+      A row for all collectives that have these in common: `role` (the purpose), `kind`, `axes`, and
+      `times` that a step does each. In it: `count` of them, `bytes` of a step, and where they come
+      `from`.
+    """
+    groups: dict[tuple, list[Collective]] = defaultdict(list)
+    for purpose, axes, collective in classified:
+        key = (purpose.value, collective.kind, axes, collective.times or 1)
+        groups[key].append(collective)
     rows = []
     for (role, kind, axes, times), group in sorted(groups.items()):
-        row = {"role": role, "kind": kind, "axes": list(axes), "times": times, "count": len(group)}
         rows.append(
             {
-                **row,
-                "bytes": times * sum(c.bytes for c in group),
-                "from": sorted({origin(c) for c in group}),
+                "role": role,
+                "kind": kind,
+                "axes": list(axes),
+                "times": times,
+                "count": len(group),
+                "bytes": times * sum(collective.bytes for collective in group),
+                "from": sorted({origin(collective) for collective in group}),
             }
         )
     return rows
 
 
-def origin(found: collectives.Collective) -> str:
-    """Where a collective comes from, without what all names have in common."""
-    if not found.place:
+def origin(collective: Collective) -> str:
+    """The pass that a collective comes from and its innermost function, without other names."""
+    if not collective.op_name:
         return "no name"
-    inside = (
-        "backward"
-        if "transpose(" in found.place
-        else "forward"
-        if "jvp(" in found.place
-        else "update"
-    )
-    return f"{inside} {found.place.rpartition('/')[2].strip(')(')}"
+    # JAX's names of what differentiation makes: `jvp(...)`, and `transpose(jvp(...))` behind it.
+    if "transpose(" in collective.op_name:
+        pass_name = "backward"
+    elif "jvp(" in collective.op_name:
+        pass_name = "forward"
+    else:
+        pass_name = "update"
+    innermost = collective.op_name.rpartition("/")[2].strip(")(")
+    return f"{pass_name} {innermost}"
 
 
-def table(uses: list[Use]) -> list[str]:
+def table(classified: list[ClassifiedCollective]) -> list[str]:
     """The summary as lines of text."""
     lines = [f"  {'':20}{'kind':24}{'axes':20}{'MB of a step':>13}{'count':>7}{'times':>7}  from"]
-    for row in summary(uses):
+    for row in summary(classified):
+        names = f"{row['role']:20}{row['kind']:24}{','.join(row['axes']):20}"
         figures = f"{row['bytes'] / 1e6:>13.3f}{row['count']:>7}{row['times']:>7}"
-        lines.append(
-            f"  {row['role']:20}{row['kind']:24}{','.join(row['axes']):20}{figures}  {', '.join(row['from'])}"
-        )
+        lines.append(f"  {names}{figures}  {', '.join(row['from'])}")
     return lines

@@ -1,4 +1,8 @@
-"""The real training step compiled for machines that are not here: memory, FLOPs, collectives, and what must not be.
+"""The real training step compiled for a machine that is not here: memory, FLOPs and collectives.
+
+`compile_step` traces the step as a run does, with the kernel, the sharding and the longest context,
+and compiles it for the devices that `chips.devices` describes. `report` is the text that `allattn
+compile` prints of it.
 
 Dimension key: B batch, T position in the block.
 """
@@ -7,6 +11,7 @@ import contextlib
 import dataclasses
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,53 +21,66 @@ from jax.sharding import Mesh
 from allattn import data, sharding, train
 from allattn.errors import UserError
 from allattn.model import forward_flops
+from allattn.model.parameters import parameter_count
 from allattn.planning import chips, collectives, communication
+from allattn.planning.communication import ClassifiedCollective
 
 GIB = 2**30
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
     """What is known of a step that was compiled."""
 
-    name: str  # of the configuration
+    # The configuration, the machine and how many slices of it.
+    name: str
     topology: str
     slices: int
+
+    # Sizes of the mesh's axes, rows of the batch, numbers in all parameters.
     mesh: dict[str, int]
     batch: int
     parameters: int
-    memory: dict[
-        str, float
-    ]  # bytes of one device: arguments, temporaries, outputs that replace none; {}: not known
-    hbm: float  # bytes that a device has
-    flops: float  # of a step on all devices: required products, full spans
-    uses: list[communication.Use]  # what its collectives are for
-    broken: list[str]  # what it sends that it must not
-    overflow: str  # what the compiler said if memory did not suffice
+
+    # Bytes of one device: arguments, temporaries, outputs that replace none; {}: not known.
+    memory: dict[str, float]
+
+    # Bytes that a device has.
+    hbm: float
+
+    # Required products of a step on all devices, with full spans.
+    flops: float
+
+    # What the step sends, and the collectives that no rule allows, a line each.
+    collectives: list[ClassifiedCollective]
+    unexpected: list[str]
+
+    # What the compiler said if memory did not suffice; "" if it did.
+    overflow: str
 
     @property
     def devices(self) -> int:
+        """The number of devices of the mesh."""
         return math.prod(self.mesh.values())
 
     @property
     def used(self) -> float:
+        """Bytes of one device that the step needs."""
         return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
+        """Whether the step fits into the memory of a device."""
         return not self.overflow and self.used <= self.hbm
 
 
-# --- compiling
-#
-#
-# ---------------------------------------------------------------------------------------------------
+# --- compiling -----------------------------------------------------------------------------------
 
 
 def compile_step(
     config: ml_collections.ConfigDict, name: str, machine: str, slices: int = 1
 ) -> Compiled:
-    """Compile the training step of the largest context bucket; neither data nor accelerators are needed.
+    """Compile the training step of the longest context; needs neither data nor accelerators.
 
     Args:
       config: the whole configuration; its mesh is over all devices of the machine.
@@ -74,143 +92,195 @@ def compile_step(
       UserError: an unknown topology, no compiler for it, or a configuration that does not fit the
         mesh.
     """
+    # What a run would refuse is refused here, before anything is traced.
     if not config.model.vocab_size:
         raise UserError("model.vocab_size: expected a size, as no data are read here, found 0")
     train.check(config)
-    chip, mesh = chips.chip(machine), sharding.make_mesh(config, chips.devices(machine, slices))
+    chip = chips.chip(machine)
+    mesh = sharding.make_mesh(config, chips.devices(machine, slices))
+
+    # The step, for the machine's compiler.
     program = train.TrainProgram(config, mesh)
-    compiled, overflow = _compile(lower_step(program, "tpu" if chip.platform == "tpu" else "cuda"))
-    params = jax.eval_shape(program.model.init, jax.random.key(0))
-    parameters, tokens = (
-        sum(x.size for x in jax.tree.leaves(params)),
-        config.train.batch * config.train.block,
-    )
-    flops = (
-        3
-        * forward_flops(program.model.config, config.model.span.limit, config.train.block)
-        * tokens
-    )
-    found = collectives.collectives(compiled.as_text() or "") if compiled else []
+    platform = "tpu" if chip.platform == "tpu" else "cuda"
+    compiled, overflow = _compile(lower_step(program, platform))
+
+    # What it sends. A step that does not fit has no text.
+    text = compiled.as_text() if compiled else None
+    sent = collectives.parse(text or "") if compiled else []
     if slices == 1:
-        uses = communication.judge(found, program)
-        broken = communication.violations(uses, program)
-    # there the compiler has rewritten the sums beyond recognition; one slice is judged in their
-    # place
+        classified = communication.classify(sent, program)
+        unexpected = communication.unexpected(classified, program)
     else:
-        one, far = (
-            compile_step(_of_one(config, mesh, slices), name, machine),
-            communication.between_slices(found),
-        )
-        uses, broken = far + one.uses, communication.violations_between(far, one.uses) + one.broken
-    known = (name, machine, slices, dict(mesh.shape), config.train.batch, parameters)
-    return Compiled(*known, memory(compiled), chip.memory, flops, uses, broken, overflow)
+        # The compiler rewrites the sums within a slice beyond recognition, so these are read from
+        # the program that one slice would run with its share of the rows.
+        one_slice = compile_step(_share_of_one_slice(config, mesh, slices), name, machine)
+        between = communication.classify_between_slices(sent)
+        classified = between + one_slice.collectives
+        unexpected = communication.unexpected_between_slices(between, one_slice.collectives)
+        unexpected = unexpected + one_slice.unexpected
+
+    parameters = jax.eval_shape(program.model.init, jax.random.key(0))
+    return Compiled(
+        name=name,
+        topology=machine,
+        slices=slices,
+        mesh=dict(mesh.shape),
+        batch=config.train.batch,
+        parameters=parameter_count(parameters),
+        memory=memory(compiled),
+        hbm=chip.memory,
+        flops=_required_flops(program),
+        collectives=classified,
+        unexpected=unexpected,
+        overflow=overflow,
+    )
 
 
-def _of_one(
+def lower_step(
+    program: train.TrainProgram, platform: str | None = None, context_length: int | None = None
+) -> jax.stages.Lowered:
+    """The training step, traced for the devices of the program's mesh.
+
+    Args:
+      program: the run's program.
+      platform: tpu or cuda, of devices that are not here; None: those are.
+      context_length: in tokens; None: the longest.
+    """
+    train_config = program.config.train
+    if context_length is None:
+        context_length = program.config.model.span.limit
+    # A batch of the run's shape, split over its rows.
+    shape = (train_config.batch, train_config.block)
+    row_sharding = sharding.row_sharding(program.mesh)
+    tokens_BT = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=row_sharding)
+    batch = data.Batch(tokens_BT, tokens_BT, jax.ShapeDtypeStruct((), jnp.int32))
+    # The kind of device decides which kernels are traced.
+    described: Any = contextlib.nullcontext()
+    options: dict[str, Any] = {}
+    if platform is not None:
+        described = jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh)
+        options["lowering_platforms"] = (platform,)
+    with described:
+        step = program.jitted_step(context_length)
+        traced = step.trace(program.abstract_state(context_length), batch)
+        return traced.lower(**options)
+
+
+def memory(compiled: jax.stages.Compiled | None) -> dict[str, float]:
+    """Memory of one device, as the compiler has planned it.
+
+    Args:
+      compiled: a program; None: it did not fit.
+
+    Returns:
+      Bytes of arguments, of temporaries, and of outputs that take no argument's memory; {} where
+      the compiler does not say.
+    """
+    sizes = compiled.memory_analysis() if compiled else None
+    if sizes is None:
+        return {}
+    return {
+        "arguments": sizes.argument_size_in_bytes,
+        "temporaries": sizes.temp_size_in_bytes,
+        "outputs": sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+    }
+
+
+def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str]:
+    """The compiled program and "", or None and what the compiler says of too little memory."""
+    try:
+        return lowered.compile(), ""
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if "RESOURCE_EXHAUSTED" not in text:
+            raise
+    # A TPU's compiler names the bytes it would need, in one of two sentences.
+    needed = re.search(
+        r"total memory required .*? exceeds available HBM \(\S+\)|Used \S+ of \S+ hbm", text
+    )
+    if needed:
+        return None, needed[0]
+    return None, " ".join(text.split())[:200]
+
+
+def _share_of_one_slice(
     config: ml_collections.ConfigDict, mesh: Mesh, slices: int
 ) -> ml_collections.ConfigDict:
-    """The configuration of one slice's share of rows."""
+    """The configuration with which one slice trains its share of the rows."""
     config = config.copy_and_resolve_references()
     config.train.batch //= slices
     config.mesh.data = mesh.shape["data"] // slices
     return config
 
 
-def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, str]:
-    """The program, or what a TPU's compiler says where memory does not suffice."""
-    try:
-        return lowered.compile(), ""
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        needed = re.search(
-            r"total memory required .*? exceeds available HBM \(\S+\)|Used \S+ of \S+ hbm",
-            str(error),
-        )
-        return None, needed[0] if needed else " ".join(str(error).split())[:200]
+def _required_flops(program: train.TrainProgram) -> float:
+    """Required products of a step with full spans; a backward pass has twice those of a forward."""
+    config = program.config
+    tokens = config.train.batch * config.train.block
+    per_token = forward_flops(program.model.config, config.model.span.limit, config.train.block)
+    return 3 * per_token * tokens
 
 
-def memory(compiled: jax.stages.Compiled | None) -> dict[str, float]:
-    """Bytes of one device: arguments, temporaries, outputs that replace none; {} where the compiler does not say."""
-    sizes = compiled.memory_analysis() if compiled else None
-    if sizes is None:
-        return {}
-    outputs = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return {
-        "arguments": sizes.argument_size_in_bytes,
-        "temporaries": sizes.temp_size_in_bytes,
-        "outputs": outputs,
-    }
+# --- reporting -----------------------------------------------------------------------------------
 
 
-def lower_step(
-    program: train.TrainProgram, platform: str | None = None, bucket: int | None = None
-) -> jax.stages.Lowered:
-    """The step of a context bucket, traced for the devices of the program's mesh.
+def report(step: Compiled, config: ml_collections.ConfigDict) -> str:
+    """The text that `allattn compile` prints.
 
     Args:
-      program: the run's program.
-      platform: tpu or cuda, of devices that are not here; None: those are.
-      bucket: in tokens; None: the largest.
+      step: from `compile_step`.
+      config: the configuration that it was compiled for.
     """
-    train_config, mesh = program.config.train, program.mesh
-    row = sharding.row_sharding(mesh)
-    tokens_BT = jax.ShapeDtypeStruct(
-        (train_config.batch, train_config.block), jnp.int32, sharding=row
-    )
-    batch = data.Batch(tokens_BT, tokens_BT, jax.ShapeDtypeStruct((), jnp.int32))
-    bucket = bucket or program.config.model.span.limit
-    # the kind of device decides which kernels are traced
-    described = (
-        jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if platform else contextlib.nullcontext()
-    )
-    with described:
-        traced = program.jitted_step(bucket).trace(program.abstract_state(bucket), batch)
-        return traced.lower(lowering_platforms=(platform,)) if platform else traced.lower()
+    lines = [
+        f"{step.name}, {step.parameters:,} parameters, batch {step.batch}, on {_machine(step)}",
+        f"memory of a device in GiB: {_memory_text(step)}",
+        f"required products of a step, full spans: {step.flops:.3g} FLOP, "
+        f"of a device {step.flops / step.devices:.3g}",
+    ]
+    if step.collectives:
+        lines.append("collectives of a step: bytes of the whole arrays")
+        lines += communication.table(step.collectives)
+    lines += [f"unexpected: {line}" for line in step.unexpected]
+    # The last line is the answer.
+    if not step.fits:
+        lines.append(f"does not fit; change: {advice(step, config)}")
+    elif step.unexpected:
+        lines.append("fits, but sends what is unexpected")
+    else:
+        lines.append("fits")
+    return "\n".join(lines)
 
 
-# --- saying it
-#
-#
-# ---------------------------------------------------------------------------------------------------
-
-
-def advice(found: Compiled, config: ml_collections.ConfigDict) -> str:
+def advice(step: Compiled, config: ml_collections.ConfigDict) -> str:
     """The first setting to change where a step does not fit."""
-    train_config, mesh = config.train, found.mesh
-    rows = found.batch // (mesh["data"] * mesh["fsdp"] * train_config.accumulation)
+    train_config = config.train
+    mesh = step.mesh
+    rows = step.batch // (mesh["data"] * mesh["fsdp"] * train_config.accumulation)
+    # Fewer rows at once cost the least: the smallest number of further parts that divides them.
     if rows > 1:
         parts = next(n for n in range(2, rows + 1) if rows % n == 0)
         return f"--config.train.accumulation={train_config.accumulation * parts}"
+    # Then recomputing, of projections first and of whole layers next.
     if train_config.remat != "layer":
-        return f"--config.train.remat={'layer' if train_config.remat else 'projections'}"
+        remat = "layer" if train_config.remat else "projections"
+        return f"--config.train.remat={remat}"
+    # Then splitting parameters, which costs communication.
     if mesh["data"] > 1:
-        return f"--config.mesh.fsdp={mesh['fsdp'] * mesh['data']}, which splits parameters and optimizer state"
+        fsdp = mesh["fsdp"] * mesh["data"]
+        return f"--config.mesh.fsdp={fsdp}, which splits parameters and optimizer state"
     return "a chip with more memory"
 
 
-def report(found: Compiled, config: ml_collections.ConfigDict) -> str:
-    """What `allattn compile` prints."""
-    mesh, devices = " x ".join(f"{axis} {size}" for axis, size in found.mesh.items()), found.devices
-    slices = f"{found.slices} x " if found.slices > 1 else ""
-    sizes = (
-        ", ".join(f"{name} {size / GIB:.2f}" for name, size in found.memory.items())
-        or found.overflow
-    )
-    together = f"; together {found.used / GIB:.2f} of {found.hbm / GIB:.0f}" if found.memory else ""
-    lines = [
-        f"{found.name}, {found.parameters:,} parameters, batch {found.batch}, on {slices}{found.topology}: {mesh}",
-        f"memory of a device in GiB: {sizes}{together}",
-        f"required products of a step, full spans: {found.flops:.3g} FLOP, of a device {found.flops / devices:.3g}",
-    ]
-    lines += (
-        ["collectives of a step: bytes of the whole arrays", *communication.table(found.uses)]
-        if found.uses
-        else []
-    )
-    lines += [f"must not be: {line}" for line in found.broken]
-    if not found.fits:
-        lines.append(f"does not fit; change: {advice(found, config)}")
-    else:
-        lines.append("fits, but for what must not be" if found.broken else "fits")
-    return "\n".join(lines)
+def _machine(step: Compiled) -> str:
+    """The machine and the mesh on it, as in `2 x v5e:16x16: data 64 x fsdp 1 x tensor 8`."""
+    slices = f"{step.slices} x " if step.slices > 1 else ""
+    mesh = " x ".join(f"{axis} {size}" for axis, size in step.mesh.items())
+    return f"{slices}{step.topology}: {mesh}"
+
+
+def _memory_text(step: Compiled) -> str:
+    """The parts of a device's memory beside what it has, or what the compiler said."""
+    if not step.memory:
+        return step.overflow
+    sizes = ", ".join(f"{name} {size / GIB:.2f}" for name, size in step.memory.items())
+    return f"{sizes}; together {step.used / GIB:.2f} of {step.hbm / GIB:.0f}"

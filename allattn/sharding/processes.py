@@ -1,7 +1,26 @@
-"""Several processes that work on one model: how they find each other, agree, wait for each other and stop together.
+"""Several processes that work on one model: how they join, agree, wait for each other and stop.
 
-The coordination service of `jax.distributed` carries short texts between them, before any device is
-used.
+The coordination service of `jax.distributed`, which process 0 runs, keeps short texts under keys.
+A process writes a key once, and another one waits until it is there. No device is used. Every
+process makes the same calls in the same order, so the number of a call names its keys.
+
+`first_on_leader`: process 0 acts before the others.
+
+    process 0, the leader             key                        processes 1, 2, ...
+    action()
+    "" or the error       --------->  allattn/0/run  --------->  raise the same error, or action()
+
+`require_same_text` and `require_same_result`: all stop if one of them differs from process 0.
+
+    process 0, the leader             key                        process i
+    its own text          --------->  .../data set/0  -------->  compares it with its own text
+    reads all answers     <---------  .../data set/i  <--------  what differs, "" if nothing
+    the first difference  --------->  .../data set/verdict --->
+    raise it                                                     raise it
+
+Without these a process that found a mistake would end alone, and the others would wait for it in
+the next collective until the service aborts all of them with a stack trace. Held by
+tests/sharding/test_processes*.py.
 """
 
 import functools
@@ -12,23 +31,33 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 from jax._src.distributed import global_state as _state  # the key-value store has no public name
 from jax.experimental import multihost_utils
 
-from allattn.errors import RunError, UserError
+from allattn.errors import RunError, UserError, first_line
 
 T = TypeVar("T")
 
-FOREVER_MS = (
-    7 * 24 * 3600 * 1000
-)  # a lead that dies ends the others through the service, so this is never waited out
+# The service ends the others when a leader dies, so this limit is never reached.
+READ_TIMEOUT_MS = 7 * 24 * 3600 * 1000
+
+# How long a process that is done waits for the others to be done.
 SHUTDOWN_SECONDS = 60
-TOGETHER_MS = 10_000  # how far apart processes may be that come to the same end by themselves
-_calls = itertools.count()  # every process asks the same questions in the same order
-_asked = itertools.count(1)  # and as often whether to stop; never the same number twice
+
+# How long a process that found a mistake waits for the others to finish, too.
+FINISH_TIMEOUT_MS = 10_000
+
+# The number of the next call; every process counts the same calls.
+_calls = itertools.count()
+
+# The number of the next question whether to stop; never the same number twice.
+_preemption_checks = itertools.count(1)
+
+
+# --- joining -------------------------------------------------------------------------------------
 
 
 def start(
@@ -39,9 +68,10 @@ def start(
 ) -> None:
     """Join the other processes of this run; to be called before JAX is first used.
 
-    Without arguments the processes of a Cloud TPU slice, of SLURM, of Open MPI before 5 and of a
-    Kubernetes job are found by `jax.distributed`; where there are none of these, this process is
-    alone and nothing happens. `processes` 1 without a coordinator is alone wherever it runs.
+    Without arguments `jax.distributed` finds the processes of a Cloud TPU slice, of SLURM, of Open
+    MPI from version 5 on and of a Kubernetes job. Where there are none of these, this process works
+    alone and nothing happens. With `processes` 1 and no coordinator it works alone wherever it
+    runs.
 
     Args:
       coordinator: "host:port" at which process 0 can be reached; process 0 opens the port.
@@ -52,79 +82,77 @@ def start(
 
     Raises:
       UserError: arguments that do not go together, or an MPI whose processes cannot be found.
+      RunError: the coordination service cannot start, as when its port is taken.
     """
-    given = (coordinator, processes, process)
-    if given in ((None, 1, None), (None, 1, 0)):
+    # One process on request: there is nobody to join.
+    if coordinator is None and processes == 1 and process in (None, 0):
         return
-    if given != (None, None, None):
-        _check(*given)
-    options: dict[str, Any] = {"cluster_detection_method": "deactivate"} if processes else {}
-    watch = threading.Timer(
-        wait, functools.partial(_give_up, given, wait)
-    )  # JAX itself would abort with a stack trace
-    watch.daemon = True
-    watch.start()
+    by_flags = (coordinator, processes, process) != (None, None, None)
+    if by_flags:
+        _check_flags(coordinator, processes, process)
+    # If a process is missing this one ends with a line. JAX would abort with a stack trace, later.
+    end = functools.partial(_end_for_missing, coordinator, processes, process, wait)
+    timer = threading.Timer(wait, end)
+    timer.daemon = True
+    timer.start()
     try:
-        jax.distributed.initialize(
-            *given,
-            initialization_timeout=wait + 60,
-            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
-            **options,
-        )
+        _initialize(coordinator, processes, process, wait)
     except ValueError as error:
-        if processes or "coordinator_address should be defined" not in str(error):
+        # JAX found no surroundings that it knows: this process works alone.
+        if by_flags or "coordinator_address should be defined" not in str(error):
             raise
-    except RuntimeError as error:  # such as a port that is taken
-        if not processes and "before any JAX calls" in str(error):
-            return  # called by a program that uses JAX already, which is then alone
-        raise RunError(
-            f"process {process} of {processes}, coordinator {coordinator}: {_first_line(error)}"
-        ) from error
+    except RuntimeError as error:
+        # Called by a program that uses JAX already, which then works alone.
+        if not by_flags and "before any JAX calls" in str(error):
+            return
+        who = f"process {process} of {processes}, coordinator {coordinator}"
+        raise RunError(f"{who}: {first_line(error)}") from error
     finally:
-        watch.cancel()
-    if count() == 1 and not processes:
-        _refuse_strangers()
+        timer.cancel()
+    # Alone, though nobody said so: make sure that this is not one of several.
+    if count() == 1 and not by_flags:
+        _refuse_unknown_launchers()
 
 
-def _refuse_strangers() -> None:
-    """Each of several processes of one command would take itself for the only one, and do all of the work."""
-
-    def refuse(name: str, expected: str) -> None:
-        told = "--coordinator, --processes and --process (alone: --processes=1)"
-        raise UserError(
-            f"{name}={os.environ[name]}: expected {expected}, or {told}, found none of them"
-        )
-
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        size = os.environ.get(name, "")
-        if size.isdecimal() and int(size) > 1:
-            refuse(name, "an Open MPI before 5")
-    pod = {
-        "KUBERNETES_SERVICE_HOST",
-        "JOB_COMPLETION_INDEX",
-    } <= os.environ.keys()  # of how many, is not said
-    if pod and _client() is None:  # JAX finds the one pod of a small TPU slice
-        refuse("JOB_COMPLETION_INDEX", "the package kubernetes and the right to list pods")
-
-
-def _check(coordinator: str | None, processes: int | None, process: int | None) -> None:
+def _check_flags(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    """Refuse arguments of `start` that do not go together."""
     if coordinator is None or processes is None or process is None:
-        raise UserError(
-            "expected --coordinator, --processes and --process together, or --processes=1, found only some of them"
-        )
+        flags = "--coordinator, --processes and --process together, or --processes=1"
+        raise UserError(f"expected {flags}, found only some of them")
+    # The host may be an IPv6 address, which has colons itself.
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdecimal():
         raise UserError(f"--coordinator: expected HOST:PORT, found {coordinator!r}")
     if not 0 <= process < processes:
-        raise UserError(
-            f"--process: expected a number from 0 to --processes - 1 = {processes - 1}, found {process}"
-        )
+        numbers = f"a number from 0 to --processes - 1 = {processes - 1}"
+        raise UserError(f"--process: expected {numbers}, found {process}")
 
 
-def _give_up(given: tuple, wait: int) -> None:
-    """End this process from another thread, since the one that waits does so inside JAX."""
-    coordinator, processes, process = given
-    who = "this process" if process is None else f"process {process} of {processes}"
+def _initialize(
+    coordinator: str | None, processes: int | None, process: int | None, wait: int
+) -> None:
+    """`jax.distributed.initialize`, which finds the processes itself where no flags name them."""
+    # Flags come first: what SLURM or a pod says is then not looked at.
+    options: dict[str, Any] = {}
+    if processes is not None:
+        options["cluster_detection_method"] = "deactivate"
+    jax.distributed.initialize(
+        coordinator,
+        processes,
+        process,
+        initialization_timeout=wait + 60,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        **options,
+    )
+
+
+def _end_for_missing(
+    coordinator: str | None, processes: int | None, process: int | None, wait: int
+) -> None:
+    """End this process from another thread, since the first one waits inside JAX."""
+    who = "this process"
+    if process is not None:
+        who = f"process {process} of {processes}"
     where = f" at {coordinator}" if coordinator else ""
     expected = (
         f"expected all processes at the coordinator{where} within {wait} s, found some missing"
@@ -134,36 +162,93 @@ def _give_up(given: tuple, wait: int) -> None:
     os._exit(1)
 
 
+def _refuse_unknown_launchers() -> None:
+    """Refuse to work alone where a launcher that JAX does not know may have started several.
+
+    Each of the processes would take itself for the only one, and do all of the work.
+    """
+    # An MPI says how many processes it has started.
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        size = os.environ.get(name, "")
+        if size.isdecimal() and int(size) > 1:
+            _refuse_launcher(name, "an Open MPI before 5")
+    # A pod of an indexed Kubernetes job is not told how many pods there are. JAX does find the one
+    # pod of a small TPU slice, and then there is a client of the service.
+    in_pod = {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= os.environ.keys()
+    if in_pod and _client() is None:
+        _refuse_launcher(
+            "JOB_COMPLETION_INDEX", "the package kubernetes and the right to list pods"
+        )
+
+
+def _refuse_launcher(variable: str, expected: str) -> None:
+    flags = "--coordinator, --processes and --process (alone: --processes=1)"
+    value = os.environ[variable]
+    raise UserError(f"{variable}={value}: expected {expected}, or {flags}, found none of them")
+
+
 def count() -> int:
-    """How many processes there are; does not touch the devices, as `jax.process_count` does."""
+    """The number of processes; unlike `jax.process_count` it does not touch the devices."""
     return _state.num_processes
 
 
 def index() -> int:
-    """Which of them this is."""
+    """The number of this process, from 0."""
     return _state.process_id
 
 
+# --- messages ------------------------------------------------------------------------------------
+
+
+class Message(NamedTuple):
+    """What one process writes for another."""
+
+    # "UserError" or "RunError" if it met an error, else "".
+    error: str
+    # The error's message, or what the call is about.
+    text: str
+
+
+# The errors that end all processes with one line, by the name that a message has.
+_ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "RunError": RunError}
+
+
+def _write_message(key: str, message: Message) -> None:
+    _client().key_value_set(key, f"{message.error}:{message.text}")
+
+
+def _read_message(key: str) -> Message:
+    """Wait for the message under a key."""
+    error, _, text = _client().blocking_key_value_get(key, READ_TIMEOUT_MS).partition(":")
+    return Message(error, text)
+
+
+def _raise_error(message: Message) -> None:
+    """Raise the error that another process met."""
+    raise _ERRORS[message.error](message.text)
+
+
+def _error_name(error: Exception) -> str:
+    return "UserError" if isinstance(error, UserError) else "RunError"
+
+
 def _client() -> Any:
+    """The client of the coordination service; None in a process that works alone."""
     return _state.client
 
 
-_KINDS: dict[str, type[Exception]] = {"UserError": UserError, "RunError": RunError}
-
-
-def _kind(error: Exception) -> str:
-    return "UserError" if isinstance(error, UserError) else "RunError"
+# --- agreeing ------------------------------------------------------------------------------------
 
 
 def first_on_leader(name: str, action: Callable[[], T]) -> T:
     """Do something on process 0 first, such as preparing data, and then on the others.
 
     Args:
-      name: of what is done, for the service.
+      name: what is done, as a part of the key in the service.
       action: what every process does; where disks are shared, process 0 has done it for the others.
 
     Returns:
-      What the action gives on this process.
+      The result of the action on this process.
 
     Raises:
       UserError, RunError: on every process, if process 0 meets one.
@@ -171,162 +256,200 @@ def first_on_leader(name: str, action: Callable[[], T]) -> T:
     if count() == 1:
         return action()
     key = f"allattn/{next(_calls)}/{name}"
-    if index():
-        kind, _, text = _client().blocking_key_value_get(key, FOREVER_MS).partition(":")
-        if kind:
-            raise _KINDS[kind](text)
+    # The others wait for the leader, and fail as it does.
+    if index() > 0:
+        message = _read_message(key)
+        if message.error:
+            _raise_error(message)
         return action()
+    # The leader tells how it went, so that nobody waits for what failed.
     try:
-        done = action()
+        result = action()
     except (UserError, RunError) as error:
-        _client().key_value_set(key, f"{_kind(error)}:{error}")
+        _write_message(key, Message(_error_name(error), str(error)))
         raise
-    _client().key_value_set(key, ":")
-    return done
+    _write_message(key, Message("", ""))
+    return result
 
 
-def describe_difference(theirs: str, mine: str) -> str:
-    """That two texts differ, "" if they do not."""
-    return "" if mine == theirs else f"{mine} in place of {theirs}"
+def describe_difference(leader_text: str, own_text: str) -> str:
+    """How the text of a process differs from that of process 0; "" if it does not."""
+    return "" if own_text == leader_text else f"{own_text} instead of {leader_text}"
 
 
 def require_same_text(
-    name: str, mine: str, differences: Callable[[str, str], str] = describe_difference
+    name: str, own_text: str, differences: Callable[[str, str], str] = describe_difference
 ) -> None:
-    """Refuse, on every process, to go on if one was started with another text than process 0.
+    """Refuse to continue, on every process, if one has another text than process 0.
 
     Args:
-      name: of the text, as in "configuration".
-      mine: the text of this process.
-      differences: from the texts of process 0 and of this one to what differs, "" if nothing does.
+      name: what the text is, as in "configuration".
+      own_text: the text of this process.
+      differences: function from the texts of process 0 and of this process to what differs, "" if
+        nothing does.
 
     Raises:
-      UserError: names a process that differs, and in what.
+      UserError: on every process; names a process that differs, and in what.
     """
-    _agree(f"allattn/{next(_calls)}/{name}", name, mine, differences)
+    key = f"allattn/{next(_calls)}/{name}"
+    _compare_with_leader(key, name, Message("", own_text), differences)
 
 
 def require_same_result(name: str, action: Callable[[], T], text: Callable[[T], str]) -> T:
-    """Do something on every process, and refuse on all of them to go on if one fails or finds something else.
+    """Do something on every process, and refuse to continue if one fails or has another result.
 
     Args:
-      name: of what is found, as in "checkpoint".
+      name: what the result is, as in "checkpoint".
       action: what every process does.
-      text: what must be the same of its result.
+      text: function from a result to the text that must be the same on all processes.
 
     Returns:
-      What the action gives on this process.
+      The result of the action on this process.
 
     Raises:
-      UserError, RunError: on every process; what this process met if all met the same, else which
-        process differs, and in what.
+      UserError, RunError: on every process; the error of this process if all met the same, else
+        which process differs, and in what.
     """
-    key, error, found = (
-        f"allattn/{next(_calls)}/{name}",
-        None,
-        None,
-    )  # before the action, which may fail between calls
+    # Before the action: it may fail on one process between calls of its own.
+    key = f"allattn/{next(_calls)}/{name}"
+    result: T | None = None
+    own_error: UserError | RunError | None = None
     try:
-        found = action()
-        mine = text(found)
-    except (UserError, RunError) as met:
-        error, mine = met, str(met)
-    _agree(key, name, mine, describe_difference, _kind(error) if error else "")
-    if error:
-        raise error
-    return cast(T, found)
+        result = action()
+        message = Message("", text(result))
+    except (UserError, RunError) as error:
+        own_error = error
+        message = Message(_error_name(error), str(error))
+    _compare_with_leader(key, name, message, describe_difference)
+    # All processes met the same error, or none.
+    if own_error is not None:
+        raise own_error
+    return cast(T, result)
 
 
-def _agree(
-    key: str, name: str, mine: str, differences: Callable[[str, str], str], kind: str = ""
+def _compare_with_leader(
+    key: str, name: str, own: Message, differences: Callable[[str, str], str]
 ) -> None:
-    """Refuse on every process what differs; `kind`: of the error that this one met, if it did."""
+    """Raise the same error on every process if the message of one differs from that of process 0.
+
+    The head of this file draws who writes what.
+
+    Args:
+      key: prefix of the keys of this call.
+      name: what is compared, for the error.
+      own: the text of this process, and the kind of error that it met.
+      differences: as for `require_same_text`.
+    """
     if count() == 1:
         return
-
-    def say(what: str | int, kind: str, text: str) -> None:
-        _client().key_value_set(f"{key}/{what}", f"{kind}:{text}")
-
-    def hear(what: str | int) -> tuple[str, str]:
-        kind, _, text = _client().blocking_key_value_get(f"{key}/{what}", FOREVER_MS).partition(":")
-        return kind, text
-
-    if index():
-        say(index(), kind, differences(hear(0)[1], mine))
+    # Each process compares with the leader itself, and answers with the difference alone.
+    if index() > 0:
+        leader = _read_message(f"{key}/0")
+        answer = Message(own.error, differences(leader.text, own.text))
+        _write_message(f"{key}/{index()}", answer)
     else:
-        say(0, kind, mine)
-        heard = [(i, *hear(i)) for i in range(1, count())]
-        odd, theirs, differs = next((answer for answer in heard if answer[2]), (0, "", ""))
-        found = differs and f"process {odd} has another {name} than process 0: {differs}"
-        kind = (
-            "RunError" if "RunError" in (kind, theirs) else "UserError"
-        )  # what failed may go well the next time
-        say("verdict", kind, found)
-    kind, found = hear("verdict")
-    if found:
-        raise _KINDS[kind](found)
+        _write_message(f"{key}/0", own)
+        answers = [_read_message(f"{key}/{process}") for process in range(1, count())]
+        _write_message(f"{key}/verdict", _verdict(name, own, answers))
+    # Process 0 reads its own verdict, so that all do the same.
+    verdict = _read_message(f"{key}/verdict")
+    if verdict.text:
+        _raise_error(verdict)
+
+
+def _verdict(name: str, own: Message, answers: list[Message]) -> Message:
+    """What process 0 tells all: the first difference and the kind of error, or an empty text."""
+    for process, answer in enumerate(answers, start=1):
+        if not answer.text:
+            continue
+        # A RunError ends with an exit code on which launchers try again: the next time what failed
+        # may go well.
+        failed = "RunError" in (own.error, answer.error)
+        error = "RunError" if failed else "UserError"
+        text = f"process {process} has another {name} than process 0: {answer.text}"
+        return Message(error, text)
+    return Message("", "")
+
+
+# --- stopping ------------------------------------------------------------------------------------
 
 
 class Preemption:
-    """Whether this run's machines are about to be taken away (SIGTERM); all processes learn of it at the same call.
+    """Whether this run's machines are about to be taken away (SIGTERM).
 
-    Use as a context manager around the calls; every process must make the same ones.
+    All processes learn of it at the same call, so that all of them save at the same step. Use it as
+    a context manager around the calls; every process must make the same ones.
+
+        with Preemption() as preemption:
+            while not preemption():
+                ...
+
+    Attributes:
+      reached: the last answer.
     """
 
     def __init__(self) -> None:
         self.reached = False
         self._alone = count() == 1
-        self._before: Any = None
+        self._previous_handler: Any = None
 
     def __enter__(self) -> "Preemption":
-        if self._alone and threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, lambda *_: setattr(self, "reached", True))
+        # With several processes JAX handles the signal. Python allows handlers in the main thread
+        # alone.
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if self._alone and in_main_thread:
+            self._previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGTERM, self._previous_handler)
 
     def __call__(self) -> bool:
         """Ask once more; once true, it stays true."""
         if not self._alone and not self.reached:
-            self.reached = multihost_utils.reached_preemption_sync_point(next(_asked))
+            check = next(_preemption_checks)
+            self.reached = multihost_utils.reached_preemption_sync_point(check)
         return self.reached
+
+    def _on_signal(self, *_: object) -> None:
+        self.reached = True
 
 
 def stop(code: int) -> None:
-    """End this process with an exit code; alone: do nothing.
+    """End this process with an exit code; does nothing in a process that works alone.
 
-    Where all come to the same end they wait for each other, since one that leaves without a word
-    looks like a crash and the service then aborts the others. A mistake or failure that perhaps
-    only this process met waits a few seconds for the others to come to it as well, and an error
-    that nobody foresaw does not wait.
+    Processes that all come to the same end wait for each other: one that leaves without a word
+    looks like a crash, and the service then aborts the others. After a mistake or failure that
+    perhaps only this process met it waits a few seconds for the others to come to it as well.
+    After an error that nobody foresaw it does not wait.
+
+    Args:
+      code: the exit code; the exception that is being handled, if there is one, was not foreseen.
     """
     if count() == 1:
         return
+    # An unforeseen error: Python would print it at exit, which `os._exit` leaves out.
     error = sys.exc_info()[1]
     if error is not None:
         traceback.print_exc()
-        where = f"process {index()} of {count()}"
-        print(
-            f"allattn: {where} failed, perhaps since another stopped: {_first_line(error)}",
-            file=sys.stderr,
-        )
+        who = f"process {index()} of {count()}"
+        reason = f"perhaps since another stopped: {first_line(error)}"
+        print(f"allattn: {who} failed, {reason}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    if error is None and (code == 0 or _all_stop()):
+    # Wait for the others, where they can be expected to come.
+    if error is None and (code == 0 or _others_finish()):
         jax.distributed.shutdown()
-    os._exit(code)  # without what libraries do at exit, which may wait for processes that are gone
+    # Leave out what libraries do at exit, which may wait for processes that are gone.
+    os._exit(code)
 
 
-def _all_stop() -> bool:
-    """Whether the others come to an end too; without them JAX would wait longer, and then abort."""
+def _others_finish() -> bool:
+    """Whether the other processes finish, too; without them JAX would wait longer, then abort."""
     try:
-        _client().wait_at_barrier("allattn/stop", TOGETHER_MS)
-    except jax.errors.JaxRuntimeError:  # somebody is late, or gone
+        _client().wait_at_barrier("allattn/stop", FINISH_TIMEOUT_MS)
+    except jax.errors.JaxRuntimeError:
+        # A process is late, or gone.
         return False
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,1 +1,1 @@
-"""Paths that may lie in a bucket, and checkpoints."""
+"""Files on this machine or in a storage bucket, and the checkpoints that lie there."""

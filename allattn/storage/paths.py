@@ -1,4 +1,11 @@
-"""Paths that may lie in a storage bucket, and prepared data sets that go in and out of one whole."""
+"""Paths that may lie in a storage bucket, and prepared data sets that are copied in and out of one.
+
+A path here is a folder or file of this machine, or a URL such as gs://bucket/run. Two things differ
+in a bucket: nothing can be appended, and a folder does not get its name at once, since it is only
+the beginning of its files' names. So whether a prepared data set is whole is told by a marker: the
+file that is written after all others. A folder with the marker is whole; one without it is being
+written, or was left by a process that died, and is made again.
+"""
 
 import os
 import uuid
@@ -8,18 +15,20 @@ from contextlib import contextmanager
 from etils import epath
 
 from allattn.errors import RunError, UserError
+from allattn.urls import is_url as is_url
 
 MARKER = "dataset_info.json"
 """The file of a prepared data set that is written last: a folder that has it is whole."""
 
+# What a message keeps of an error of another library.
+MESSAGE_LENGTH = 300
 
-def is_url(folder: str | os.PathLike[str]) -> bool:
-    """Whether it lies in a bucket."""
-    return "://" in os.fspath(folder)
+
+# --- paths ---------------------------------------------------------------------------------------
 
 
 def parse(what: str, folder: str | os.PathLike[str]) -> epath.Path:
-    """The path of a folder or file, or of one in a bucket.
+    """The path of a folder or file, here or in a bucket.
 
     Args:
       what: what it is, for the message.
@@ -37,7 +46,10 @@ def parse(what: str, folder: str | os.PathLike[str]) -> epath.Path:
 
 @contextmanager
 def reached(path: epath.Path) -> Iterator[None]:
-    """Makes one line of what a file system or the client of a bucket raises within.
+    """Turns what a file system or the client of a bucket raises within into an error of one line.
+
+    Args:
+      path: what is read or written within, for the message.
 
     Raises:
       UserError: it is not there, there is no right to it, or the bucket's client is not installed.
@@ -48,24 +60,46 @@ def reached(path: epath.Path) -> Iterator[None]:
     except (UserError, RunError):
         raise
     except Exception as error:  # each client has errors of its own
-        found = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        message = " ".join(f"{type(error).__name__}: {error}".split())
         kind = UserError if _is_mistake(error) else RunError
         raise kind(
-            f"{path}: expected a place that this machine can reach, found {found}"
+            f"{path}: expected a place that this machine can reach, "
+            f"found {message[:MESSAGE_LENGTH]}"
         ) from error
 
 
 def _is_mistake(error: Exception) -> bool:
     """Whether trying again is no use."""
-    wrong_place = (
+    mistakes = (
         FileNotFoundError,
         FileExistsError,
         NotADirectoryError,
         IsADirectoryError,
         PermissionError,
+        # No client for this kind of bucket.
+        ImportError,
+        # A name that the client refuses.
+        ValueError,
     )
-    forbidden = type(error) is OSError and error.errno is None  # as gcsfs says it
-    return forbidden or isinstance(error, (*wrong_place, ImportError, ValueError))
+    # How gcsfs says that access is denied: an OSError without a number.
+    denied = type(error) is OSError and error.errno is None
+    return denied or isinstance(error, mistakes)
+
+
+def check_writable(folder: epath.Path) -> None:
+    """Write a file and remove it again, so that a mistake is found before the work and not after.
+
+    Raises:
+      UserError, RunError: as `reached`.
+    """
+    with reached(folder):
+        # Other processes may be doing the same, each with a name of its own.
+        probe = folder / f"probe-{uuid.uuid4().hex}"
+        probe.write_bytes(b"\n")
+        probe.unlink(missing_ok=True)
+
+
+# --- prepared data sets --------------------------------------------------------------------------
 
 
 def is_whole(folder: epath.Path) -> bool:
@@ -74,26 +108,20 @@ def is_whole(folder: epath.Path) -> bool:
         return (folder / MARKER).exists()
 
 
-def check_writable(folder: epath.Path) -> None:
-    """Writes a file and removes it, so that a mistake is found before the work whose outcome is to go there."""
-    with reached(folder):
-        probe = folder / f"probe-{uuid.uuid4().hex}"  # others may be doing the same
-        probe.write_bytes(b"\n")
-        probe.unlink(missing_ok=True)
-
-
-def put(folder: epath.Path, there: epath.Path) -> None:
-    """Copies a prepared data set into a bucket."""
-    with reached(there):
+def put(folder: epath.Path, remote: epath.Path) -> None:
+    """Copy a prepared data set into a bucket, the marker last."""
+    # A reader that sees the marker may rely on the rest.
+    with reached(remote):
         for file in sorted(folder.iterdir(), key=lambda file: file.name == MARKER):
-            file.copy(there / file.name, overwrite=True)
+            file.copy(remote / file.name, overwrite=True)
 
 
-def fetch(there: epath.Path, folder: epath.Path) -> None:
-    """Copies a prepared data set out of a bucket; the folder gets its name when it is whole."""
+def fetch(remote: epath.Path, folder: epath.Path) -> None:
+    """Copy a prepared data set out of a bucket; the folder gets its name when it is whole."""
+    # On a disk a renamed folder appears whole.
     part = folder.parent / f"incomplete.{folder.name}"
     part.mkdir(parents=True)
-    with reached(there):
-        for file in there.iterdir():
+    with reached(remote):
+        for file in remote.iterdir():
             file.copy(part / file.name)
     part.rename(folder)

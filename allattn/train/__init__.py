@@ -1,27 +1,39 @@
-"""One training run: its state, its step and the loop around it."""
+"""One training run: its state, its step and the loop around it.
 
-from allattn.train.trainer import (
-    Trainer,
-    TrainProgram,
-    TrainState,
-    check,
-    choose_bucket,
+Where to begin: `step.train_step` is one update on one screen, `loop.train_and_evaluate` a run from
+its start to its scores. The rest, in the order in which a run needs it:
+
+    state.py program.py      the arrays of a run, and what builds them and the step on a mesh
+    start.py                 from which checkpoint a run starts
+    context.py               how far back the heads look, and when that grows
+    accumulation.py optim.py gradients of a batch in parts, and the papers' update rules
+    trainer.py               the pieces of a run: data, step, evaluation
+    recorder.py metrics.py   what is measured, and what the logs and the screen show of it
+    jsonl.py progress.py clu_without_tensorflow.py   the writers
+"""
+
+from allattn.train.context import (
+    choose_context_length,
     grow_cache,
-    make_train_step,
-    measure,
-    next_bucket,
-    train_and_evaluate,
+    next_context_length,
 )
+from allattn.train.loop import train_and_evaluate
+from allattn.train.program import TrainProgram
+from allattn.train.state import TrainState
+from allattn.train.step import StepOptions, make_train_step, measure, train_step
+from allattn.train.trainer import Trainer, check
 
 __all__ = [
+    "StepOptions",
     "TrainProgram",
     "TrainState",
     "Trainer",
     "check",
-    "choose_bucket",
+    "choose_context_length",
     "grow_cache",
     "make_train_step",
     "measure",
-    "next_bucket",
+    "next_context_length",
     "train_and_evaluate",
+    "train_step",
 ]

@@ -1,4 +1,10 @@
-"""Learning-rate schedule and the update rules of the papers, as Optax transformations."""
+"""Learning-rate schedule and the update rules of the papers, as Optax transformations.
+
+The equations stand in docs/method.md, "Optimizers". Optax's own Adagrad and clipping are not used
+because the papers' differ: their clip scales the step of each tensor, while the sums take the
+gradient as it was, and their epsilons stand elsewhere. The recorded trajectories of
+tests/train/test_train.py hold these rules to the authors' numbers.
+"""
 
 from typing import NamedTuple
 
@@ -7,15 +13,21 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from allattn.errors import UserError
+from allattn.config_checks import check_optimizer
 
 Array = jax.Array
 
+# What the authors add to a norm or a root before they divide by it.
+ADAGRAD_EPSILON = 1e-10
+CLIP_EPSILON = 1e-6
+
 
 def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
-    """Rate of update n = count + 1: base min(1, n / warmup), a tenth of base in the fine-tune stage.
+    """Learning rate: a linear warm-up, then constant or a cosine, then fine-tuning at a tenth.
 
-    With schedule "cosine", the rate also falls as (1 + cos(pi count / steps)) / 2 over train.steps.
+    rate(n) = base min(1, n / warmup) for update n = count + 1. With schedule "cosine" it also falls
+    as (1 + cos(pi count / steps)) / 2 over train.steps. After train.steps, in the fine-tune stage,
+    it is base / 10.
 
     Args:
       config: the whole configuration.
@@ -24,20 +36,16 @@ def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
       Function from the number of updates made so far (int32) to the rate of the next one.
 
     Raises:
-      UserError: unknown schedule.
+      UserError: unknown schedule or name.
     """
-    if config.optimizer.schedule not in ("constant", "cosine"):
-        raise UserError(
-            f"optimizer.schedule: expected constant or cosine, found {config.optimizer.schedule!r}"
-        )
+    check_optimizer(config)
     falls = config.optimizer.schedule == "cosine"
-    base, warmup, steps = (
-        config.optimizer.learning_rate,
-        config.optimizer.warmup,
-        config.train.steps,
-    )
+    base = config.optimizer.learning_rate
+    warmup = config.optimizer.warmup
+    steps = config.train.steps
 
     def rate(count: Array) -> Array:
+        # The warm-up begins at base / warmup, not at 0.
         warm = base * jnp.minimum(1.0, (count + 1) / max(warmup, 1))
         if falls:
             warm *= (1 + jnp.cos(jnp.pi * count / steps)) / 2
@@ -47,8 +55,9 @@ def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
 
 
 class AdagradState(NamedTuple):
-    """Updates made so far, and the sum of squared gradients of every parameter."""
+    """Updates so far, and the sum of squared gradients of every parameter."""
 
+    # The names are keys of every checkpoint, and `made` of the table of shardings.
     made: Array
     sums: optax.Updates
 
@@ -56,9 +65,12 @@ class AdagradState(NamedTuple):
 def paper_adagrad(learning_rate: optax.Schedule, clip: float) -> optax.GradientTransformation:
     """Adagrad whose clip scales the step of each tensor while the sums take the unclipped squares.
 
-    step = rate min(1, clip / (|g| + 1e-10)); sums += g g; p -= step g / (sqrt(sums) + 1e-10)
-    (../golden conventions, "Update rules"). The norm |g| is that of one layer's tensor: leaves
-    under "layers" are stacked over layers, so theirs is taken per slice of the leading axis.
+        step  = rate min(1, clip / (|g| + 1e-10))
+        sums += g g
+        p    -= step g / (sqrt(sums) + 1e-10)
+
+    The norm |g| is that of one layer's tensor: leaves under "layers" are stacked over layers, so
+    their norms are taken per slice of the first axis.
 
     Args:
       learning_rate: schedule.
@@ -68,36 +80,49 @@ def paper_adagrad(learning_rate: optax.Schedule, clip: float) -> optax.GradientT
     def init(params: optax.Params) -> AdagradState:
         return AdagradState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
-    def scale(path: tuple, gradient: Array) -> Array:
+    def clip_factor(path: tuple, gradient: Array) -> Array:
+        """min(1, clip / norm) of a tensor, or of each layer's slice of it."""
+        # A factor of 1 instead of none keeps one form of the update.
         if not clip:
             return jnp.ones((), gradient.dtype)
+        # The first axis of what lies under "layers" counts layers, and is left out of the norm.
         stacked = any(getattr(key, "key", None) == "layers" for key in path)
-        axes = tuple(range(int(stacked), gradient.ndim))
+        first_axis = 1 if stacked else 0
+        axes = tuple(range(first_axis, gradient.ndim))
         norm = jnp.sqrt(jnp.sum(jnp.square(gradient), axis=axes, keepdims=True))
-        return jnp.where(norm > clip, clip / (norm + 1e-10), 1)
+        return jnp.where(norm > clip, clip / (norm + ADAGRAD_EPSILON), 1)
 
     def update(gradients: optax.Updates, state: AdagradState, params: optax.Params | None = None):
-        del params
+        del params  # the rule does not depend on them
+
+        # The sums take the whole gradient, whatever the clip makes of the step.
         rate = learning_rate(state.made)
         sums = jax.tree.map(lambda s, g: s + g * g, state.sums, gradients)
-        updates = jax.tree_util.tree_map_with_path(
-            lambda path, g, s: (-rate * scale(path, g) * g / (jnp.sqrt(s) + 1e-10)).astype(g.dtype),
-            gradients,
-            sums,
-        )
+
+        def tensor_update(path: tuple, g: Array, s: Array) -> Array:
+            step = -rate * clip_factor(path, g)
+            return (step * g / (jnp.sqrt(s) + ADAGRAD_EPSILON)).astype(g.dtype)
+
+        updates = jax.tree_util.tree_map_with_path(tensor_update, gradients, sums)
         return updates, AdagradState(state.made + 1, sums)
 
     return optax.GradientTransformation(init, update)
 
 
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
-    """g min(1, largest / (|g| + 1e-6)) over all tensors, the rule under which the papers' Adam runs were made."""
+    """Clipping of the papers' Adam runs: g min(1, largest / (|g| + 1e-6)), |g| over all tensors.
+
+    Args:
+      largest: norm of all gradients together above which they are scaled down.
+    """
 
     def update(
         gradients: optax.Updates, state: optax.EmptyState, params: optax.Params | None = None
     ):
-        del params
-        factor = jnp.minimum(1.0, largest / (optax.tree.norm(gradients) + 1e-6))
+        del params  # the rule does not depend on them
+        # The norm may be wider than a gradient, which keeps its dtype.
+        norm = optax.tree.norm(gradients)
+        factor = jnp.minimum(1.0, largest / (norm + CLIP_EPSILON))
         return jax.tree.map(lambda g: (g * factor).astype(g.dtype), gradients), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -106,15 +131,19 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """The transformation that `config.optimizer` names.
 
+    To add one: a name here, and its fields in configs/base.py.
+
     Raises:
       UserError: unknown name.
     """
-    c, rate = config.optimizer, schedule(config)
+    c = config.optimizer
+    rate = schedule(config)
+    # The rule of the adaptive-span and all-attention papers, which clips by itself.
     if c.name == "adagrad":
         return paper_adagrad(rate, c.clip)
+
+    # Adam clips nothing by itself; its clip is over all tensors together.
     clip = clip_by_global_norm(c.clip) if c.clip else optax.identity()
     if c.name == "adam":
         return optax.chain(clip, optax.adam(rate))
-    if c.name == "adamw":
-        return optax.chain(clip, optax.adamw(rate, weight_decay=c.weight_decay))
-    raise UserError(f"optimizer.name: expected adagrad, adam or adamw, found {c.name!r}")
+    return optax.chain(clip, optax.adamw(rate, weight_decay=c.weight_decay))

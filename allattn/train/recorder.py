@@ -1,68 +1,125 @@
-"""What the training loop writes down: metrics read one step late, evaluations on dev, rows of the logs."""
+"""What the training loop writes down: metrics, evaluations on dev, rows of the logs.
+
+Metrics are read one step late. To read those of the step that the device is computing would make
+the host wait for it, and the device would then wait for the host to hand over the next step:
+
+    host      hand over n | read n - 1 | hand over n + 1 | read n
+    device                | compute n                    | compute n + 1
+"""
 
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
 
 from allattn.attention import best_here
 from allattn.errors import RunError
-from allattn.model import Params, forward_flops
+from allattn.model import ModelConfig, Params, forward_flops
 from allattn.train import metrics
+from allattn.train.clu_without_tensorflow import create_writer
+from allattn.train.progress import RunProgress
 
-if TYPE_CHECKING:
-    from allattn.train import Trainer, TrainState
-
-WATCHED = 3  # steps
+# Steps that `train.profile` watches.
+PROFILED_STEPS = 3
+# Metrics that must be numbers, and what a message calls them. The loss alone would show a gradient
+# that spoils the parameters one step too late, when a checkpoint may hold them.
+WATCHED = {"nll": "loss", "gradient_norm": "gradient"}
+# Scores on dev that are logged, where there are any.
+DEV_SCORES = ("nll", "bpc", "ppl", "ppl_words")
 
 
 class Recorder:
-    """Turns the metrics of the steps into rows of the logs and lines on the screen."""
+    """Turns the metrics of the steps into rows of the logs and lines on the screen.
 
-    def __init__(self, trainer: "Trainer", workdir: str, total: int, state: "TrainState") -> None:
-        self._trainer, self._config = trainer, trainer.config
-        self._workdir, self._watching = workdir, False
-        self._writer = metrics.create_writer(workdir)
-        self._progress = metrics.RunProgress(
-            total, unit="ppl" if trainer.dataset.vocabulary.unit == "word" else "bpc"
-        )
+    Args:
+      config: the whole configuration.
+      workdir: folder or bucket URL of the logs; it exists.
+      model: geometry of the network, for its FLOPs.
+      devices: how many compute.
+      words: symbols are words, so scores are perplexities; False: bits per symbol.
+      evaluate: from parameters and `stop` to the scores on dev.
+      first_step: updates made before this start.
+      total_steps: updates of the whole run.
+      start_message: first line on the screen.
+    """
+
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        workdir: str,
+        *,
+        model: ModelConfig,
+        devices: int,
+        words: bool,
+        evaluate: Callable[[Params, Callable[[], bool]], dict[str, float]],
+        first_step: int,
+        total_steps: int,
+        start_message: str,
+    ) -> None:
+        self._config = config
+        self._workdir = workdir
+        self._model = model
+        self._devices = devices
+        self._evaluate = evaluate
+        self._start_message = start_message
+
+        # The writers.
+        self._writer = create_writer(workdir)
+        unit = "ppl" if words else "bpc"
+        self._progress = RunProgress(total_steps, unit=unit)
+        self._profiling = False
+
+        # Metrics still on the device, and the sum of those read since the last row.
         self._pending: tuple[int, metrics.TrainMetrics] | None = None
         self._sum: metrics.TrainMetrics | None = None
-        self._start = _start(trainer, state)
-        self._step = self._logged = int(state.step)
-        self._time = time.perf_counter()
         self._dev: dict[str, float] = {}
+
+        # The step that was read last, the step of the last row, and when that was.
+        self._step = first_step
+        self._logged_step = first_step
+        self._logged_time = time.perf_counter()
 
     def __enter__(self) -> "Recorder":
         self._progress.__enter__()
-        self._progress.message(self._start)
+        self._progress.message(self._start_message)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._watch(stop=True)
+        self._stop_profile()
         self._writer.flush()
         self._progress.__exit__(*error)
 
     def record(self, step: int, values: metrics.TrainMetrics) -> None:
-        """Take the metrics of a step and read those of the step before."""
+        """Take the metrics of a step and read those of the step before.
+
+        Raises:
+          RunError: as `flush`.
+        """
         self.flush()
         self._pending = (step, values)
-        self._watch(
-            stop=step == self._config.train.profile + WATCHED,
-            start=step == self._config.train.profile,
-        )
 
-    def _watch(self, stop: bool, start: bool = False) -> None:
-        """Let TensorBoard's profiler begin or end to watch process 0; what it saw goes into the workdir."""
-        start = start and not jax.process_index()
-        if start:
+        # The first steps compile, so the user names a later one to watch.
+        profile = self._config.train.profile
+        if step == profile:
+            self._start_profile()
+        elif step == profile + PROFILED_STEPS:
+            self._stop_profile()
+
+    def _start_profile(self) -> None:
+        """Let TensorBoard's profiler watch process 0; what it sees goes into the workdir."""
+        if not jax.process_index():
             jax.profiler.start_trace(self._workdir)
-        elif stop and self._watching:
+            self._profiling = True
+
+    def _stop_profile(self) -> None:
+        if self._profiling:
             jax.profiler.stop_trace()
-        self._watching = start or (self._watching and not stop)
+            self._profiling = False
 
     def flush(self) -> None:
         """Read the metrics that are still on the device.
@@ -72,65 +129,100 @@ class Recorder:
         """
         if self._pending is None:
             return
-        (step, values), self._pending = self._pending, None
+        step, on_device = self._pending
+        self._pending = None
         self._step = step
-        values = jax.device_get(values)
-        found = values.compute()
-        for what, name in (
-            ("loss", "nll"),
-            ("gradient", "gradient_norm"),
-        ):  # a gradient spoils the parameters first
-            if not math.isfinite(float(found[name])):
+
+        # All of them in one transfer.
+        step_metrics = jax.device_get(on_device)
+        values = step_metrics.compute()
+        for name, description in WATCHED.items():
+            if not math.isfinite(float(values[name])):
                 raise RunError(
-                    f"the {what} of step {step} is not a number; the last good checkpoint is kept"
+                    f"the {description} of step {step} is not a number; "
+                    f"the last good checkpoint is kept"
                 )
-        self._sum = values if self._sum is None else self._sum.merge(values)
+
+        # A row tells of all steps since the last one.
+        if self._sum is None:
+            self._sum = step_metrics
+        else:
+            self._sum = self._sum.merge(step_metrics)
         if step % self._config.train.log_every == 0:
             self._log(step)
 
     def _log(self, step: int) -> None:
+        """Write a row of the steps since the last one."""
         assert self._sum is not None
-        now, steps, train = time.perf_counter(), step - self._logged, self._config.train
-        found, tokens = self._sum.compute(), steps * train.batch * train.block
-        flops = (
-            3
-            * tokens
-            * forward_flops(self._trainer.model.config, float(found["mean_reach"]), train.block)
+        train = self._config.train
+        now = time.perf_counter()
+        values = self._sum.compute()
+
+        # A training step computes three times what a forward pass does: gradients of states and of
+        # parameters cost one each.
+        tokens = (step - self._logged_step) * train.batch * train.block
+        forward = forward_flops(self._model, float(values["mean_reach"]), train.block)
+        row = metrics.summarise(
+            values,
+            seconds=max(now - self._logged_time, 1e-9),
+            tokens=tokens,
+            flops=3 * tokens * forward,
+            peak_flops=train.peak_flops * self._devices,
         )
-        peak = train.peak_flops * self._trainer.mesh.size
-        row = metrics.summarise(found, max(now - self._time, 1e-9), tokens, flops, peak)
         self._writer.write_scalars(step, row)
         self._progress.update(step, {**row, **self._dev})
-        self._sum, self._logged, self._time = None, step, now
+
+        self._sum = None
+        self._logged_step = step
+        self._logged_time = now
 
     def evaluate(self, params: Params, stop: Callable[[], bool]) -> dict[str, float]:
-        """Score dev and log it, unless `stop` says to stop there; the time this takes is not counted as training."""
-        began, step = time.perf_counter(), self._step
-        scores = self._trainer.evaluate(params, "valid", stop)
-        self._dev = {
-            f"dev_{name}": scores[name]
-            for name in ("nll", "bpc", "ppl", "ppl_words")
-            if name in scores
-        }
-        self._writer.write_scalars(step, self._dev)
+        """Score dev and log it; the time this takes does not count as training.
+
+        Args:
+          params: to score, on the mesh.
+          stop: asked before every block whether to stop there.
+
+        Returns:
+          The scores.
+
+        Raises:
+          PreemptedError: it was stopped.
+        """
+        begin = time.perf_counter()
+        scores = self._evaluate(params, stop)
+        # Shown beside every training score from now on, until the next evaluation.
+        self._dev = {f"dev_{name}": scores[name] for name in DEV_SCORES if name in scores}
+        self._writer.write_scalars(self._step, self._dev)
+
+        # The line on the screen.
+        score = f"{scores['bpc']:.4f} bpc"
+        if "ppl_words" in scores:
+            score = f"{scores['ppl']:.6g} ppl"
         protocol = self._config.evaluate.protocol
-        score = f"{scores['ppl']:.6g} ppl" if "ppl_words" in scores else f"{scores['bpc']:.4f} bpc"
-        self._progress.message(f"step {step}: dev {score}, {protocol}, {scores['tokens']} tokens")
-        self._time += time.perf_counter() - began
+        self._progress.message(
+            f"step {self._step}: dev {score}, {protocol}, {scores['tokens']} tokens"
+        )
+
+        # As if the interval had begun that much later.
+        self._logged_time += time.perf_counter() - begin
         return scores
 
 
-def _start(trainer: "Trainer", state: "TrainState") -> str:
+def describe_start(model: ModelConfig, mesh: Mesh, parameters: int, step: int) -> str:
     """Where a run is computed, by what, and from which step on."""
-
-    def several(number: int, what: str, ending: str) -> str:
-        return f"{number} {what}{ending if number > 1 else ''}"
-
-    model, step, mesh = trainer.model.config, int(state.step), trainer.mesh
-    devices = several(mesh.size, f"{jax.devices()[0].device_kind} device", "s")
-    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    place = f"{several(jax.process_count(), 'process', 'es')}, {devices} (mesh {sizes})"
+    processes = _count(jax.process_count(), "process", "es")
+    devices = _count(mesh.size, f"{jax.devices()[0].device_kind} device", "s")
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     implementation = model.implementation or best_here(jnp.dtype(model.dtype))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    begins = f"goes on at step {step}" if step else "from step 0"
-    return f"{place}, {implementation}, {parameters:,} parameters; {begins}"
+    begin = f"resumes at step {step}" if step else "from step 0"
+    return (
+        f"{processes}, {devices} (mesh {axes}), {implementation}, "
+        f"{parameters:,} parameters; {begin}"
+    )
+
+
+def _count(number: int, noun: str, plural_ending: str) -> str:
+    """A number and its noun, such as "2 processes"."""
+    ending = plural_ending if number > 1 else ""
+    return f"{number} {noun}{ending}"

@@ -1,7 +1,7 @@
 """Reduced transformer whose ReLU is a softmax: 1,197,084 parameters.
 
-Command:   allattn train --config=configs/ablations/ff_attention_tiny.py --workdir=runs/ff_attention_tiny
-           --config.dataset.data_dir=FOLDER
+Command:   allattn train --config=configs/ablations/ff_attention_tiny.py
+           --workdir=runs/ff_attention_tiny --config.dataset.data_dir=FOLDER
 Hardware:  2 CPU cores; the rest as in joint_tiny.py.
 """
 

@@ -1,7 +1,7 @@
 """Reduced all-attention, integration `head_split`: 1,196,584 parameters.
 
-Command:   allattn train --config=configs/ablations/head_split_tiny.py --workdir=runs/head_split_tiny
-           --config.dataset.data_dir=FOLDER
+Command:   allattn train --config=configs/ablations/head_split_tiny.py
+           --workdir=runs/head_split_tiny --config.dataset.data_dir=FOLDER
 Hardware:  2 CPU cores; the rest as in joint_tiny.py.
 """
 

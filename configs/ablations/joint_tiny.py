@@ -1,9 +1,11 @@
 """Reduced all-attention: 6 layers of width 128, N 512, 1,196,596 parameters.
 
-The base of the other reduced ablations, which have as many parameters to 0.1%, but for those of another N (n*_tiny.py).
+The base of the other reduced ablations, which have as many parameters to 0.1%, except those of
+another N (n*_tiny.py).
 
 Command:   allattn train --config=configs/ablations/joint_tiny.py --workdir=runs/joint_tiny
-           --config.dataset.data_dir=FOLDER, with train.txt, valid.txt and test.txt of text8's 27 characters
+           --config.dataset.data_dir=FOLDER, with train.txt, valid.txt and test.txt of text8's 27
+           characters
 Hardware:  2 CPU cores.
 Published: nothing of this size; the scores compare the variants with each other.
 """

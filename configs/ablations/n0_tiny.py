@@ -1,4 +1,6 @@
-"""Reduced all-attention with N 0: 410,164 parameters; the other sizes of joint_tiny.py stay as they are.
+"""Reduced all-attention with N 0: 410,164 parameters.
+
+The other sizes are those of joint_tiny.py.
 
 Command:   allattn train --config=configs/ablations/n0_tiny.py --workdir=runs/n0_tiny
            --config.dataset.data_dir=FOLDER

@@ -1,4 +1,6 @@
-"""Reduced all-attention with N 128: 606,772 parameters; the other sizes of joint_tiny.py stay as they are.
+"""Reduced all-attention with N 128: 606,772 parameters.
+
+The other sizes are those of joint_tiny.py.
 
 Command:   allattn train --config=configs/ablations/n128_tiny.py --workdir=runs/n128_tiny
            --config.dataset.data_dir=FOLDER

@@ -1,7 +1,7 @@
 """Reduced all-attention, integration `single_head`: 1,196,596 parameters.
 
-Command:   allattn train --config=configs/ablations/single_head_tiny.py --workdir=runs/single_head_tiny
-           --config.dataset.data_dir=FOLDER
+Command:   allattn train --config=configs/ablations/single_head_tiny.py
+           --workdir=runs/single_head_tiny --config.dataset.data_dir=FOLDER
 Hardware:  2 CPU cores; the rest as in joint_tiny.py.
 """
 

@@ -2,7 +2,8 @@
 
 The heads that see no context have neither key and value projections nor spans.
 
-Command:   allattn train --config=configs/ablations/text8_head_split.py --workdir=runs/text8_head_split
+Command:   allattn train --config=configs/ablations/text8_head_split.py
+           --workdir=runs/text8_head_split
 Hardware:  8 accelerators of 32 GB or more (the paper's setting: 8 V100); time not yet measured.
 Published: compared in the ablation of arXiv 1907.01470; no exact score is known to us.
 """
@@ -13,7 +14,6 @@ from configs import text8_large
 def get_config():
     c = text8_large.get_config()
     c.model.integration = "head_split"
-    c.model.persistent = (
-        4096  # in half of the heads: as many numbers in persistent pairs as the others have
-    )
+    # In half of the heads: as many numbers in persistent pairs as the other integrations have.
+    c.model.persistent = 4096
     return c

@@ -1,6 +1,7 @@
 """text8, all-attention large, integration `single_head`: 36 layers, N 2048, 113,836,348 parameters.
 
-Command:   allattn train --config=configs/ablations/text8_single_head.py --workdir=runs/text8_single_head
+Command:   allattn train --config=configs/ablations/text8_single_head.py
+           --workdir=runs/text8_single_head
 Hardware:  8 accelerators of 32 GB or more (the paper's setting: 8 V100); time not yet measured.
 Published: compared in the ablation of arXiv 1907.01470; no exact score is known to us.
 """

@@ -1,7 +1,7 @@
 """Reduced Transformer-XL: 1,197,628 parameters.
 
-Command:   allattn train --config=configs/ablations/transformer_xl_tiny.py --workdir=runs/transformer_xl_tiny
-           --config.dataset.data_dir=FOLDER
+Command:   allattn train --config=configs/ablations/transformer_xl_tiny.py
+           --workdir=runs/transformer_xl_tiny --config.dataset.data_dir=FOLDER
 Hardware:  2 CPU cores; the rest as in joint_tiny.py.
 """
 

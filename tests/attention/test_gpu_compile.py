@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, Partitio
 
 from allattn import config
 from allattn.attention import gpu
-from allattn.model.all_attention_layer import project
+from allattn.model.reach_projection import project
 from allattn.planning import chips, compilation
 
 pytest.importorskip(
@@ -77,7 +77,7 @@ def test_a_step_on_a_node() -> None:
     )
     found = compilation.compile_step(c, "enwik8_small", "h100:8")
     print(compilation.report(found, c))
-    assert found.fits and found.uses and found.broken == []
+    assert found.fits and found.collectives and found.unexpected == []
 
 
 @pytest.mark.parametrize("machine", ["l4:1", "a100:1", "h100:1"])

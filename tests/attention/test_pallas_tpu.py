@@ -36,18 +36,19 @@ def test_lowers_for_tpu(name: str, kind: str) -> None:
 
 def test_skew_of_a_whole_tile() -> None:
     """Real tiles have more than the eight rows of the other tests."""
-    x_TW, place = np.random.default_rng(0).normal(size=(32, 256)).astype(np.float32), 40
+    x_TW = np.random.default_rng(0).normal(size=(32, 256)).astype(np.float32)
+    offset = 40
 
     def kernel(x, skewed, back):
-        skewed[...] = kernels._skew(x[...], place, 128)
-        back[...] = kernels._unskew(skewed[...], place, 256)
+        skewed[...] = kernels._skew(x[...], offset, 128)
+        back[...] = kernels._unskew(skewed[...], offset, 256)
 
     shapes = [
         jax.ShapeDtypeStruct((32, 128), jnp.float32),
         jax.ShapeDtypeStruct((32, 256), jnp.float32),
     ]
     skewed_TC, back_TW = pl.pallas_call(kernel, out_shape=shapes, interpret=True)(x_TW)
-    column_TC = place + np.arange(128) - np.arange(32)[:, None]
+    column_TC = offset + np.arange(128) - np.arange(32)[:, None]
     np.testing.assert_array_equal(skewed_TC, np.take_along_axis(x_TW, column_TC, 1))
     expected_TW = np.zeros_like(x_TW)
     np.put_along_axis(expected_TW, column_TC, np.asarray(skewed_TC), 1)

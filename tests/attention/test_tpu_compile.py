@@ -16,7 +16,7 @@ from attention_cases import GEOMETRIES, arrays, call, options
 from jax.sharding import AbstractDevice, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from allattn import config
-from allattn.model.all_attention_layer import project
+from allattn.model.reach_projection import project
 from allattn.planning import communication, compilation
 from allattn.planning.chips import chip as known
 from allattn.planning.chips import devices
@@ -111,13 +111,13 @@ def test_kernels_that_go_round_a_ring() -> None:
     changes = {"model.depth": "2", "mesh.fsdp": "16"}
     c = config.load(str(Path(__file__).parents[2] / "configs" / "enwik8_xl_large.py"), changes)
     found = compilation.compile_step(c, "enwik8_xl_large", "v5e:4x4")
-    rings = [use for use in found.uses if use.collective.kind == "collective-permute"]
+    rings = [use for use in found.collectives if use.collective.kind == "collective-permute"]
     assert (
         rings
-        and {use.role for use in rings} == {communication.GATHER}
+        and {use.purpose for use in rings} == {communication.Purpose.FSDP_GATHER}
         and {use.axes for use in rings} == {("fsdp",)}
     )
-    assert found.fits and found.broken == []
+    assert found.fits and found.unexpected == []
 
 
 @pytest.mark.parametrize("machine", ["v5e:1x1", "v6e:1x1"])

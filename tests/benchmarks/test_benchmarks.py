@@ -6,6 +6,7 @@ Dimension key: X layer, H head.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from allattn.model import forward_flops
 from benchmarks import (
     attention,
     compile,
+    geometries,
     gpu,
     machine,
     overhead,
@@ -47,6 +49,22 @@ def arguments(**changes: object) -> argparse.Namespace:
     return argparse.Namespace(**{**fields, **changes})
 
 
+@pytest.mark.parametrize("name", [n for n in geometries.GEOMETRIES if n not in ("tiny", "small-8")])
+def test_geometries_are_those_of_the_configurations(name: str) -> None:
+    c = config.load(str(ROOT / "configs" / f"{name}.py"))
+    m = c.model
+    sizes = (m.depth, m.width, m.heads, m.span.limit, c.train.block, m.persistent)
+    assert geometries.GEOMETRIES[name] == sizes
+
+
+def test_results_are_indexed() -> None:
+    """The index names every file of results, and no other."""
+    folder = ROOT / "benchmarks" / "results"
+    linked = re.findall(r"\]\((\d[^)]*)\)", (folder / "README.md").read_text())
+    files = [path.name for path in folder.iterdir() if path.name != "README.md"]
+    assert sorted(linked) == sorted(files)
+
+
 def test_the_operation_alone() -> None:
     found = attention.measure(arguments())
     assert 0 < found["forward_ms"] < found["both_ms"] and 0 < found["share_both"] < 1
@@ -54,7 +72,7 @@ def test_the_operation_alone() -> None:
 
 def test_required_flops_are_those_of_the_model() -> None:
     """What the operation needs is what the model needs beyond its projections and its output."""
-    H, K, L, T, N = attention.GEOMETRIES["small-8"]
+    H, K, L, T, N = geometries.GEOMETRIES["small-8"].of_operation()
     span_XH = np.array([[0.0, 32.0, 100.0, L]])
     config = geometry(
         depth=1, width=H * K, heads=H, persistent=N, vocab_size=2, limit=L, ramp=attention.RAMP

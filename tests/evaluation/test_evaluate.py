@@ -13,7 +13,7 @@ from tiny_model import KINDS, geometry, naive_forward, random_params
 
 from allattn.data import Vocabulary
 from allattn.errors import UserError
-from allattn.evaluation import scoring
+from allattn.evaluation import protocols, scoring
 from allattn.model import Model, Params
 from allattn.sharding import mesh_over_rows
 
@@ -29,7 +29,7 @@ def naive_nll(model: Model, params: Params, rows_RT: np.ndarray, block: int) -> 
     return naive_forward(model, params, rows_RT, block)[1]
 
 
-def scored(plan: scoring.Plan, tokens: int, block: int) -> list[int]:
+def scored(plan: protocols.Plan, tokens: int, block: int) -> list[int]:
     """Indices of the targets that a plan scores, row by row, as the evaluation reads them from its blocks."""
     found: list[list[int]] = [[] for _ in plan.begin_R]
     for number in range(plan.blocks):
@@ -47,7 +47,7 @@ def scored(plan: scoring.Plan, tokens: int, block: int) -> list[int]:
 def test_authors_coverage(case: dict[str, int], rest: int) -> None:
     """The golden targets in each of 8 streams; what does not fill the streams is dropped."""
     length, tokens = case["T"], 8 * case["T"] + rest
-    plan = scoring.authors_plan(tokens, case["block"])
+    plan = protocols.authors_plan(tokens, case["block"])
     row = range(case["first_target"], case["last_target"] + 1)
     assert len(row) == case["scored"] and plan.blocks == case["blocks"]
     assert scored(plan, tokens, case["block"]) == [r * length + t for r in range(8) for t in row]
@@ -59,7 +59,7 @@ def test_authors_coverage(case: dict[str, int], rest: int) -> None:
 @pytest.mark.parametrize("warm_up", [0, 1, 20])
 def test_full_coverage(tokens: int, rows: int, block: int, warm_up: int) -> None:
     """Targets 1..T-1, each once, after at least `warm_up` tokens or all there are."""
-    plan = scoring.full_plan(tokens, block, rows, warm_up)
+    plan = protocols.full_plan(tokens, block, rows, warm_up)
     assert scored(plan, tokens, block) == list(range(1, tokens))
     assert (plan.begin_R == np.maximum(0, plan.first_R - 1 - warm_up)).all()
 
@@ -162,7 +162,7 @@ def test_kinds(name: str) -> None:
 @pytest.mark.parametrize(("tokens", "block"), [(100, 8), (107, 3), (500, 49), (20, 8)])
 def test_xl_coverage(tokens: int, block: int) -> None:
     """10 streams, every target but the first of each, the short last block included; the rest is dropped."""
-    length, plan = tokens // 10, scoring.xl_plan(tokens, block)
+    length, plan = tokens // 10, protocols.xl_plan(tokens, block)
     assert scored(plan, tokens, block) == [
         r * length + t for r in range(10) for t in range(1, length)
     ]
@@ -172,7 +172,7 @@ def test_xl_coverage(tokens: int, block: int) -> None:
 def test_xl(name: str) -> None:
     """Other lengths than in training, clamped distances, an empty memory at the start, weighted by tokens."""
     model = Model(geometry(**KINDS[name]))
-    params, lengths = random_params(model), scoring.Lengths(target=7, memory=20, clamp=9)
+    params, lengths = random_params(model), protocols.Lengths(target=7, memory=20, clamp=9)
     options = {"protocol": "xl", "block": 16, "lengths": lengths, "mesh": MESH}
     found = scoring.evaluate_tokens(model, params, TOKENS, **options)
     rows_RT = TOKENS.reshape(10, -1)
@@ -213,13 +213,13 @@ def test_refusals() -> None:
         scoring.evaluate_tokens(model, params, TOKENS, protocol="ful", block=8, mesh=MESH)
     with pytest.raises(UserError, match="authors: expected at least 72 tokens, found 71"):
         scoring.evaluate_tokens(model, params, TOKENS[:71], protocol="authors", block=8, mesh=MESH)
-    assert scoring.authors_plan(72, 8).blocks == 1
+    assert protocols.authors_plan(72, 8).blocks == 1
     with pytest.raises(
         UserError, match="protocol xl: expected model.layer transformer_xl, found all_attention"
     ):
         scoring.evaluate_tokens(model, params, TOKENS, protocol="xl", block=8, mesh=MESH)
     with pytest.raises(UserError, match="xl: expected at least 20 tokens, found 19"):
-        scoring.xl_plan(19, 8)
+        protocols.xl_plan(19, 8)
     for tokens in (0, 1):
         with pytest.raises(UserError, match=f"full: expected at least 2 tokens, found {tokens}"):
             scoring.evaluate_tokens(

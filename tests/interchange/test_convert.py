@@ -12,7 +12,7 @@ import pytest
 from command_line import ROOT, call, flags, write_texts
 
 import allattn
-from allattn.interchange.convert import to_ours, to_theirs
+from allattn.interchange.paper_checkpoints import to_ours, to_theirs
 from allattn.interchange.paper_state_dicts import SOURCES
 from allattn.model import Model
 

@@ -15,7 +15,7 @@ from scipy.special import softmax
 from tiny_model import KINDS, geometry, random_params
 
 from allattn.model import Model, ModelConfig, Params, forward_flops
-from allattn.model.all_attention_layer import DropoutSeeds, FeedForward
+from allattn.model.sublayers import DropoutSeeds, FeedForward
 
 VARIANTS = {
     name: changes for name, changes in KINDS.items() if changes.get("layer") != "transformer_xl"

@@ -23,8 +23,9 @@ from tiny_model import geometry, random_params
 from allattn import config as configuration
 from allattn.attention import all_attention
 from allattn.model import Model, ModelConfig, Params
-from allattn.model.adaptive_softmax import SMALL_VOCABULARY, lookup
-from allattn.model.all_attention_layer import AllAttention, layer_norm
+from allattn.model.all_attention_layer import AllAttention
+from allattn.model.norm import layer_norm
+from allattn.model.token_io import SMALL_VOCABULARY, lookup
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PARAMETERS = {

@@ -66,7 +66,7 @@ def follow_layer(name: str, folder: str, dtype: Any, implementation: str) -> lis
             key_BSHK, value_BSHK = layer.project(jnp.concatenate([mems_BSD, w_BTD], axis=1))
             call = layer.attend if alone else layer
             out_BTD, _ = call(
-                w_BTD, key_BSHK, value_BSHK, Relative(*position), attention, draws=None
+                w_BTD, key_BSHK, value_BSHK, Relative(*position), attention, dropout_seeds=None
             )
             return jnp.sum(out_BTD * cot_BTD), out_BTD
 

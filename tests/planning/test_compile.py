@@ -106,7 +106,7 @@ ENTRY %main (h: f32[4,8]) -> f32[4,8] {
 
 def test_reading() -> None:
     """Every form that CPUs, GPUs and TPUs write: which, of how many bytes, how often, between whom."""
-    found = collectives.collectives(TEXT)
+    found = collectives.parse(TEXT)
     pairs, halves = ((0, 1), (2, 3), (4, 5), (6, 7)), ((0, 4), (2, 6), (1, 5), (3, 7))
 
     def of_body(times: int) -> list[collectives.Collective]:
@@ -143,7 +143,7 @@ def test_reading() -> None:
 
 def test_unknown_groups() -> None:
     with pytest.raises(LookupError, match="no known form of device groups: .*replica_groups=other"):
-        collectives.collectives(
+        collectives.parse(
             "ENTRY %main () -> f32[] {\n  %x = f32[] all-reduce(%y), replica_groups=other\n}"
         )
 
@@ -155,8 +155,7 @@ def test_unknown_groups() -> None:
 
 JUDGE = """
 import json, jax
-from allattn.sharding import rules
-from allattn.sharding import rules
+from allattn.sharding import operation
 from allattn.planning import compilation, collectives, communication
 from allattn import config, sharding, train
 c = config.load("{root}/configs/demo.py", {changes})
@@ -165,9 +164,9 @@ def judged(gathers=1):
     program = train.TrainProgram(c, sharding.make_mesh(c))
     quick = {{"xla_backend_optimization_level": 0}}
     text = compilation.lower_step(program).compile(compiler_options=quick).as_text()
-    uses = communication.judge(collectives.collectives(text), program)
-    uses += (gathers - 1) * [use for use in uses if use.role == communication.GATHER]
-    return [communication.violations(uses, program), communication.summary(uses)]
+    uses = communication.classify(collectives.parse(text), program)
+    uses += (gathers - 1) * [use for use in uses if use.purpose is communication.Purpose.FSDP_GATHER]
+    return [communication.unexpected(uses, program), communication.summary(uses)]
 
 
 found = [judged()]
@@ -186,13 +185,13 @@ SMALL = {
     **{"model.span.check_every": "30", "mesh.data": "2", "mesh.fsdp": "2", "mesh.tensor": "2"},
 }
 INJECTED = """
-operation, whole = rules.all_attention, sharding.gather_tables
+all_attention = operation.all_attention
 def leaky(*inputs, **options):
-    out_BTHK, mass_BTH = operation(*inputs, **options)
+    out_BTHK, mass_BTH = all_attention(*inputs, **options)
     return jax.lax.pmean(out_BTHK, "data"), mass_BTH
-rules.all_attention = leaky
+operation.all_attention = leaky
 found.append(judged())
-rules.all_attention = operation
+operation.all_attention = all_attention
 found.append(judged(gathers=2))
 sharding.gather_tables = lambda mesh, tree: tree
 found.append(judged())
@@ -213,12 +212,12 @@ def test_collectives_of_a_step() -> None:
     assert broken == []
     roles = {use["role"] for use in uses}
     assert roles == {
-        communication.GRADIENT,
-        communication.GATHER,
-        communication.ACTIVATION,
-        communication.METRICS,
+        communication.Purpose.GRADIENT_REDUCTION.value,
+        communication.Purpose.FSDP_GATHER.value,
+        communication.Purpose.ACTIVATION.value,
+        communication.Purpose.METRICS.value,
     }
-    looped = [use for use in uses if use["role"] == communication.ACTIVATION and use["times"] == 3]
+    looped = [use for use in uses if use["role"] == "activations" and use["times"] == 3]
     block = 2 * 24 * 64 * 4  # rows of a device x tokens x width x bytes
     assert (
         sum(use["bytes"] for use in looped) == 3 * block * 4
@@ -235,7 +234,7 @@ attention_over = sharding.attention_over
 @jax.custom_vjp
 def same(x): return x
 def backward(_, d_x):
-    place = sharding.P(sharding.ROWS)
+    place = jax.sharding.PartitionSpec(sharding.ROWS)
     mean = lambda d_x: jax.lax.pmean(d_x, "data")
     return (jax.shard_map(mean, mesh=mesh, in_specs=place, out_specs=place, check_vma=False)(d_x),)
 same.defvjp(lambda x: (x, None), backward)
@@ -257,7 +256,7 @@ def test_activations_of_the_size_of_a_kernel() -> None:
     alike = {"mesh__data": "8", "mesh__fsdp": "1", "mesh__tensor": "1", "train__block": "64"}
     (broken, _), (leaks, uses) = judged(SUMMED, **alike)
     assert broken == []
-    assert all(use["role"] for use in uses) and len(leaks) == 1
+    assert "unexpected" not in {use["role"] for use in uses} and len(leaks) == 1
     assert (
         leaks[0]
         == "gradient reduction over data of 4,096 numbers: expected at most 15 times, found 18"
@@ -275,7 +274,7 @@ def test_collectives_of_an_accumulated_batch(
     }
     ((broken, uses),) = judged(**sizes, train__batch="16", train__accumulation="2")
     assert broken == []
-    assert {use["times"] for use in uses if use["role"] == communication.METRICS} == {1}
+    assert {use["times"] for use in uses if use["role"] == "norms and metrics"} == {1}
 
 
 def test_transformer_xl_sends_what_it_must() -> None:
@@ -353,7 +352,18 @@ def test_what_to_change(mesh: tuple[int, ...], changes: dict[str, str], setting:
     sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
     memory = {"arguments": 9 * compilation.GIB, "temporaries": 8 * compilation.GIB, "outputs": 0}
     found = compilation.Compiled(
-        "small", "v5e:2x2", 1, sizes, 64, 1, memory, 16 * compilation.GIB, 1.0, [], [], ""
+        name="small",
+        topology="v5e:2x2",
+        slices=1,
+        mesh=sizes,
+        batch=64,
+        parameters=1,
+        memory=memory,
+        hbm=16 * compilation.GIB,
+        flops=1.0,
+        collectives=[],
+        unexpected=[],
+        overflow="",
     )
     assert not found.fits
     assert setting in compilation.report(found, c).splitlines()[-1]
@@ -375,14 +385,14 @@ def test_devices_of_chips() -> None:
 # -------------------------------------------------------------------------
 
 
-def far(kind: str, size: int) -> collectives.Collective:
+def over_slices(kind: str, size: int) -> collectives.Collective:
     return collectives.Collective(kind + collectives.OVER_SLICES, (size,), size, ((),), 1, "")
 
 
 def test_between_slices() -> None:
     """Sums may pass, up to what is summed within a slice; nothing else may."""
-    near = communication.Use(
-        communication.GRADIENT,
+    within = communication.ClassifiedCollective(
+        communication.Purpose.GRADIENT_REDUCTION,
         ("data",),
         collectives.Collective("all-reduce", (9,), 100, ((0, 1),), 2, "x"),
     )
@@ -390,17 +400,16 @@ def test_between_slices() -> None:
         "all-gather", (9,), 100, ((0, 1),), 2, "jit(step)/all_attention/x"
     )
 
-    def broken(*found: collectives.Collective) -> list[str]:
-        return communication.violations_between(
-            communication.between_slices([near.collective, *found]), [near]
-        )
+    def unexpected(*sent: collectives.Collective) -> list[str]:
+        between = communication.classify_between_slices([within.collective, *sent])
+        return communication.unexpected_between_slices(between, [within])
 
-    assert broken(far("all-reduce", 200)) == []
-    assert broken(far("all-reduce", 201)) == [
+    assert unexpected(over_slices("all-reduce", 200)) == []
+    assert unexpected(over_slices("all-reduce", 201)) == [
         "between slices: expected no more than is summed within one, 200 bytes, found 201"
     ]
-    assert broken(far("all-gather", 1)) == ["all-gather over slices of 1 bytes in "]
-    assert broken(inside) == ["all-gather of 100 bytes in jit(step)/all_attention/x"]
+    assert unexpected(over_slices("all-gather", 1)) == ["all-gather over slices of 1 bytes in "]
+    assert unexpected(inside) == ["all-gather of 100 bytes in jit(step)/all_attention/x"]
 
 
 def test_scaling_by_hand() -> None:

@@ -65,7 +65,7 @@ def arrays(texts: Path, workdir: Path, step: int) -> tuple[Any, Any, Any]:
 
 
 def test_killed_and_resumed_on_other_meshes(tmp_path: Path) -> None:
-    """2 processes x 4 devices are killed and go on as 4 x 2 and as 1 x 8: the losses of one process and one device.
+    """2 processes x 4 devices are killed and resume as 4 x 2 and as 1 x 8: the losses of one process and one device.
 
     What 4 x 2 restore and save at once is, read by one process, what 2 x 4 saved, bit for bit.
     """
@@ -103,7 +103,7 @@ def test_killed_and_resumed_on_other_meshes(tmp_path: Path) -> None:
 
 
 def test_a_machine_that_is_taken_away(tmp_path: Path) -> None:
-    """SIGTERM to one of two processes: both save and exit with 75; the run goes on; only process 0 writes logs."""
+    """SIGTERM to one of two processes: both save and exit with 75; the run resumes; only process 0 writes logs."""
     texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
     with train(texts, workdir, 2, 1, train__steps=100_000, checkpoint__every=100_000) as both:
         wait_for(workdir, "metrics.jsonl")
@@ -113,7 +113,7 @@ def test_a_machine_that_is_taken_away(tmp_path: Path) -> None:
     lines = {result.err.strip().splitlines()[-1] for result in results}
     (saved,) = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
     assert lines == {
-        f"allattn: stopped at step {saved}: this machine is being taken away; run again to go on"
+        f"allattn: stopped at step {saved}: this machine is being taken away; run again to resume"
     }
     assert results[1].out == "" and len(list(workdir.glob("events*"))) == 1
     with train(texts, workdir, 1, 2, train__steps=saved + 2) as again:
@@ -153,13 +153,13 @@ def test_different_commands(tmp_path: Path) -> None:
     results = together(
         lambda i: [("train", "evaluate")[i], *shared, *(flags(tmp_path) if i == 0 else [])]
     )
-    found = "evaluate by 2 processes in place of train by 2 processes"
+    found = "evaluate by 2 processes instead of train by 2 processes"
     expect(results, 2, f"allattn: process 1 has another command than process 0: {found}")
 
 
 def test_different_numbers_of_processes(tmp_path: Path) -> None:
     results = together(lambda i: ["evaluate", f"--workdir={tmp_path}/run", f"--processes={2 + i}"])
-    found = "evaluate by 3 processes in place of evaluate by 2 processes"
+    found = "evaluate by 3 processes instead of evaluate by 2 processes"
     expect(results, 2, f"allattn: process 1 has another command than process 0: {found}")
 
 
@@ -176,7 +176,7 @@ def test_different_texts(tmp_path: Path) -> None:
     line = results[0].err.strip().splitlines()[-1]
     name = r"files/byte-\w+/1.0.0"
     assert re.fullmatch(
-        rf"allattn: process 1 has another data set than process 0: {name} in place of {name}", line
+        rf"allattn: process 1 has another data set than process 0: {name} instead of {name}", line
     )
     expect(results, 2, line)
     assert not (tmp_path / "run").exists()
@@ -233,7 +233,7 @@ def test_a_bucket_that_fails_one_process(tmp_path: Path) -> None:
         results = two.results(60)
     line = results[0].err.strip().splitlines()[-1]
     assert (
-        "process 1 has another data set than process 0: gs://texts: expected an answer in place of files/"
+        "process 1 has another data set than process 0: gs://texts: expected an answer instead of files/"
         in line
     )
     expect(results, 1, line)
@@ -282,7 +282,7 @@ def test_workdir_that_is_not_shared(tmp_path: Path) -> None:
 
     with Processes(2, 1, words) as two:
         there, here = (f"{tmp_path}/run{i}/checkpoints" for i in (1, 0))
-        line = f"allattn: process 1 has another workdir than process 0: {there} in place of {here}"
+        line = f"allattn: process 1 has another workdir than process 0: {there} instead of {here}"
         expect(two.results(), 2, line)
 
 
@@ -373,7 +373,7 @@ def test_process_0_says_where_it_runs_and_traces(tmp_path: Path) -> None:
     line = (
         f"1 process, 1 cpu device (mesh data 1 x fsdp 1 x tensor 1), reference, {size:,} parameters"
     )
-    assert result.out.startswith(f"{line}; goes on at step 3\n")
+    assert result.out.startswith(f"{line}; resumes at step 3\n")
 
 
 ROWS = """

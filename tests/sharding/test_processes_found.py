@@ -25,12 +25,12 @@ from jax._src.clusters import cloud_tpu_cluster
 cloud_tpu_cluster.running_in_cloud_tpu_vm = {tpu}
 os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # which is set where there are no chips
 os.environ.update({surroundings})
-from allattn import distributed
-distributed.start(wait=100)
+from allattn.sharding import processes
+processes.start(wait=100)
 jax.config.update("jax_num_cpu_devices", 1)
 place = ({count}, int({rank}))
-assert place == (distributed.count(), distributed.index()) == (jax.process_count(), jax.process_index())
-distributed.stop(0)
+assert place == (processes.count(), processes.index()) == (jax.process_count(), jax.process_index())
+processes.stop(0)
 """
 
 

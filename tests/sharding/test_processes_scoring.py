@@ -55,7 +55,7 @@ def test_processes_with_different_splits(trained: Path) -> None:
     """Processes that would score different splits are refused."""
     line = refused(lambda i: [f"--split={('test', 'valid')[i]}"], trained)
     different = (
-        r"authors, step 4, valid of (files/byte-\w+/1.0.0) in place of authors, step 4, test of \1"
+        r"authors, step 4, valid of (files/byte-\w+/1.0.0) instead of authors, step 4, test of \1"
     )
     assert re.fullmatch(f"allattn: process 1 has another task than process 0: {different}", line), (
         line
@@ -67,7 +67,7 @@ def test_a_process_that_alone_would_score_a_text(trained: Path, which: int) -> N
     text = f"--text={trained.parent}/texts/test.txt"
     line = refused(lambda i: [text] if i == which else [], trained)
     both = ["evaluate by 2 processes", "evaluate of a text by 2 processes"]
-    expected = f"{both[which]} in place of {both[1 - which]}"
+    expected = f"{both[which]} instead of {both[1 - which]}"
     assert line == f"allattn: process 1 has another command than process 0: {expected}"
 
 
@@ -81,12 +81,12 @@ def test_processes_with_different_texts(trained: Path, tmp_path: Path) -> None:
         text.write_bytes((trained.parent / "texts" / "test.txt").read_bytes() * (i + 1))
     line = refused(lambda i: [f"--text={texts[i]}"], trained)
     assert re.search(
-        r"has another task than process 0: .*, text \w{16} in place of .*, text \w{16}$", line
+        r"has another task than process 0: .*, text \w{16} instead of .*, text \w{16}$", line
     ), line
     texts[1].unlink()
     line = refused(lambda i: [f"--text={texts[i]}"], trained)
     assert (
-        f"another task than process 0: --text: expected a file, found none at {texts[1]} in place of"
+        f"another task than process 0: --text: expected a file, found none at {texts[1]} instead of"
         in line
     )
 
@@ -100,12 +100,12 @@ def test_processes_with_different_checkpoints(trained: Path, tmp_path: Path) -> 
     shutil.copytree(trained, other)
     line = refused(lambda i: [f"--workdir={(trained, other)[i]}"], trained)
     assert line.startswith(
-        f"allattn: process 1 has another workdir than process 0: {other}/checkpoints in place of"
+        f"allattn: process 1 has another workdir than process 0: {other}/checkpoints instead of"
     )
     line = refused(lambda i: [f"--step={(4, 5)[i]}"], trained)
     assert (
         "another checkpoint than process 0: no checkpoint of step 5 in" in line
-        and line.endswith("in place of 4")
+        and line.endswith("instead of 4")
     )
     line = refused(lambda i: ["--step=5"], trained)
     assert line.startswith("allattn: no checkpoint of step 5 in")

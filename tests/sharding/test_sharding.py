@@ -214,7 +214,7 @@ def test_training_on_a_mesh(tmp_path: Path, own_data_dir: None) -> None:
     8 devices: the losses, parameters, optimizer state and cache of one device.
 
     Float32 rounds to 6e-8 and each device sums a part, which moves a gradient by some 1e-6 of its
-    largest entry (as accumulation 4 in place of 2 does on one device). Parameters may move farther:
+    largest entry (as accumulation 4 instead of 2 does on one device). Parameters may move farther:
     both optimizers divide a gradient by its own size, and so make a whole step of what is left of
     one that cancels.
     """

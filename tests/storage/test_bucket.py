@@ -24,7 +24,7 @@ from allattn import RunError, UserError
 from allattn.data import builders, prepare
 from allattn.storage import paths
 from allattn.storage.checkpoint import Checkpointer
-from allattn.train import metrics
+from allattn.train import jsonl
 
 # It is imported only where its settings have been made.
 missing = importlib.util.find_spec("gcsfs") is None
@@ -322,11 +322,11 @@ def test_what_a_run_leaves_in_a_bucket(trained: dict[str, Any], tmp_path: Path) 
         path.copy(tmp_path / path.name)
     events = [event.step for event in EventAccumulator(str(tmp_path)).Reload().Scalars("nll")]
     assert (
-        [row["step"] for row in metrics.read_jsonl(str(run)) if "nll" in row]
+        [row["step"] for row in jsonl.read_jsonl(str(run)) if "nll" in row]
         == events
         == [2, 4, 6, 8, 10, 12]
     )
-    rows = {row["step"]: row["dev_nll"] for row in metrics.read_jsonl(str(run)) if "dev_nll" in row}
+    rows = {row["step"]: row["dev_nll"] for row in jsonl.read_jsonl(str(run)) if "dev_nll" in row}
     best = min(rows, key=lambda step: rows[step])
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"12", str(best)}
     assert json.loads((run / "scores.json").read_text())["nll"] == trained["nll"]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from allattn.attention import all_attention, tuning
+from benchmarks import geometries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,31 +181,38 @@ SMALL_TILES = {
     "pallas_gpu": tuning.GpuTiles(queries=16, keys=16, few=16),
 }
 
-# the operation of one layer of the papers' models, for two rows
+
+def _all_attention(name: str, dropout: float) -> Case:
+    """The operation of one layer of a model, for two rows."""
+    H, K, L, T, N = geometries.GEOMETRIES[name].of_operation()
+    spans = (0.0,) * H
+    return Case(B=2, T=T, S=T + L, H=H, K=K, L=L, N=N, spans=spans, ramp=32, dropout=dropout)
+
+
+def _transformer_xl(name: str, dropout: float) -> Case:
+    """The same of Transformer-XL, where memory and block together are S keys at S distances."""
+    H, K, L, T, _ = geometries.GEOMETRIES[name].of_operation()
+    return Case(
+        B=2,
+        T=T,
+        S=T + L,
+        H=H,
+        K=K,
+        L=T + L,
+        N=0,
+        spans=None,
+        first_distance=0,
+        position_heads=H,
+        two_queries=True,
+        dropout=dropout,
+    )
+
+
+# the operation of one layer of the papers' models
 GEOMETRIES = {
-    "enwik8_small": Case(
-        B=2, T=512, S=8704, H=8, K=64, L=8192, N=1024, spans=(0.0,) * 8, ramp=32, dropout=0.3
-    ),
-    "enwik8_large": Case(
-        B=2, T=512, S=8704, H=8, K=64, L=8192, N=2048, spans=(0.0,) * 8, ramp=32, dropout=0.4
-    ),
-    "wikitext103": Case(
-        B=2, T=256, S=2304, H=8, K=64, L=2048, N=2048, spans=(0.0,) * 8, ramp=32, dropout=0.3
-    ),
-    "transformer_xl": Case(
-        *(2, 512, 1024, 8, 64, 1024, 0),
-        None,
-        first_distance=0,
-        position_heads=8,
-        two_queries=True,
-        dropout=0.1,
-    ),
-    "wikitext103_xl": Case(
-        *(2, 150, 300, 10, 41, 300, 0),
-        None,
-        first_distance=0,
-        position_heads=10,
-        two_queries=True,
-        dropout=0.1,
-    ),
+    "enwik8_small": _all_attention("enwik8_small", dropout=0.3),
+    "enwik8_large": _all_attention("enwik8_large", dropout=0.4),
+    "wikitext103": _all_attention("wikitext103", dropout=0.3),
+    "transformer_xl": _transformer_xl("enwik8_xl", dropout=0.1),
+    "wikitext103_xl": _transformer_xl("wikitext103_xl", dropout=0.1),
 }

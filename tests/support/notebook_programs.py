@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from allattn import config, sharding, train
-from allattn.evaluation import sampling, scoring
+from allattn.evaluation import protocols, sampling, scoring
 from allattn.model import Model
 from allattn.planning import chips, compilation
 
@@ -83,7 +83,7 @@ class Programs:
 
     def training(self) -> Iterator[tuple[str, jax.stages.Lowered]]:
         """A fresh state, and the step for every length of context that a run grows to."""
-        bucket = train.choose_bucket(self.config, 0.0)
+        bucket = train.choose_context_length(self.config, 0.0)
         yield "state", self.lower(jax.jit(self.program.init_state(bucket)))
         while True:
             yield (
@@ -92,7 +92,7 @@ class Programs:
             )
             if bucket == self.config.model.span.limit:
                 return
-            bucket = train.next_bucket(bucket, self.config.model.span.limit)
+            bucket = train.next_context_length(bucket, self.config.model.span.limit)
 
     def contexts(self) -> list[int]:
         """The shortest and the longest of those that scoring and sampling round to."""
@@ -102,7 +102,7 @@ class Programs:
         """A block of both protocols."""
         block = self.config.train.block
         streams = {
-            "authors": (self.model, scoring.AUTHORS_ROWS),
+            "authors": (self.model, protocols.AUTHORS_ROWS),
             "full": (self.windowed, self.config.evaluate.batch),
         }
         for protocol, (model, rows) in streams.items():

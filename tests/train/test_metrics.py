@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from allattn.train import metrics
+from allattn.train import clu_without_tensorflow, jsonl, metrics
+from allattn.train.progress import RunProgress
 
 ROOT = Path(__file__).parents[2]
 
 
 def write(workdir: Path, rows: dict[int, dict[str, float]]) -> None:
-    writer = metrics.create_writer(str(workdir))
+    writer = clu_without_tensorflow.create_writer(str(workdir))
     for step, scalars in rows.items():
         writer.write_scalars(step, scalars)
     writer.close()
@@ -28,7 +29,7 @@ def write(workdir: Path, rows: dict[int, dict[str, float]]) -> None:
 
 def test_event_files(tmp_path: Path) -> None:
     """TensorBoard itself reads back the numbers and the texts."""
-    writer = metrics.create_writer(str(tmp_path))
+    writer = clu_without_tensorflow.create_writer(str(tmp_path))
     writer.write_scalars(1, {"nll": 2.5, "mean_span": np.float32(17)})
     writer.write_scalars(2, {"nll": jnp.float32(2.25)})
     writer.write_texts(2, {"sample": "été, 3 < 4\nnext line"})
@@ -52,7 +53,7 @@ def test_a_second_start_adds_to_the_event_files(tmp_path: Path) -> None:
 
 def test_jsonl(tmp_path: Path) -> None:
     """A row is in the file as soon as it is written: a kill loses nothing."""
-    writer = metrics.create_writer(str(tmp_path))
+    writer = clu_without_tensorflow.create_writer(str(tmp_path))
     writer.write_scalars(1, {"nll": np.float64(2.5), "max_span": jnp.int32(8)})
     writer.write_texts(1, {"sample": "été\u2028"})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -66,7 +67,7 @@ def test_jsonl(tmp_path: Path) -> None:
 def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
     write(tmp_path, {1: {"nll": math.nan, "bpc": math.inf, "ppl": -math.inf, "mfu": 0.5}})
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
-    assert metrics.read_jsonl(str(tmp_path)) == [
+    assert jsonl.read_jsonl(str(tmp_path)) == [
         {"step": 1, "nll": None, "bpc": None, "ppl": None, "mfu": 0.5}
     ]
 
@@ -76,7 +77,7 @@ def test_steps_done_again_replace_the_older_rows(tmp_path: Path) -> None:
     write(tmp_path, {10: {"nll": 3.0}, 20: {"nll": 2.0}, 30: {"nll": 1.0}})
     write(tmp_path, {20: {"dev_nll": 9.0}})
     write(tmp_path, {20: {"nll": 2.5, "mfu": 0.1}, 30: {"nll": 1.5, "mfu": 0.1}})
-    assert metrics.read_jsonl(str(tmp_path)) == [
+    assert jsonl.read_jsonl(str(tmp_path)) == [
         {"step": 10, "nll": 3.0},
         {"step": 20, "nll": 2.5, "mfu": 0.1},
         {"step": 20, "dev_nll": 9.0},
@@ -90,7 +91,7 @@ def test_a_row_that_a_kill_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     os.truncate(path, path.stat().st_size - 4)
     write(tmp_path, {20: {"nll": 2.5}, 30: {"nll": 1.0}})
-    rows = metrics.read_jsonl(str(tmp_path))
+    rows = jsonl.read_jsonl(str(tmp_path))
     assert [(row["step"], row["nll"]) for row in rows] == [(10, 3.0), (20, 2.5), (30, 1.0)]
 
 
@@ -101,20 +102,20 @@ def test_part_files_of_a_bucket(tmp_path: Path) -> None:
         ("metrics-1700000000000000002.jsonl", 1.0),
     ):
         (tmp_path / name).write_text(json.dumps({"step": 5, "nll": nll}) + "\n")
-    assert metrics.read_jsonl(str(tmp_path)) == [{"step": 5, "nll": 1.0}]
+    assert jsonl.read_jsonl(str(tmp_path)) == [{"step": 5, "nll": 1.0}]
 
 
 def test_where_nothing_can_be_appended(tmp_path: Path) -> None:
     """The file is written whole, at once if the last time is long ago and otherwise at the next flush."""
-    writer = metrics.JsonlWriter(str(tmp_path))
+    writer = jsonl.JsonlWriter(str(tmp_path))
     writer._appends, writer.every = False, 3600.0
     writer.write_scalars(1, {"nll": 3.0})
-    assert metrics.read_jsonl(str(tmp_path)) == []
+    assert jsonl.read_jsonl(str(tmp_path)) == []
     writer.flush()
-    assert [row["step"] for row in metrics.read_jsonl(str(tmp_path))] == [1]
+    assert [row["step"] for row in jsonl.read_jsonl(str(tmp_path))] == [1]
     writer.every = 0.0
     writer.write_scalars(2, {"nll": 2.0})
-    assert [row["step"] for row in metrics.read_jsonl(str(tmp_path))] == [1, 2]
+    assert [row["step"] for row in jsonl.read_jsonl(str(tmp_path))] == [1, 2]
 
 
 def test_other_processes_write_nothing(
@@ -122,7 +123,7 @@ def test_other_processes_write_nothing(
 ) -> None:
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     write(tmp_path, {1: {"nll": 1.0}})
-    with metrics.RunProgress(total=10, every=0) as progress:
+    with RunProgress(total=10, every=0) as progress:
         progress.update(1, {"bpc": 1.0})
         progress.message("dev")
     assert not list(tmp_path.iterdir())
@@ -135,8 +136,9 @@ def test_no_tensorflow(tmp_path: Path) -> None:
     (tmp_path / "tensorflow" / "__init__.py").write_text("")
     code = f"""
 import sys
-from allattn import metrics, train
-writer = metrics.create_writer({str(tmp_path)!r})
+from allattn import train
+from allattn.train import clu_without_tensorflow
+writer = clu_without_tensorflow.create_writer({str(tmp_path)!r})
 writer.write_scalars(1, {{"nll": 1.0}})
 writer.write_texts(1, {{"sample": "x"}})
 writer.close()
@@ -214,7 +216,7 @@ def test_summarise_without_a_peak() -> None:
 
 def test_progress_without_a_terminal(capsys: pytest.CaptureFixture) -> None:
     """One line per interval, and nothing else: no bar, no empty line at the end."""
-    with metrics.RunProgress(total=1000, every=3600) as progress:
+    with RunProgress(total=1000, every=3600) as progress:
         for step in (10, 20, 30):
             progress.update(step, {"bpc": 1.23456, "tokens_per_s": 12345.6, "mean_span": 3.0})
         progress.message("step 30: [bold] 1.5 bpc")
@@ -231,8 +233,10 @@ def test_progress_foretells_the_end(
 ) -> None:
     """40 steps in 100 seconds leave 9000 s for the 3600 that remain."""
     times = iter([5.0, 55.0, 105.0])
-    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: next(times)))
-    with metrics.RunProgress(total=3680, every=60) as progress:
+    monkeypatch.setattr(
+        "allattn.train.progress.time", types.SimpleNamespace(monotonic=lambda: next(times))
+    )
+    with RunProgress(total=3680, every=60) as progress:
         for step in (40, 60, 80):
             progress.update(step, {"bpc": 2.0, "dev_bpc": 2.5})
     lines = capsys.readouterr().out.splitlines()
@@ -249,7 +253,7 @@ def test_progress_on_a_terminal(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    with metrics.RunProgress(total=100) as progress:
+    with RunProgress(total=100) as progress:
         progress.update(50, {"bpc": 1.5})
         progress.message("step 50: [bold] 1.5 bpc")
     shown = capsys.readouterr().out

@@ -21,7 +21,7 @@ from allattn.errors import RunError, UserError
 from allattn.model import Model, ModelConfig
 from allattn.storage.checkpoint import Checkpointer
 from allattn.train import optim
-from allattn.train.metrics import read_jsonl
+from allattn.train.jsonl import read_jsonl
 from configs import base
 
 
@@ -271,15 +271,15 @@ def test_accumulation_changes_nothing(texts: str, tmp_path: Path) -> None:
 
 def test_bucket_rule() -> None:
     c = base.get_config()
-    assert train.choose_bucket(c, 0.0) == 128
-    assert train.choose_bucket(c, (128 - 64) / 8192) == 128
-    assert train.choose_bucket(c, (128 - 63) / 8192) == 256
-    assert train.choose_bucket(c, 0.0, current=1024) == 1024
-    assert train.choose_bucket(c, 1.0) == 8192
+    assert train.choose_context_length(c, 0.0) == 128
+    assert train.choose_context_length(c, (128 - 64) / 8192) == 128
+    assert train.choose_context_length(c, (128 - 63) / 8192) == 256
+    assert train.choose_context_length(c, 0.0, current=1024) == 1024
+    assert train.choose_context_length(c, 1.0) == 8192
     c.model.span.limit = 100
-    assert train.choose_bucket(c, 0.0) == 100
+    assert train.choose_context_length(c, 0.0) == 100
     c.model.span.limit, c.model.span.adaptive = 8192, False
-    assert train.choose_bucket(c, 0.0) == 8192
+    assert train.choose_context_length(c, 0.0) == 8192
 
 
 def test_loss_that_is_not_a_number(texts: str, tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""Geometry of the network: what layers need to know of an experiment's configuration."""
+
+import dataclasses
+
+import ml_collections
+
+from allattn.config_checks import check_model
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Geometry of the network: fields of `config.model`, which configs/base.py explains in full."""
+
+    # Size of the stack, in layers and features, and the persistent pairs of a head (N).
+    depth: int
+    width: int
+    heads: int
+    persistent: int
+    vocab_size: int
+    # Rates of dropout: on attention weights and inner units, and on embedding and final state.
+    dropout: float
+    embedding_dropout: float
+    dtype: str
+    # Adaptive span: the farthest distance (L), whether spans are learned, the ramp (R) and the
+    # initial span as a fraction of L.
+    limit: int
+    adaptive: bool
+    ramp: int
+    init: float
+    # Of the attention operation; None: the best for the device.
+    implementation: str | None = None
+    # Adaptive input and softmax; without cutoffs both are plain.
+    cutoffs: tuple[int, ...] = ()
+    division: int = 1
+    tied: bool = True
+    # What a layer is.
+    layer: str = "all_attention"
+    integration: str = "joint"
+    feed_forward: int = 0
+    attention_dropout: float = 0.0
+    pre_norm: bool = False
+    # Transformer-XL in evaluation: every query sees `limit` distances, wherever in the block it
+    # is, and distances beyond `clamp` look like it (0: none does).
+    same_length: bool = False
+    clamp: int = 0
+
+    @classmethod
+    def from_config(cls, config: ml_collections.ConfigDict) -> "ModelConfig":
+        """Read and check `config.model`.
+
+        Args:
+          config: the whole configuration; only its section `model` is read.
+
+        Raises:
+          UserError: a field is out of range, or names a model that this version does not have.
+        """
+        check_model(config)
+        model = config.model
+        # Transformer-XL has one rate for the embedding, the positions and the final state as well.
+        embedding_dropout = model.embedding_dropout
+        if model.layer == "transformer_xl":
+            embedding_dropout = model.dropout
+        return cls(
+            depth=model.depth,
+            width=model.width,
+            heads=model.heads,
+            persistent=model.persistent,
+            vocab_size=model.vocab_size,
+            dropout=model.dropout,
+            embedding_dropout=embedding_dropout,
+            dtype=model.dtype,
+            limit=model.span.limit,
+            adaptive=model.span.adaptive,
+            ramp=model.span.ramp,
+            init=model.span.init,
+            implementation=model.implementation or None,
+            cutoffs=model.adaptive_io.cutoffs,
+            division=model.adaptive_io.division,
+            tied=model.adaptive_io.tied,
+            layer=model.layer,
+            integration=model.integration,
+            feed_forward=model.feed_forward,
+            attention_dropout=model.attention_dropout,
+            pre_norm=model.pre_norm,
+        )
+
+    @property
+    def head_width(self) -> int:
+        """Features of one head (K)."""
+        return self.width // self.heads
+
+    @property
+    def context_heads(self) -> int:
+        """Number of heads that attend to the context."""
+        if self.integration == "head_split":
+            return self.heads // 2
+        return self.heads
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops anything."""
+        return max(self.dropout, self.embedding_dropout, self.attention_dropout) > 0

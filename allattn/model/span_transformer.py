@@ -1,0 +1,71 @@
+"""The transformer with adaptive span (Sukhbaatar et al. 2019, arXiv 1905.07799).
+
+Dimension key: B batch, T position in the block, S context key, L distance, H head, K head width,
+D model width.
+"""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from allattn.model.attention_layer import Operation
+from allattn.model.config import ModelConfig
+from allattn.model.span_attention import SpanAttention
+from allattn.model.sublayers import DropoutSeeds, FeedForward
+
+Array = jax.Array
+
+
+class SpanTransformer(SpanAttention):
+    """Attention without persistent pairs, then a feed-forward sublayer (model.layer transformer)."""
+
+    INTEGRATIONS = ("joint", "ff_attention")
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        self.feed_forward = FeedForward(config, rngs, output_dropout=0.0)
+
+    def attend(
+        self,
+        h_BTD: Array,
+        key_BSHK: Array,
+        value_BSHK: Array,
+        position: Any,
+        attention: Operation,
+        dropout_seeds: DropoutSeeds | None = None,
+        **starts: Any,
+    ) -> tuple[Array, Array]:
+        """Attention, residual and norm: as in `AttentionLayer`, with position_LK as position."""
+        query_BTHK = self.queries(h_BTD)
+        weights = {}
+        if dropout_seeds is not None:
+            weights = dropout_seeds.weights(self.config.dropout)
+        # Without pairs their share of the weight is 0.
+        out_BTHK, mass_BTH = attention(
+            query_BTHK,
+            key_BSHK,
+            value_BSHK,
+            **self.context_options(position, starts),
+            return_persistent_mass=True,
+            implementation=self.config.implementation,
+            **weights,
+        )
+        mass_BH = mass_BTH.mean(1)
+        return self.leave(h_BTD, self.merge(out_BTHK)), mass_BH
+
+    def __call__(
+        self,
+        h_BTD: Array,
+        key_BSHK: Array,
+        value_BSHK: Array,
+        position: Any,
+        attention: Operation,
+        dropout_seeds: DropoutSeeds | None = None,
+        **starts: Any,
+    ) -> tuple[Array, Array]:
+        """The whole layer: `attend`, then the feed-forward sublayer."""
+        h_BTD, mass_BH = self.attend(
+            h_BTD, key_BSHK, value_BSHK, position, attention, dropout_seeds, **starts
+        )
+        return self.feed_forward(h_BTD, dropout_seeds), mass_BH

@@ -1,0 +1,165 @@
+"""A run from its start to its scores, and the loop between."""
+
+import contextlib
+import json
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+
+from allattn import data
+from allattn.config import changed_fields, from_json, to_json, with_vocabulary
+from allattn.errors import PreemptedError
+from allattn.model.parameters import parameter_count
+from allattn.sharding import processes
+from allattn.storage import checkpoint
+from allattn.train import start
+from allattn.train.recorder import Recorder, describe_start
+from allattn.train.state import TrainState
+from allattn.train.trainer import Trainer
+
+
+def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+    """Train, or resume from the workdir's newest checkpoint, then score the test split.
+
+    Args:
+      config: the whole configuration (configs/base.py).
+      workdir: folder or bucket URL of the run; at the end it holds the scores as scores.json as
+        well.
+
+    Returns:
+      The scores of the test split (`evaluate.evaluate_tokens`), with split, protocol and step.
+
+    Raises:
+      UserError: the configuration does not fit the data, the devices or the workdir, or differs
+        between processes.
+      RunError: the loss is not a number.
+      PreemptedError: this machine is being taken away; the state is saved.
+    """
+    # The order of a start. Do not change it:
+    # 1. check configuration, data and devices, the same on all processes, before anything is
+    #    written into the workdir
+    # 2. if the workdir has a checkpoint, check that it was made with this configuration
+    # 3. restore the state and the context length from it, or make a fresh state, with other
+    #    parameters if init_from says so
+    # 4. the stream needs only the step: nothing else is restored
+    processes.require_same_text("configuration", to_json(config), _differences)
+    has_begun = checkpoint.has_begun(workdir)
+
+    def make_trainer() -> Trainer:
+        c = config.dataset
+        dataset = data.prepare(c.name, c.data_dir or None, unit=c.unit)
+        return Trainer(with_vocabulary(config, dataset.vocabulary.size, dataset.name), dataset)
+
+    trainer = processes.require_same_result(
+        "data set", make_trainer, lambda trainer: trainer.dataset.full_name
+    )
+
+    # A mistake in init_from is refused here, before there is a workdir. A run that has begun reads
+    # it only if it turns out to have no checkpoint.
+    initial = None
+    if not has_begun:
+        initial = start.warm_start(trainer, trainer.dataset)
+
+    with processes.Preemption() as stop:
+        with checkpoint.Checkpointer(workdir, config.checkpoint.keep) as checkpoints:
+            restored = start.restore(trainer, checkpoints)
+            if restored is None:
+                initial = initial or start.warm_start(trainer, trainer.dataset)
+                restored = trainer.fresh_state(initial)
+            state, context_length = restored
+            state = _run(trainer, checkpoints, state, context_length, workdir, stop)
+        scores = {"split": "test", "protocol": config.evaluate.protocol, "step": int(state.step)}
+        scores |= trainer.evaluate(state.params, "test", stop)
+    _keep_scores(trainer, state, workdir, scores)
+    return scores
+
+
+def _differences(leader: str, own: str) -> str:
+    """Fields in which two processes differ; only where their data lie may do so."""
+    changed = changed_fields(
+        from_json(leader), from_json(own), ("dataset.data_dir",), ("on process 0", "there")
+    )
+    return "; ".join(changed)
+
+
+def _run(
+    trainer: Trainer,
+    checkpoints: checkpoint.Checkpointer,
+    state: TrainState,
+    context_length: int,
+    workdir: str,
+    stop: processes.Preemption,
+) -> TrainState:
+    """The loop. Metrics are read one step late, so that nothing waits for the device."""
+    c = trainer.config
+    first = int(state.step)
+    total = c.train.steps + c.train.finetune_steps
+    if first >= total:
+        if not jax.process_index():
+            print(f"{workdir} is complete: {first} of {total} steps", flush=True)
+        return state
+
+    with _recorder(trainer, workdir, total, state) as recorder:
+        for step in range(first, total):
+            # Once in a while: is the context still long enough for the spans?
+            if step % c.model.span.check_every == 0:
+                recorder.flush()  # refuses spans that are not numbers
+                state, context_length = trainer.grow(state, context_length)
+
+            # The update. The device computes it while the metrics of the last one are read.
+            state, values = trainer.step(state, context_length, trainer.batch(step))
+            done = step + 1
+            recorder.record(done, values)
+
+            # Most steps end here.
+            evaluates = done % c.evaluate.every == 0 or done == total
+            if not (stop() or evaluates or done % c.checkpoint.every == 0):
+                continue
+            recorder.flush()  # refuses a loss that is not a number, before it reaches a checkpoint
+
+            # A machine that is taken away has no time for an evaluation, only for a checkpoint.
+            dev_nll = None
+            if evaluates and not stop.reached:
+                with contextlib.suppress(PreemptedError):
+                    dev_nll = recorder.evaluate(state.params, stop)["nll"]
+            arrays = (state.params, state.optimizer, state.cache)
+            checkpoints.save(done, *arrays, trainer.meta(state, context_length), dev_nll)
+            if stop.reached:
+                raise PreemptedError(
+                    f"stopped at step {done}: this machine is being taken away; run again to resume"
+                )
+    return state
+
+
+def _recorder(trainer: Trainer, workdir: str, total: int, state: TrainState) -> Recorder:
+    """What writes the logs of this run."""
+    config = trainer.model.config
+    step = int(state.step)
+    return Recorder(
+        trainer.config,
+        workdir,
+        model=config,
+        devices=trainer.mesh.size,
+        words=trainer.dataset.vocabulary.unit == "word",
+        evaluate=lambda params, stop: trainer.evaluate(params, "valid", stop),
+        first_step=step,
+        total_steps=total,
+        start_message=describe_start(config, trainer.mesh, parameter_count(state.params), step),
+    )
+
+
+def _keep_scores(trainer: Trainer, state: TrainState, workdir: str, scores: dict[str, Any]) -> None:
+    """Leave the scores in the workdir, with what a comparison of runs needs besides."""
+    train = trainer.config.train
+    size = {
+        "parameters": parameter_count(state.params),
+        "trained_tokens": int(state.step) * train.batch * train.block,
+    }
+    text = json.dumps({**scores, **size}) + "\n"
+
+    # A run that is complete leaves the file as it is when it is started again.
+    path = epath.Path(workdir) / "scores.json"
+    if not jax.process_index() and not (path.exists() and path.read_text() == text):
+        path.write_text(text)
