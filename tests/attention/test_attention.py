@@ -121,7 +121,9 @@ def test_gpus_that_triton_compiles_for(
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_logits_whose_own_rounding_shows(implementation: str) -> None:
-    """Of logits near 60 float32 rounds so much that the definition itself loses up to 9e-6: nobody loses twice that."""
+    """Of logits near 60 float32 rounds so much that the definition itself loses up to 9e-6: nobody
+    loses twice that.
+    """
     case = dataclasses.replace(CASES["spans that hide large logits"], magnitude=15.0)
     expected = exact(case)
     with jax.default_matmul_precision("highest"):
@@ -146,7 +148,9 @@ def test_float64(case: Case) -> None:
 
 @pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
 def test_nothing_to_attend(implementation: str) -> None:
-    """A query without any key, and N = 0: output and gradients are exactly 0; the other queries are not touched."""
+    """A query without any key, and N = 0: output and gradients are exactly 0; the other queries are
+    not touched.
+    """
     case = Case(N=0, query_start=0, key_start=3, spans=None)
     found = results(case, arrays(case), implementation)
     assert not found["out"][:, :4].any() and found["out"][:, 4].any()
@@ -156,7 +160,9 @@ def test_nothing_to_attend(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
 def test_causality(implementation: str) -> None:
-    """The gradient of the output at t with respect to later keys and values, and the current one, is exactly 0."""
+    """The gradient of the output at t with respect to later keys and values, and the current one,
+    is exactly 0.
+    """
     case = Case(T=6, S=14, spans=None)
     inputs, t = arrays(case), 2
 
@@ -173,7 +179,9 @@ def test_causality(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_far_keys_are_not_touched(implementation: str) -> None:
-    """Keys, values and positions that no head of small span can reach may be anything, even not a number."""
+    """Keys, values and positions that no head of small span can reach may be anything, even not a
+    number.
+    """
     case = Case(T=8, S=520, L=512, spans=(0.0, 20.0), H=2)
     inputs = arrays(case)
     clean = results(case, inputs, implementation)
@@ -245,7 +253,9 @@ def test_dropout_rate() -> None:
 
 
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backward pass keeps no array of T x S x H: under 64 MiB beyond inputs and outputs for a row of 8 heads."""
+    """The backward pass keeps no array of T x S x H: under 64 MiB beyond inputs and outputs for a
+    row of 8 heads.
+    """
     monkeypatch.setattr(tuning, "DEFAULTS", DEFAULTS)
     case = Case(B=1, T=512, S=8704, H=8, K=64, L=8192, N=1024, spans=(8192.0,) * 8, ramp=32)
     shapes = jax.eval_shape(lambda: arrays(case))
@@ -414,7 +424,9 @@ def test_mesh(implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
 def test_large_logits_where_the_ramp_ends(implementation: str) -> None:
-    """There m = 0 and the logit is not among those that the maximum is taken over: its exponential may overflow."""
+    """There m = 0 and the logit is not among those that the maximum is taken over: its exponential
+    may overflow.
+    """
     case = Case(spans=(0.0, 3.0))
     inputs = arrays(case)
     inputs["query"] *= 100

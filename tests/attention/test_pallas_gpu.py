@@ -1,4 +1,5 @@
-"""The GPU kernels beyond the contract: they lower for CUDA at real sizes, and units go through the scratch in chunks.
+"""The GPU kernels beyond the contract: they lower for CUDA at real sizes, and units go through the
+scratch in chunks.
 
 Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K
 head width.
@@ -52,7 +53,9 @@ def test_lowers_for_cuda(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["several tiles", "dropout", "two queries"])
 def test_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A scratch array with room for one head of one row, and not a byte less, gives the same numbers."""
+    """A scratch array with room for one head of one row, and not a byte less, gives the same
+    numbers.
+    """
     monkeypatch.setattr(tuning, "DEFAULTS", SMALL_TILES)
     case = dataclasses.replace(CASES[name], B=3)
     whole = results(case, arrays(case), "pallas_gpu")
@@ -76,7 +79,9 @@ def test_too_large_for_the_scratch() -> None:
 
 
 def test_work_follows_the_spans() -> None:
-    """Keys, values and positions beyond a head's reach are not read, whatever another head needs."""
+    """Keys, values and positions beyond a head's reach are not read, whatever another head
+    needs.
+    """
     case = Case(B=1, T=16, S=300, H=2, L=256, spans=(0.0, 256.0))
     inputs = arrays(case)
     clean = results(case, inputs, "pallas_gpu")
@@ -88,7 +93,9 @@ def test_work_follows_the_spans() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 def test_training_geometry(dtype: Any, tolerance: float) -> None:
-    """Tiles, block, pairs and width of `enwik8_small` at its first bucket; on a GPU with all heads, and more rows."""
+    """Tiles, block, pairs and width of `enwik8_small` at its first bucket; on a GPU with all heads,
+    and more rows.
+    """
     rows, heads = (16, 8) if jax.default_backend() == "gpu" else (1, 2)
     spans = (0.0, 2.5, 50.0, 96.0, 0.0, 31.0, 10.25, 64.0)[:heads]
     case = Case(

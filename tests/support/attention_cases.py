@@ -1,4 +1,5 @@
-"""Calls of the operation that several tests share: their sizes, their inputs, and how results are compared.
+"""Calls of the operation that several tests share: their sizes, their inputs, and how results are
+compared.
 
 Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K
 head width.
@@ -160,7 +161,9 @@ def exact(case: Case) -> dict[str, Any]:
 
 
 def error(ours: dict[str, Any], reference: dict[str, Any]) -> float:
-    """Largest error over largest entry; gradients that vanish in theory are held against the largest gradient."""
+    """Largest error over largest entry; gradients that vanish in theory are held against the
+    largest gradient.
+    """
     largest, errors = (
         max(float(np.abs(np.asarray(x, np.float64)).max(initial=0)) for x in reference.values()),
         [],
