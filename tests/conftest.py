@@ -1,13 +1,21 @@
-"""What all tests share: one compilation cache, since many of them compile the same small programs."""
+"""What all tests share: one cache of compiled programs, since many of them compile the same
+ones.
+"""
 
+import os
 import tempfile
 from pathlib import Path
 
 import jax
 import pytest
 
-jax.config.update("jax_compilation_cache_dir", tempfile.gettempdir() + "/allattn-test-cache")
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Processes that the tests start read the environment, this one has imported JAX before it could.
+CACHE = os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/allattn-test-cache"
+)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 # One device in this process, whichever test comes first; commands in processes of their own make
 # one per core.

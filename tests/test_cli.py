@@ -104,7 +104,9 @@ def test_train_longer(place: Place, tmp_path: Path) -> None:
 
 
 def test_train_from_the_parameters_of_another_run(place: Place, tmp_path: Path) -> None:
-    """Before its first step such a run has the other's score; its learning rate and spans are its own."""
+    """Before its first step such a run has the other's score; its learning rate and spans are its
+    own.
+    """
     there = {
         "train__init_from": place.run,
         "optimizer__learning_rate": 1e-3,
@@ -281,7 +283,9 @@ def test_help_is_quick() -> None:
 
 
 def test_a_process_writes_one_line(place: Place) -> None:
-    """Nothing of the libraries stands beside the message, and nothing at all where there is no mistake."""
+    """Nothing of the libraries stands beside the message, and nothing at all where there is no
+    mistake.
+    """
     found = process("generate", f"--workdir={place.run}", "--prompt=a?c")
     assert (found.code, found.out) == (2, "")
     assert found.err == "allattn: byte b'?' at offset 1 is none of the vocabulary's 16 symbols\n"
@@ -447,7 +451,9 @@ def test_mistake(place: Place, words: str, settings: dict | None, message: str) 
 
 
 def test_transformer_xl(place: Place, tmp_path: Path) -> None:
-    """Trained across the stream's wrap, scored by its own protocol with lengths of its own, sampled from."""
+    """Trained across the stream's wrap, scored by its own protocol with lengths of its own, sampled
+    from.
+    """
     xl = {
         "model__layer": "transformer_xl",
         "model__persistent": 0,
@@ -478,7 +484,9 @@ def test_home_folder_in_a_workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_loss_that_is_not_a_number(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Exit code 1; the message names the step; the checkpoint from before stands, and the run resumes from it."""
+    """Exit code 1; the message names the step; the checkpoint from before stands, and the run
+    resumes from it.
+    """
     advance = train.Trainer.step
 
     def poison(self: train.Trainer, state: train.TrainState, *rest: Any) -> Any:

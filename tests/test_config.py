@@ -33,7 +33,7 @@ def changed(**changes: Any) -> ml_collections.ConfigDict:
 # --- reading
 #
 #
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_overrides_take_the_type_of_the_field() -> None:
@@ -141,7 +141,9 @@ def get_config():
 
 
 def test_file_outside_of_the_repository(tmp_path: Path) -> None:
-    """Its base is found from any folder, as by the installed command; in a folder `configs` also those beside it."""
+    """Its base is found from any folder, as by the installed command; in a folder `configs` also
+    those beside it.
+    """
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "allattn").symlink_to(BASE.parents[1] / "allattn")
     (tmp_path / "configs").mkdir()
@@ -162,7 +164,9 @@ def test_file_outside_of_the_repository(tmp_path: Path) -> None:
 
 
 def test_files_of_two_folders(tmp_path: Path) -> None:
-    """In one process: each imports those beside it, before ours and whatever the other has imported."""
+    """In one process: each imports those beside it, before ours and whatever the other has
+    imported.
+    """
     for folder, width in (("a", 24), ("b", 48)):
         (tmp_path / folder / "configs").mkdir(parents=True)
         text = f"from configs import demo\ndef get_config():\n    c = demo.get_config(); c.model.width = {width}; return c"
@@ -229,7 +233,9 @@ def test_mesh_that_does_not_fit() -> None:
 
 
 def test_rematerialisation() -> None:
-    """A mistake is refused at the start; the geometry of a workdir does not depend on how it was trained."""
+    """A mistake is refused at the start; the geometry of a workdir does not depend on how it was
+    trained.
+    """
     with pytest.raises(
         UserError, match=r"train.remat: expected one of \('', 'projections', 'layer'\), found 'all'"
     ):
@@ -329,7 +335,9 @@ XL = {**TRANSFORMER, "model__layer": "transformer_xl", "model__span__adaptive": 
 
 
 def test_combinations_that_exist() -> None:
-    """The dropout of Transformer-XL is one rate for embedding, positions and final state as well."""
+    """The dropout of Transformer-XL is one rate for embedding, positions and final state as
+    well.
+    """
     for integration in ("joint", "split", "head_split", "single_head"):
         start(changed(model__integration=integration))
     start(changed(**TRANSFORMER, model__integration="ff_attention", model__span__adaptive=False))

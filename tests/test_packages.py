@@ -73,7 +73,9 @@ def file_arrows() -> Arrows:
 
 
 def package_of(module: str) -> str:
-    """The package or single file beside `allattn/__init__.py` that holds a module; "" is that file."""
+    """The package or single file beside `allattn/__init__.py` that holds a module; "" is that
+    file.
+    """
     first, *inner = module.split(".")
     if first == "configs":
         return first

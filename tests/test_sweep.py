@@ -1,4 +1,6 @@
-"""A sweep over a folder: what fails leaves the rest, what has ended is not run again, and the table adds up."""
+"""A sweep over a folder: what fails leaves the rest, what has ended is not run again, and the table
+adds up.
+"""
 
 import csv
 import json
@@ -145,7 +147,9 @@ def test_other_settings_need_another_workdir(
 
 
 def test_a_launcher_submits_once(swept: Swept, tmp_path: Path) -> None:
-    """Runs that a launcher took are not failures, are not submitted again, and count once they have scores."""
+    """Runs that a launcher took are not failures, are not submitted again, and count once they have
+    scores.
+    """
     for _ in range(2):
         assert (
             call(*swept.words, "--only=good", f"--workdir={tmp_path}", "--launcher=echo").code == 0

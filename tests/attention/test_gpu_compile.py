@@ -1,4 +1,5 @@
-"""GPU kernels and a training step compiled for H100s that need not be here: `make test-gpu-compile`.
+"""GPU kernels and a training step compiled for H100s that need not be here: `make
+test-gpu-compile`.
 
 Dimension key: B batch, S context key, D model width, H head, K head width.
 """
@@ -29,7 +30,9 @@ KIND = chips.CHIPS["h100"].gpu.kind
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_compiles(name: str, dtype: str) -> None:
-    """Projection and operation, forward and backward: they fit, and keys are never laid out anew between them."""
+    """Projection and operation, forward and backward: they fit, and keys are never laid out anew
+    between them.
+    """
     (chip,) = chips.devices("h100:1")
     case = GEOMETRIES[name]
     place = NamedSharding(Mesh([chip], ("data",), axis_types=(AxisType.Auto,)), PartitionSpec())
@@ -82,7 +85,9 @@ def test_a_step_on_a_node() -> None:
 
 @pytest.mark.parametrize("machine", ["l4:1", "a100:1", "h100:1"])
 def test_the_notebook_on_one_gpu(machine: str) -> None:
-    """All that launch/colab.ipynb computes fits GPUs that Colab lends, kernels included. A T4 has none: plain XLA."""
+    """All that launch/colab.ipynb computes fits GPUs that Colab lends, kernels included. A T4 has
+    none: plain XLA.
+    """
     programs = list(notebook_programs.compiled(machine))
     assert len(programs) == 21
     for name, text, memory in programs:

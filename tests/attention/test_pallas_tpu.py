@@ -19,7 +19,9 @@ from allattn.attention.tpu import kernels
 @pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v6 lite", "TPU7x"])
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_lowers_for_tpu(name: str, kind: str) -> None:
-    """Forward and backward kernels at real sizes; there is no copy of keys or values around them."""
+    """Forward and backward kernels at real sizes; there is no copy of keys or values around
+    them.
+    """
     shapes = jax.eval_shape(lambda: arrays(GEOMETRIES[name], jnp.bfloat16))
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
     mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)

@@ -1,4 +1,5 @@
-"""The TPU kernels compiled to machine code by libtpu, for chips that need not be here: `make test-tpu-compile`.
+"""The TPU kernels compiled to machine code by libtpu, for chips that need not be here: `make
+test-tpu-compile`.
 
 Dimension key: B batch, T query position, S context key, D model width, H head, K head width.
 """
@@ -31,7 +32,9 @@ def device(topology: str) -> Any:
 
 
 def compiled(chip: Any, run: Any, *shapes: Any, donated: tuple[int, ...] = ()) -> str:
-    """The text of a function compiled for a chip; arguments that are donated may be written in place."""
+    """The text of a function compiled for a chip; arguments that are donated may be written in
+    place.
+    """
     place = NamedSharding(Mesh([chip], ("data",), axis_types=(AxisType.Auto,)), PartitionSpec())
     placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     described = AbstractDevice(device_kind=chip.device_kind, num_cores=1, platform="tpu")
@@ -47,7 +50,9 @@ def compiled(chip: Any, run: Any, *shapes: Any, donated: tuple[int, ...] = ()) -
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_generation_reads_the_cache_where_it_lies(topology: str) -> None:
-    """One token is written into a cache with slack, at a place known at run time, and read: no copy of the cache."""
+    """One token is written into a cache with slack, at a place known at run time, and read: no copy
+    of the cache.
+    """
     case = dataclasses.replace(GEOMETRIES["enwik8_small"], B=1, T=1, S=8448, dropout=0.0)
     shapes, E = jax.eval_shape(lambda: arrays(case, jnp.bfloat16)), case.H * case.K
     cache = [jax.ShapeDtypeStruct((1, case.S, E), jnp.bfloat16)] * 2  # as `KeyValue` keeps them
@@ -72,7 +77,9 @@ def test_generation_reads_the_cache_where_it_lies(topology: str) -> None:
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_compiles(name: str, topology: str) -> None:
-    """Projection and operation, forward and backward: they fit, and keys are never laid out anew between them."""
+    """Projection and operation, forward and backward: they fit, and keys are never laid out anew
+    between them.
+    """
     chip, case = device(topology), GEOMETRIES[name]
     shapes = jax.eval_shape(lambda: arrays(case, jnp.bfloat16))
     D = case.H * case.K
@@ -107,7 +114,9 @@ def test_compiles(name: str, topology: str) -> None:
 
 
 def test_kernels_that_go_round_a_ring() -> None:
-    """On a mesh that is all fsdp a TPU sends parts of kernels on while it multiplies: gathers, as many as it needs."""
+    """On a mesh that is all fsdp a TPU sends parts of kernels on while it multiplies: gathers, as
+    many as it needs.
+    """
     changes = {"model.depth": "2", "mesh.fsdp": "16"}
     c = config.load(str(Path(__file__).parents[2] / "configs" / "enwik8_xl_large.py"), changes)
     found = compilation.compile_step(c, "enwik8_xl_large", "v5e:4x4")
@@ -122,7 +131,9 @@ def test_kernels_that_go_round_a_ring() -> None:
 
 @pytest.mark.parametrize("machine", ["v5e:1x1", "v6e:1x1"])
 def test_the_notebook_on_one_tpu(machine: str) -> None:
-    """All that launch/colab.ipynb computes fits the TPUs that Colab lends, with the kernels in it."""
+    """All that launch/colab.ipynb computes fits the TPUs that Colab lends, with the kernels in
+    it.
+    """
     programs = list(notebook_programs.compiled(machine))
     assert len(programs) == 21
     for name, text, memory in programs:

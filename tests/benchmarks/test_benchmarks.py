@@ -101,7 +101,9 @@ def test_peers_name_all_that_a_step_needs(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_required_flops_of_the_peers() -> None:
-    """x-transformers: each query has L earlier states, the block up to itself and N pairs, and no position keys."""
+    """x-transformers: each query has L earlier states, the block up to itself and N pairs, and no
+    position keys.
+    """
     config, T = geometry(depth=3), 7
     D, L, N = config.width, config.limit, config.persistent
     pairs = sum(L + t + 1 + N for t in range(T)) / T
@@ -135,7 +137,9 @@ def test_training_and_evaluation(mode: str) -> None:
 
 
 def test_the_gpu_table(tmp_path: Path) -> None:
-    """Every line runs on a small call, a failing one leaves the others, and the file holds what the table says."""
+    """Every line runs on a small call, a failing one leaves the others, and the file holds what the
+    table says.
+    """
     command = [
         sys.executable,
         "-m",
@@ -244,7 +248,9 @@ def test_devices_of_the_overhead_benchmark() -> None:
 
 
 def test_both_costs_of_a_save() -> None:
-    """Shares of a step beside which nothing is written: how long the loop is held, how much longer its steps take."""
+    """Shares of a step beside which nothing is written: how long the loop is held, how much longer
+    its steps take.
+    """
     steps = [3.0, 2.5, *[2.0] * (overhead.BETWEEN - 2)]
     found = overhead.summary([0.1, 0.1, 9.0], [steps, steps, [9.0] * overhead.BETWEEN])
     costs = {"save_s": 0.1, "save_share": 0.05, "writing_s": 1.5, "writing_share": 0.75}

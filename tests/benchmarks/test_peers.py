@@ -1,4 +1,5 @@
-"""What ours is measured beside does the same job: the PyTorch peers compute what the operation and the network do.
+"""What ours is measured beside does the same job: the PyTorch peers compute what the operation and
+the network do.
 
 Dimension key: X layer, B batch, T position in the block, S context key, L distance, N persistent
 pair, H head, K head width, D model width.
@@ -100,7 +101,9 @@ def test_the_network_with_its_gradients() -> None:
 
 
 def test_flex_attention() -> None:
-    """Its score modification and block mask; the gradients are PyTorch's, which has them on a GPU only."""
+    """Its score modification and block mask; the gradients are PyTorch's, which has them on a GPU
+    only.
+    """
     inputs = attention_cases.arrays(CASE)
     tensors = heads_first(inputs)
     mask = flex.block_mask(tensors[-1], CASE.ramp, CASE.T, CASE.L, CASE.N)

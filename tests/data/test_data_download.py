@@ -16,7 +16,9 @@ CHECKSUM = f"sha256:{hashlib.sha256(BODY).hexdigest()}"
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Serves BODY; /cut breaks off in the middle once, /whole ignores ranges, /wrong sends other bytes."""
+    """Serves BODY; /cut breaks off in the middle once, /whole ignores ranges, /wrong sends other
+    bytes.
+    """
 
     requests: list[tuple[str, str | None]] = []
 

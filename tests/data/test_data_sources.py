@@ -1,4 +1,6 @@
-"""Where the texts come from: files placed by hand, archives, the standard library; missing and damaged ones."""
+"""Where the texts come from: files placed by hand, archives, the standard library; missing and
+damaged ones.
+"""
 
 import dataclasses
 import hashlib

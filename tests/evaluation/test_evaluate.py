@@ -30,7 +30,9 @@ def naive_nll(model: Model, params: Params, rows_RT: np.ndarray, block: int) -> 
 
 
 def scored(plan: protocols.Plan, tokens: int, block: int) -> list[int]:
-    """Indices of the targets that a plan scores, row by row, as the evaluation reads them from its blocks."""
+    """Indices of the targets that a plan scores, row by row, as the evaluation reads them from its
+    blocks.
+    """
     found: list[list[int]] = [[] for _ in plan.begin_R]
     for number in range(plan.blocks):
         inputs_RT, targets_RT, scored_RT = scoring.read_block(
@@ -100,7 +102,9 @@ def test_full_does_not_depend_on_the_work(adaptive: bool, block: int, rows: int)
 
 @pytest.mark.parametrize("protocol", ["authors", "full"])
 def test_words_without_line_ends(protocol: str) -> None:
-    """`ppl` counts every target; `ppl_words` leaves line ends out of both its sums, and bytes have none."""
+    """`ppl` counts every target; `ppl_words` leaves line ends out of both its sums, and bytes have
+    none.
+    """
     model, end = Model(geometry()), 7
     params, block = random_params(model), 8
     symbols = [chr(ord("!") + i) for i in range(29)]
@@ -146,7 +150,9 @@ def test_words_of_nothing_but_line_ends() -> None:
     "name", ["head_split", "single_head", "transformer", "transformer_xl", "pre_norm"]
 )
 def test_kinds(name: str) -> None:
-    """`authors` is the training pass, and `full` one pass over the whole text, for the other kinds of layers."""
+    """`authors` is the training pass, and `full` one pass over the whole text, for the other kinds
+    of layers.
+    """
     model = Model(geometry(**KINDS[name]))
     params, tokens = random_params(model), TOKENS[:200]
     rows_RT = tokens.reshape(8, -1)
@@ -161,7 +167,9 @@ def test_kinds(name: str) -> None:
 
 @pytest.mark.parametrize(("tokens", "block"), [(100, 8), (107, 3), (500, 49), (20, 8)])
 def test_xl_coverage(tokens: int, block: int) -> None:
-    """10 streams, every target but the first of each, the short last block included; the rest is dropped."""
+    """10 streams, every target but the first of each, the short last block included; the rest is
+    dropped.
+    """
     length, plan = tokens // 10, protocols.xl_plan(tokens, block)
     assert scored(plan, tokens, block) == [
         r * length + t for r in range(10) for t in range(1, length)
@@ -170,7 +178,9 @@ def test_xl_coverage(tokens: int, block: int) -> None:
 
 @pytest.mark.parametrize("name", ["transformer_xl", "pre_norm"])
 def test_xl(name: str) -> None:
-    """Other lengths than in training, clamped distances, an empty memory at the start, weighted by tokens."""
+    """Other lengths than in training, clamped distances, an empty memory at the start, weighted by
+    tokens.
+    """
     model = Model(geometry(**KINDS[name]))
     params, lengths = random_params(model), protocols.Lengths(target=7, memory=20, clamp=9)
     options = {"protocol": "xl", "block": 16, "lengths": lengths, "mesh": MESH}

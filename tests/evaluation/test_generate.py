@@ -72,7 +72,9 @@ def test_logits_equal_the_training_pass(
     prompt: int,
     length: int,
 ) -> None:
-    """Every step, across shifts of the cache, predicts what one pass over prompt and continuation predicts."""
+    """Every step, across shifts of the cache, predicts what one pass over prompt and continuation
+    predicts.
+    """
     monkeypatch.setattr(sampling, "SLACK", slack)
     monkeypatch.setattr(sampling, "PROMPT_BLOCK", block)
     model, params = tiny(**changes)
@@ -92,7 +94,9 @@ def test_logits_equal_the_training_pass(
 
 @pytest.mark.parametrize("name", ["head_split", "transformer", "transformer_xl"])
 def test_kinds(logits: list, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The same for the other kinds of layers; Transformer-XL's begins with an empty memory, and its window slides."""
+    """The same for the other kinds of layers; Transformer-XL's begins with an empty memory, and its
+    window slides.
+    """
     monkeypatch.setattr(sampling, "SLACK", 8)
     monkeypatch.setattr(sampling, "PROMPT_BLOCK", 8)
     model, params = tiny(**KINDS[name])

@@ -1,4 +1,6 @@
-"""Checkpoints of the papers' own code: what comes in is what goes out, bit by bit, and what does not fit is listed."""
+"""Checkpoints of the papers' own code: what comes in is what goes out, bit by bit, and what does
+not fit is listed.
+"""
 
 import json
 from collections.abc import Iterator
@@ -105,7 +107,9 @@ def test_other_models_there_and_back(
 
 
 def test_the_names_are_theirs(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    """Every key has the prefix, spans appear twice with the distances of their masks, linear maps are (out, in)."""
+    """Every key has the prefix, spans appear twice with the distances of their masks, linear maps
+    are (out, in).
+    """
     state = exported(trained[0], tmp_path / "out.npz")
     assert all(name.startswith("module.") for name in state)
     attention = "module.layers.0.attn.attn."
@@ -257,7 +261,9 @@ def test_torch_files(trained: tuple[Path, Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_recorded_state_dicts(name: str) -> None:
-    """Tensors of the papers' own models lie here where the tests of the golden numbers put them, and come back."""
+    """Tensors of the papers' own models lie here where the tests of the golden numbers put them,
+    and come back.
+    """
     g, source = golden_data.load(name), RECORDED[name]
     theirs = source == "adaptive-span"
     config = golden_data.layer_config(g) if theirs else golden_data.xl_config(g)

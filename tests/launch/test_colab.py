@@ -50,7 +50,9 @@ def parameters(notebook: nbformat.NotebookNode) -> int:
 
 
 def test_committed_outputs() -> None:
-    """Of one execution from top to bottom, without errors, and without anything of the machine that it ran on."""
+    """Of one execution from top to bottom, without errors, and without anything of the machine that
+    it ran on.
+    """
     notebook = read()
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -157,7 +159,7 @@ def test_installation_without_experiments(monkeypatch: pytest.MonkeyPatch, tmp_p
 # --- settings
 #
 #
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def functions(overrides: dict[str, Any], config: str = "demo") -> SimpleNamespace:
@@ -228,7 +230,9 @@ def test_nothing_is_compared_with_itself(
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[nbformat.NotebookNode, Path]:
-    """The notebook after an execution on the tiny run, and the mounted folder, where half of the first run was."""
+    """The notebook after an execution on the tiny run, and the mounted folder, where half of the
+    first run was.
+    """
     mounted = tmp_path_factory.mktemp("colab")
     overrides = {
         name: value

@@ -26,7 +26,9 @@ def items(*words: str) -> list[dict[str, Any]]:
 
 
 def validate(item: dict[str, Any]) -> None:
-    """Against Kubernetes's own schemas, newest and oldest that is meant to do; unknown fields are mistakes."""
+    """Against Kubernetes's own schemas, newest and oldest that is meant to do; unknown fields are
+    mistakes.
+    """
     for version in (kubernetes_validate.latest_version(), "1.31.0"):
         kubernetes_validate.validate(item, version, strict=True)
 

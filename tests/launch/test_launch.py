@@ -1,4 +1,6 @@
-"""The launchers: what they would do; and several processes on this machine, with commands that fail."""
+"""The launchers: what they would do; and several processes on this machine, with commands that
+fail.
+"""
 
 import os
 import shutil
@@ -221,7 +223,9 @@ def test_sigterm_ends_the_wait_between_attempts(tmp_path: Path) -> None:
 
 
 def test_one_that_crashes_takes_the_others_down(tmp_path: Path) -> None:
-    """Process 1 is killed, process 0 does not hear SIGTERM: killed as well when the time to end is over."""
+    """Process 1 is killed, process 0 does not hear SIGTERM: killed as well when the time to end is
+    over.
+    """
     words = local(tmp_path, "deaf", "--processes=2", "--grace=1", "--tries=1")
     running = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     eventually(lambda: len(starts(tmp_path)) == 2)

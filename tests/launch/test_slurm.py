@@ -1,4 +1,6 @@
-"""launch/slurm.sbatch on a real slurmctld and slurmd, started here for the test: `make test-slurm`, as root."""
+"""launch/slurm.sbatch on a real slurmctld and slurmd, started here for the test: `make test-slurm`,
+as root.
+"""
 
 import json
 import os

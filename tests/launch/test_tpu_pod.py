@@ -46,7 +46,9 @@ MAKE = ("--type=v5litepod-8", "--runtime=r")
 
 
 class Slice:
-    """A copy of launch/ in a repository of its own, and a PATH with stand-ins for gcloud and the workers' python3."""
+    """A copy of launch/ in a repository of its own, and a PATH with stand-ins for gcloud and the
+    workers' python3.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.workers, self.repository, programs = (

@@ -28,7 +28,9 @@ CUTOFFS, V, D = (20, 50, 90), 200, 32
 
 
 def made(params: Any = None, **changes: Any) -> AdaptiveIO:
-    """A small one with the given parameters, or with random ones so large that every logit counts."""
+    """A small one with the given parameters, or with random ones so large that every logit
+    counts.
+    """
     options = {
         "vocab_size": V,
         "width": D,
@@ -60,7 +62,9 @@ def pure(io: AdaptiveIO) -> dict[str, Any]:
 def check_output(
     io: AdaptiveIO, h_BTD, targets_BT, g: dict, theirs: dict, output: float, gradient: float
 ) -> None:
-    """Log-probabilities and NLL of the last block, and the gradients of what only the output has."""
+    """Log-probabilities and NLL of the last block, and the gradients of what only the output
+    has.
+    """
 
     @jax.jit
     def run(io: AdaptiveIO, h_BTD):
@@ -82,7 +86,9 @@ def check_output(
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("name", ["adaptive", "adaptive_div2", "plain", "plain_samelen_clamp"])
 def test_transformer_xl(name: str, dtype: str) -> None:
-    """Its embeddings and losses; one table without cutoffs, one cut in three, and three narrower ones."""
+    """Its embeddings and losses; one table without cutoffs, one cut in three, and three narrower
+    ones.
+    """
     g = golden.load(f"txl_lm_{name}", "golden64" if dtype == "float64" else "golden")
     with jax.enable_x64(dtype == "float64"):
         cutoffs, M, depth = tuple(g["cutoffs"].tolist()), int(g["block"]), int(g["n_layers"])
@@ -110,7 +116,7 @@ def test_transformer_xl(name: str, dtype: str) -> None:
 # --- rounds
 #
 #
-# ------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def states(shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
@@ -160,7 +166,9 @@ CASES += [
 def test_rounds_change_nothing(
     options: dict, name: str, logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever tokens a tail has, more than one round holds as well, loss and gradients are those of all logits."""
+    """Whatever tokens a tail has, more than one round holds as well, loss and gradients are those
+    of all logits.
+    """
     monkeypatch.setattr(adaptive_softmax, "LOGITS", logits)
     io, targets_BT = made(**options), TARGETS[name]
     h_BTD = states(targets_BT.shape)
@@ -172,7 +180,9 @@ def test_rounds_change_nothing(
 
 
 def test_rounds_follow_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A round takes a share of the block, a tail makes as many as its tokens need, and none where it has none."""
+    """A round takes a share of the block, a tail makes as many as its tokens need, and none where
+    it has none.
+    """
     found, nll = [], adaptive_softmax._nll
 
     def spy(size: int, *rest: Any) -> jax.Array:
@@ -193,7 +203,9 @@ def test_probabilities_sum_to_one() -> None:
 
 
 def test_bfloat16() -> None:
-    """Products in bfloat16, sums and losses in float32: near the float32 loss, gradients in the parameters' dtype."""
+    """Products in bfloat16, sums and losses in float32: near the float32 loss, gradients in the
+    parameters' dtype.
+    """
     io, targets_BT = made(), TARGETS["spread"]
     inputs = (states(targets_BT.shape, dtype) for dtype in ("bfloat16", "float32"))
     half, whole = (loss_and_gradients(io, h_BTD, targets_BT, False) for h_BTD in inputs)
@@ -204,7 +216,9 @@ def test_bfloat16() -> None:
 
 
 def test_memory() -> None:
-    """Loss and gradients need three times `LOGITS` at most, where all logits of the block would be 16 times that."""
+    """Loss and gradients need three times `LOGITS` at most, where all logits of the block would be
+    16 times that.
+    """
     config = {"vocab_size": 600_000, "cutoffs": (60_000, 300_000), "width": 64, "division": 4}
     io = nnx.eval_shape(lambda: AdaptiveIO(rngs=nnx.Rngs(0), tied=True, **config))
     h_BTD, targets_BT = (
@@ -288,7 +302,9 @@ print(json.dumps([jax.device_count(), [np.asarray(x).ravel().tolist() for x in j
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_mesh(tied: bool) -> None:
-    """Loss and gradients on 2 x 2 x 2 devices, some of which have no token in any tail, are those of one device."""
+    """Loss and gradients on 2 x 2 x 2 devices, some of which have no token in any tail, are those
+    of one device.
+    """
     (one, expected), (eight, found) = (
         fresh(ON_A_MESH.format(parts=n, tied=tied), n**3) for n in (1, 2)
     )
@@ -300,7 +316,7 @@ def test_mesh(tied: bool) -> None:
 # --- words
 #
 #
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_words_from_start_to_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

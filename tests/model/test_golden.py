@@ -116,7 +116,9 @@ def test_layer(name: str, implementation: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_float64(name: str) -> None:
-    """To 1e-9, with the 1e-8 that the authors add to their normaliser (see golden_data.authors_attention)."""
+    """To 1e-9, with the 1e-8 that the authors add to their normaliser (see
+    golden_data.authors_attention).
+    """
     g = golden.load(f"layer_{name}", "golden64")
     with jax.enable_x64(True):
         config, params, position, cache, h = layer_inputs(g, np.float64)

@@ -1,4 +1,5 @@
-"""Ways to integrate persistent vectors and feed-forward sublayers, against their definitions written out densely.
+"""Ways to integrate persistent vectors and feed-forward sublayers, against their definitions
+written out densely.
 
 Dimension key: X layer, B batch, T position in the block, S context key, L distance, N persistent
 pair, H head, K head width, D model width, F inner unit.
@@ -120,7 +121,9 @@ INTEGRATE = {f.__name__: f for f in (joint, split, head_split, single_head)}
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_against_the_definition(name: str) -> None:
-    """Hidden states of two layers on a cache of other states, and the share of weight on persistent pairs."""
+    """Hidden states of two layers on a cache of other states, and the share of weight on persistent
+    pairs.
+    """
     model = Model(geometry(**VARIANTS[name], limit=20, implementation=None))
     config, params = model.config, random_params(model)
     rng = np.random.default_rng(0)
@@ -145,7 +148,9 @@ def test_against_the_definition(name: str) -> None:
 
 
 def test_feed_forward_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
-    """After ReLU, at the rate of the attention weights, by row, position and unit alone; the rest is scaled up."""
+    """After ReLU, at the rate of the attention weights, by row, position and unit alone; the rest
+    is scaled up.
+    """
     monkeypatch.setattr(FeedForward, "leave", lambda self, h_BTD, out_BTD: out_BTD)
     config, rate = geometry(**{**KINDS["transformer"], "feed_forward": 16}, dropout=0.25), 0.25
     layer = FeedForward(config, nnx.Rngs(0), 0.0)

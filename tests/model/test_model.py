@@ -51,7 +51,9 @@ PARAMETERS = {
 
 
 def test_parameter_counts() -> None:
-    """Every file states its own in its docstring, and they are the method page's exact figures where that has one."""
+    """Every file states its own in its docstring, and they are the method page's exact figures
+    where that has one.
+    """
     stated, counted = {}, {}
     for path in sorted(
         p for p in CONFIGS.rglob("*.py") if p.stem not in ("__init__", "base", "demo")
@@ -115,11 +117,13 @@ def test_initialisation_repeats_nothing(fresh: tuple[ModelConfig, Params]) -> No
 # --- causality
 #
 #
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def by_position(model: Model, params: Params, T: int) -> np.ndarray:
-    """How much final hidden state t (rows) depends on the embedding of position s (columns), as (T, T)."""
+    """How much final hidden state t (rows) depends on the embedding of position s (columns), as (T,
+    T).
+    """
     weights_D = np.random.default_rng(0).normal(size=model.config.width).astype(np.float32)
 
     @jax.jit
@@ -156,7 +160,9 @@ def one_layer(model: Model, params: Params) -> AllAttention:
 
 
 def test_current_token_is_not_attended() -> None:
-    """Attention at t takes keys and values from earlier positions only; t itself enters through query and residual."""
+    """Attention at t takes keys and values from earlier positions only; t itself enters through
+    query and residual.
+    """
     T = 9
     model = Model(geometry(depth=1, limit=16, adaptive=False))
     params = random_params(model)
@@ -181,7 +187,9 @@ def test_current_token_is_not_attended() -> None:
 
 @pytest.mark.parametrize("span", [0.0, 0.4])
 def test_projections_follow_the_reach(span: float) -> None:
-    """Within reach they are the plain products, gradients included; beyond it zeros; the cache gets no gradient."""
+    """Within reach they are the plain products, gradients included; beyond it zeros; the cache gets
+    no gradient.
+    """
     model = Model(geometry(depth=1, limit=160, implementation="xla"))
     params = random_params(model)
     params["layers"]["span"] = jnp.full((1, 2), span, jnp.float32)
@@ -244,7 +252,9 @@ def test_layer_norm_epsilon() -> None:
 
 
 def test_layer_norm_gradient() -> None:
-    """The hand-written backward pass gives what differentiating the definition gives, in float64."""
+    """The hand-written backward pass gives what differentiating the definition gives, in
+    float64.
+    """
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
         h_BTD, weight_BTD, scale_D, bias_D = (
@@ -269,7 +279,9 @@ def test_layer_norm_gradient() -> None:
 
 @pytest.mark.parametrize("vocabulary", [7, SMALL_VOCABULARY + 1])
 def test_gradient_of_a_frequent_symbol(vocabulary: int) -> None:
-    """In bfloat16 the sum of 3,000 ones would stay at 256; vectors are rows of the table in the asked dtype."""
+    """In bfloat16 the sum of 3,000 ones would stay at 256; vectors are rows of the table in the
+    asked dtype.
+    """
     table_VD = jnp.asarray(np.random.default_rng(0).normal(size=(vocabulary, 4)), jnp.float32)
     tokens_BT = jnp.array([[3] * 3000 + [5] * 7])
     found_BTD, pull = jax.vjp(
@@ -299,7 +311,9 @@ def dropped(
 
 
 def test_embedding_dropout() -> None:
-    """It zeroes its share of the embedding's output and, by another draw, of the final state, and scales the rest."""
+    """It zeroes its share of the embedding's output and, by another draw, of the final state, and
+    scales the rest.
+    """
     T, rate = 40, 0.25
     clean = Model(geometry(depth=1, vocab_size=4 * T, limit=16, adaptive=False))
     model = Model(dataclasses.replace(clean.config, embedding_dropout=rate))
@@ -319,7 +333,9 @@ def test_embedding_dropout() -> None:
 
 
 def test_dropout_does_not_depend_on_the_split() -> None:
-    """Rows in parts, each told its offset, drop what the whole batch drops: embeddings, states and attention."""
+    """Rows in parts, each told its offset, drop what the whole batch drops: embeddings, states and
+    attention.
+    """
     model = Model(geometry(embedding_dropout=0.2, dropout=0.3, limit=16))
     params, seeds_X = random_params(model), jnp.array([1, 2, 3, 4], jnp.uint32)
     tokens_BT = np.random.default_rng(0).integers(29, size=(4, 10))
@@ -333,7 +349,9 @@ def test_dropout_does_not_depend_on_the_split() -> None:
 
 
 def test_bfloat16() -> None:
-    """Products in bfloat16 over float32 parameters: the loss is that of float32 to about its precision."""
+    """Products in bfloat16 over float32 parameters: the loss is that of float32 to about its
+    precision.
+    """
     tokens_BT, losses = np.random.default_rng(0).integers(29, size=(4, 33)), {}
     for dtype in ("float32", "bfloat16"):
         model = Model(geometry(dtype=dtype, limit=32))
@@ -368,7 +386,9 @@ def occurrences(jaxpr: Any, name: str) -> int:
 
 @pytest.mark.parametrize("implementation", ["xla", "pallas_tpu", "pallas_gpu"])
 def test_what_is_recomputed(implementation: str) -> None:
-    """`layer` runs the forward pass of the operation twice, `projections` once, and keeps less than all."""
+    """`layer` runs the forward pass of the operation twice, `projections` once, and keeps less than
+    all.
+    """
     mark, tokens_BT = (
         "reduce_max" if implementation == "xla" else "pallas_call",
         jnp.zeros((2, 8), jnp.int32),

@@ -31,7 +31,9 @@ MODELS = ["plain", "plain_samelen_clamp", "adaptive", "adaptive_div2"]
 
 
 def bound(config, params: dict) -> TransformerXL:
-    """A layer with these parameters; a file of attention alone leaves those of the feed-forward sublayer abstract."""
+    """A layer with these parameters; a file of attention alone leaves those of the feed-forward
+    sublayer abstract.
+    """
     graph, state = nnx.split(nnx.eval_shape(lambda: TransformerXL(config, nnx.Rngs(0))))
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graph, state)
@@ -105,7 +107,9 @@ def test_layer_float64(name: str) -> None:
 
 
 def follow_model(name: str, folder: str, dtype: str) -> tuple[float, float]:
-    """Largest errors of values (NLL, log-probabilities, memories) and of gradients over the four blocks."""
+    """Largest errors of values (NLL, log-probabilities, memories) and of gradients over the four
+    blocks.
+    """
     g = golden.load(f"txl_lm_{name}", folder)
     config = golden.xl_config(g, dtype=dtype)
     model, params, M = Model(config), golden.xl_params(g, config, "p.", dtype), int(g["block"])
@@ -161,7 +165,9 @@ def test_model_float64(name: str) -> None:
 
 
 def test_initialisation() -> None:
-    """Weights and the two vectors N(0, 0.02), scales of norms N(1, 0.02), biases 0, nothing drawn twice."""
+    """Weights and the two vectors N(0, 0.02), scales of norms N(1, 0.02), biases 0, nothing drawn
+    twice.
+    """
     model = Model(
         geometry(**{**KINDS["transformer_xl"], "width": 64, "depth": 4, "feed_forward": 128})
     )

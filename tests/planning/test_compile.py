@@ -1,4 +1,5 @@
-"""Reading collectives from compiled text, judging them, and `allattn compile` without any accelerator.
+"""Reading collectives from compiled text, judging them, and `allattn compile` without any
+accelerator.
 
 Dimension key: B batch, T query position, S context key, H head, K head width, X any.
 """
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # --- reading
 #
 #
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 TEXT = """HloModule jit_step, entry_computation_layout={()->()}, num_partitions=8
 
@@ -105,7 +106,9 @@ ENTRY %main (h: f32[4,8]) -> f32[4,8] {
 
 
 def test_reading() -> None:
-    """Every form that CPUs, GPUs and TPUs write: which, of how many bytes, how often, between whom."""
+    """Every form that CPUs, GPUs and TPUs write: which, of how many bytes, how often, between
+    whom.
+    """
     found = collectives.parse(TEXT)
     pairs, halves = ((0, 1), (2, 3), (4, 5), (6, 7)), ((0, 4), (2, 6), (1, 5), (3, 7))
 
@@ -151,7 +154,7 @@ def test_unknown_groups() -> None:
 # --- judging
 #
 #
-# -----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 JUDGE = """
 import json, jax

@@ -1,4 +1,5 @@
-"""Several processes on this machine, over gloo: the numbers of one, and an end with a message for all.
+"""Several processes on this machine, over gloo: the numbers of one, and an end with a message for
+all.
 
 Dimension key: B row of the batch.
 """
@@ -65,7 +66,8 @@ def arrays(texts: Path, workdir: Path, step: int) -> tuple[Any, Any, Any]:
 
 
 def test_killed_and_resumed_on_other_meshes(tmp_path: Path) -> None:
-    """2 processes x 4 devices are killed and resume as 4 x 2 and as 1 x 8: the losses of one process and one device.
+    """2 processes x 4 devices are killed and resume as 4 x 2 and as 1 x 8: the losses of one
+    process and one device.
 
     What 4 x 2 restore and save at once is, read by one process, what 2 x 4 saved, bit for bit.
     """
@@ -103,7 +105,9 @@ def test_killed_and_resumed_on_other_meshes(tmp_path: Path) -> None:
 
 
 def test_a_machine_that_is_taken_away(tmp_path: Path) -> None:
-    """SIGTERM to one of two processes: both save and exit with 75; the run resumes; only process 0 writes logs."""
+    """SIGTERM to one of two processes: both save and exit with 75; the run resumes; only process 0
+    writes logs.
+    """
     texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
     with train(texts, workdir, 2, 1, train__steps=100_000, checkpoint__every=100_000) as both:
         wait_for(workdir, "metrics.jsonl")
@@ -287,7 +291,9 @@ def test_workdir_that_is_not_shared(tmp_path: Path) -> None:
 
 
 def test_a_process_that_never_comes(tmp_path: Path) -> None:
-    """Process 0 of 2 without the other, and process 1 without a coordinator: a message and exit code 1, in time."""
+    """Process 0 of 2 without the other, and process 1 without a coordinator: a message and exit
+    code 1, in time.
+    """
 
     def words(i: int, started: Processes) -> list[str]:
         place = [
@@ -394,7 +400,9 @@ processes.stop(0)
 
 
 def test_rows_of_a_process_with_others_between() -> None:
-    """On a mesh that takes the devices of two processes in turn, each reads its own rows and they land in place."""
+    """On a mesh that takes the devices of two processes in turn, each reads its own rows and they
+    land in place.
+    """
     with Processes(2, 2, lambda i, started: ["-c", ROWS, str(i), str(started.port)]) as two:
         assert [result.code for result in two.results()] == [0, 0]
 

@@ -1,4 +1,6 @@
-"""Processes that find each other without being told: Cloud TPU, GKE, Open MPI. (SLURM: test_slurm.py.)"""
+"""Processes that find each other without being told: Cloud TPU, GKE, Open MPI. (SLURM:
+test_slurm.py.)
+"""
 
 import http.server
 import os
@@ -35,7 +37,9 @@ processes.stop(0)
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
-    """What Google's metadata server says to each worker of a slice of two; the port tells which of them asks."""
+    """What Google's metadata server says to each worker of a slice of two; the port tells which of
+    them asks.
+    """
 
     def do_GET(self) -> None:
         found = {
@@ -64,7 +68,9 @@ def metadata() -> Iterator[list[str]]:
 
 
 def found_by(surroundings: Any, count: int = 2) -> list[Result]:
-    """Processes without flags find each other, each in environment variables of its own, as on a TPU's machines."""
+    """Processes without flags find each other, each in environment variables of its own, as on a
+    TPU's machines.
+    """
 
     def words(i: int, started: Processes) -> list[str]:
         values = {

@@ -26,7 +26,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("protocol", ["authors", "full"])
 def test_several_processes_score_a_checkpoint(trained: Path, protocol: str) -> None:
-    """2 processes x 2 devices find what one finds, by the rows that each reads; only process 0 says it, and no more."""
+    """2 processes x 2 devices find what one finds, by the rows that each reads; only process 0 says
+    it, and no more.
+    """
     words = ("--split=valid", f"--protocol={protocol}")
     with evaluate(trained, 1, 1, *words) as alone:
         (expected,) = alone.results()

@@ -93,13 +93,15 @@ def test_evaluation_on_a_mesh() -> None:
 # --- the table
 #
 #
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 WIKITEXT = ModelConfig.from_config(configuration.load(str(ROOT / "configs" / "wikitext103.py")))
 
 
 def test_tables_too_narrow_to_split() -> None:
-    """WikiText-103's last cluster, 67,735 rows of 8, is whole on each of 16 devices; the others are split by width."""
+    """WikiText-103's last cluster, 67,735 rows of 8, is whole on each of 16 devices; the others are
+    split by width.
+    """
     params = jax.eval_shape(Model(WIKITEXT).init, jax.random.key(0))
     places = sharding.shardings(AbstractMesh((1, 16, 1), sharding.AXES), params)
     specs = [place.spec for place in places["io"]["embedding"].values()]

@@ -1,4 +1,6 @@
-"""A run whose texts, prepared data, workdir and logs are in a bucket: trained, resumed, evaluated, sampled."""
+"""A run whose texts, prepared data, workdir and logs are in a bucket: trained, resumed, evaluated,
+sampled.
+"""
 
 import dataclasses
 import hashlib
@@ -99,7 +101,7 @@ def new_machine(server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 # --- data
 #
 #
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def set_source(monkeypatch: pytest.MonkeyPatch, text: bytes | None) -> None:
@@ -124,7 +126,9 @@ STDLIB = b"import abc\n" * 30_000
 def test_prepared_data_in_a_bucket(
     new_machine: NewMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prepared on one machine, read on another; the file that marks a whole set is the last one to be written."""
+    """Prepared on one machine, read on another; the file that marks a whole set is the last one to
+    be written.
+    """
     new_machine()
     set_source(monkeypatch, STDLIB)
     wanted, url = text_of("gs://bucket/data"), "gs://bucket/data"
@@ -261,7 +265,7 @@ def test_no_such_bucket_for_a_workdir(server: None) -> None:
 # --- a run
 #
 #
-# -------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +320,9 @@ def test_a_run_in_a_bucket(command: Command, trained: dict[str, Any]) -> None:
 
 
 def test_what_a_run_leaves_in_a_bucket(trained: dict[str, Any], tmp_path: Path) -> None:
-    """Rows and events of both starts, though nothing can be appended; the checkpoints that are kept and no others."""
+    """Rows and events of both starts, though nothing can be appended; the checkpoints that are kept
+    and no others.
+    """
     run = epath.Path("gs://bucket/run")
     for path in run.glob("events*"):
         path.copy(tmp_path / path.name)
@@ -335,7 +341,9 @@ def test_what_a_run_leaves_in_a_bucket(trained: dict[str, Any], tmp_path: Path) 
 def test_two_processes_and_a_bucket(
     trained: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each on a machine that has nothing: process 0 prepares the data while the other waits; the scores of one."""
+    """Each on a machine that has nothing: process 0 prepares the data while the other waits; the
+    scores of one.
+    """
     monkeypatch.setenv("ALLATTN_DATA_DIR", "gs://bucket/prepared-by-two")
 
     def words(i: int, started: Processes) -> list[str]:

@@ -1,4 +1,6 @@
-"""Checkpoints: what goes in comes out on any mesh, the right ones are kept, and damage costs one checkpoint at most."""
+"""Checkpoints: what goes in comes out on any mesh, the right ones are kept, and damage costs one
+checkpoint at most.
+"""
 
 import math
 import os
@@ -25,7 +27,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def trees(value: float) -> tuple[Any, Any, Any]:
-    """Params, optimizer and cache that differ from value to value; sizes that 8 devices can share."""
+    """Params, optimizer and cache that differ from value to value; sizes that 8 devices can
+    share.
+    """
     params = {
         "layers": {"kv": jnp.full((8, 4), value)},
         "bias": jnp.arange(16, dtype=jnp.bfloat16) + value,
@@ -137,7 +141,9 @@ with Checkpointer(WORKDIR) as checkpoints:
 
 
 def test_other_meshes(tmp_path: Path, own_data_dir: None) -> None:
-    """Trained on 2 x 2 x 2 devices, and passed on bit by bit to 8 x 1 x 1, 1 x 4 x 2, one device, and back."""
+    """Trained on 2 x 2 x 2 devices, and passed on bit by bit to 8 x 1 x 1, 1 x 4 x 2, one device,
+    and back.
+    """
     texts = command_line.write_texts(tmp_path)
     code = OTHER_MESHES.replace("WORKDIR", repr(str(tmp_path / "run"))).replace(
         "TEXTS", repr(str(texts))

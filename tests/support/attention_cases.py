@@ -1,10 +1,13 @@
-"""Calls of the operation that several tests share: their sizes, their inputs, and how results are compared.
+"""Calls of the operation that several tests share: their sizes, their inputs, and how results are
+compared.
 
 Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K
 head width.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -118,13 +121,24 @@ def call(inputs: dict[str, Any], **rest: Any) -> Any:
     )
 
 
+def compiled(implementation: str) -> Callable[[Callable], Callable]:
+    """Decorator that compiles a function which calls an implementation.
+
+    On a CPU an interpreted kernel and the definition take longer to optimise than to run. "xla",
+    which users run there, is compiled as for them.
+    """
+    quick = implementation != "xla" and jax.default_backend() == "cpu"
+    options: Any = {"xla_backend_optimization_level": 0} if quick else None
+    return functools.partial(jax.jit, compiler_options=options)
+
+
 def results(case: Case, inputs: dict[str, Any], implementation: str, **rest: Any) -> dict[str, Any]:
     """Output, persistent mass and every gradient of sum(out * cotangent)."""
     cotangent = jnp.asarray(
         np.random.default_rng(1).normal(size=(case.B, case.T, case.H, case.K)), jnp.float32
     )
 
-    @jax.jit
+    @compiled(implementation)
     def run(inputs: dict[str, Any]) -> tuple:
         def loss(inputs: dict[str, Any]) -> tuple:
             settings = {**options(case), **rest}
@@ -139,8 +153,17 @@ def results(case: Case, inputs: dict[str, Any], implementation: str, **rest: Any
     return {"out": out, "mass": mass, **gradients}
 
 
+@functools.lru_cache(maxsize=4)
+def exact(case: Case) -> dict[str, Any]:
+    """The definition in float64, computed once for the implementations that are held against it."""
+    with jax.enable_x64(True):
+        return results(case, arrays(case, np.float64), "reference")
+
+
 def error(ours: dict[str, Any], reference: dict[str, Any]) -> float:
-    """Largest error over largest entry; gradients that vanish in theory are held against the largest gradient."""
+    """Largest error over largest entry; gradients that vanish in theory are held against the
+    largest gradient.
+    """
     largest, errors = (
         max(float(np.abs(np.asarray(x, np.float64)).max(initial=0)) for x in reference.values()),
         [],

@@ -1,4 +1,5 @@
-"""A storage bucket in memory behind HTTP: as much of Google Cloud Storage's JSON API as a run needs.
+"""A storage bucket in memory behind HTTP: as much of Google Cloud Storage's JSON API as a run
+needs.
 
 Command: python tests/support/fake_bucket.py PORT_FILE. Serves until it is killed; the port is
 written into PORT_FILE. There are no folders and no appending, as in a real bucket, and the only

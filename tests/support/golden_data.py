@@ -1,4 +1,5 @@
-"""Reading the golden numbers: ../shared when it is there, otherwise the small copies beside this file.
+"""Reading the golden numbers: ../shared when it is there, otherwise the small copies beside this
+file.
 
 Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K
 head width.
@@ -89,7 +90,9 @@ def plain_io(take: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def adaptive_io(take: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Embedding and softmax by clusters; the tails' columns of the head come in reverse order there."""
+    """Embedding and softmax by clusters; the tails' columns of the head come in reverse order
+    there.
+    """
     names = {
         "embedding": r"in_emb\.emb_layers\.(\d+)\.weight",
         "projection": r"in_emb\.emb_projs\.(\d+)",
@@ -104,7 +107,9 @@ def adaptive_io(take: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def xl_io(take: dict[str, np.ndarray], cutoffs: tuple[int, ...]) -> dict[str, Any]:
-    """Transformer-XL's; what is not in `take` is left out. Division 1 has one table for all clusters there."""
+    """Transformer-XL's; what is not in `take` is left out. Division 1 has one table for all
+    clusters there.
+    """
     names = {
         "embedding": r"word_emb\.emb_layers\.(\d+)\.weight",
         "projection": r"word_emb\.emb_projs\.(\d+)",
@@ -136,7 +141,9 @@ def position(key_pe: np.ndarray) -> np.ndarray:
 def layer(
     take: dict[str, np.ndarray], config: ModelConfig, start: str, attn: str
 ) -> dict[str, np.ndarray]:
-    """One layer's tensors; linear weights are (out, in) in the golden files and (in, heads, head width) here."""
+    """One layer's tensors; linear weights are (out, in) in the golden files and (in, heads, head
+    width) here.
+    """
     D, H, K = config.width, config.heads, config.head_width
     attn = start + attn
     ours = {}
@@ -240,7 +247,8 @@ def error(ours: Any, theirs: Any) -> float:
 
 
 def authors_attention(query_BTHK, key_BSHK, value_BSHK, **options):
-    """Our reference as the authors compute it: their weights are divided by (sum + 1e-8) after the mask.
+    """Our reference as the authors compute it: their weights are divided by (sum + 1e-8) after the
+    mask.
 
     With s the share of the unmasked softmax that the mask leaves, that multiplies every output by s
     / (s + 1e-8). They trim distances beyond reach before the softmax, in steps of 64, which changes

@@ -1,4 +1,5 @@
-"""Everything that launch/colab.ipynb has one device compute, compiled for a device that need not be here.
+"""Everything that launch/colab.ipynb has one device compute, compiled for a device that need not be
+here.
 
 Dimension key: B row of a batch, T position in the block, V vocabulary.
 """
@@ -32,7 +33,9 @@ def settings() -> dict[str, Any]:
 
 
 def compiled(machine: str) -> Iterator[tuple[str, str, int]]:
-    """Name, text and bytes of memory of each: both runs' states, steps and scores, and the samples of the first."""
+    """Name, text and bytes of memory of each: both runs' states, steps and scores, and the samples
+    of the first.
+    """
     found = settings()
     for pairs in ({}, {"model.persistent": str(found["OTHER_N"])}):
         changes = {

@@ -86,7 +86,9 @@ def train(
     before: Any = lambda _: "",
     **changes: Any,
 ) -> Processes:
-    """A training run; `each` gives the settings of one process, `before` lines of Python that it runs first."""
+    """A training run; `each` gives the settings of one process, `before` lines of Python that it
+    runs first.
+    """
 
     def words(i: int, started: Processes) -> list[str]:
         settings = flags(texts, **{**RUN, **changes, **each(i)})

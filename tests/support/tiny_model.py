@@ -33,7 +33,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def geometry(**changes: Any) -> ModelConfig:
-    """Two layers of two heads that may look 160 tokens back, of which those of `random_params` use 52."""
+    """Two layers of two heads that may look 160 tokens back, of which those of `random_params` use
+    52.
+    """
     fields: dict[str, Any] = dict(depth=2, width=16, heads=2, persistent=5, vocab_size=96)
     fields |= dict(
         dropout=0.0,
@@ -48,7 +50,9 @@ def geometry(**changes: Any) -> ModelConfig:
 
 
 def random_params(model: Model, seed: int = 0) -> Params:
-    """Normal numbers everywhere (norms near 1 and 0), position keys flat enough that far tokens count, mixed spans."""
+    """Normal numbers everywhere (norms near 1 and 0), position keys flat enough that far tokens
+    count, mixed spans.
+    """
     rng, config = np.random.default_rng(seed), model.config
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -68,7 +72,8 @@ def random_params(model: Model, seed: int = 0) -> Params:
 def naive_forward(
     model: Model, params: Params, rows_RT: np.ndarray, block: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Training-mode forward passes over every whole block of every row, from a zero cache of the whole limit.
+    """Training-mode forward passes over every whole block of every row, from a zero cache of the
+    whole limit.
 
     Args:
       model: the network.

@@ -69,7 +69,9 @@ NOISE = 0.2
 
 
 def additions(rng: np.random.Generator) -> np.ndarray:
-    """Each symbol is the sum of the two before it modulo 7, but every fifth, at random, is any symbol."""
+    """Each symbol is the sum of the two before it modulo 7, but every fifth, at random, is any
+    symbol.
+    """
     x_BT = rng.integers(7, size=(ROWS, BLOCK + 1))
     for t in range(2, BLOCK + 1):
         x_BT[:, t] = np.where(
@@ -105,7 +107,9 @@ def repetitions(rng: np.random.Generator) -> np.ndarray:
 
 
 def test_copying_needs_context() -> None:
-    """The symbol to copy is five back, the current one not counted: one layer that sees less cannot know it."""
+    """The symbol to copy is five back, the current one not counted: one layer that sees less cannot
+    know it.
+    """
     least = math.log(16) * (PERIOD - 1) / BLOCK  # the first word, whose first symbol is no target
     assert final_nll(16, 1, 16, PERIOD, repetitions) < least + 0.1
     assert least + 1.5 < final_nll(16, 1, 16, 1, repetitions) < math.log(16) + 0.1
@@ -113,7 +117,9 @@ def test_copying_needs_context() -> None:
 
 @pytest.mark.slow
 def test_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A minute on Wikipedia text, through the whole of training. The score is one of a slice, not of enwik8."""
+    """A minute on Wikipedia text, through the whole of training. The score is one of a slice, not
+    of enwik8.
+    """
     if not SLICE.exists():
         pytest.skip("enwik8_slice, 4 MB of Wikipedia text, is not on this machine")
     monkeypatch.setenv("ALLATTN_DATA_DIR", str(tmp_path / "prepared"))

@@ -106,7 +106,9 @@ def test_part_files_of_a_bucket(tmp_path: Path) -> None:
 
 
 def test_where_nothing_can_be_appended(tmp_path: Path) -> None:
-    """The file is written whole, at once if the last time is long ago and otherwise at the next flush."""
+    """The file is written whole, at once if the last time is long ago and otherwise at the next
+    flush.
+    """
     writer = jsonl.JsonlWriter(str(tmp_path))
     writer._appends, writer.every = False, 3600.0
     writer.write_scalars(1, {"nll": 3.0})

@@ -41,7 +41,9 @@ def golden_config(g: dict[str, np.ndarray], name: str) -> ml_collections.ConfigD
 
 
 def follow(name: str, folder: str, attention: Callable, updates: int | None = None):
-    """Run the authors' updates; returns the largest error of a loss and of a span, and state, numbers and geometry."""
+    """Run the authors' updates; returns the largest error of a loss and of a span, and state,
+    numbers and geometry.
+    """
     g = golden.load(f"traj_{name}", folder)
     c, dtype = golden_config(g, name), "float64" if folder == "golden64" else "float32"
     c.model.dtype = dtype
@@ -113,7 +115,8 @@ def test_trajectory_from_zero_spans() -> None:
 
 
 def test_trajectory_with_adaptive_io() -> None:
-    """Every update, with the authors' 1e-8: in float32 to 1e-5 of the loss, which is above 10 here, in float64 to 1e-6.
+    """Every update, with the authors' 1e-8: in float32 to 1e-5 of the loss, which is above 10 here,
+    in float64 to 1e-6.
 
     Without their 1e-8 the losses differ by up to 6e-5 in float64 too (docs/exactness.md).
     """
@@ -150,7 +153,9 @@ QUICK = {
 
 
 def tiny(texts: str, **changes: Any) -> ml_collections.ConfigDict:
-    """A model that trains in seconds, with dropout, learned spans and a stream that wraps within the run."""
+    """A model that trains in seconds, with dropout, learned spans and a stream that wraps within
+    the run.
+    """
     c = base.get_config()
     c.dataset.name, c.dataset.data_dir = "files", texts
     c.model.depth, c.model.width, c.model.heads, c.model.persistent, c.model.vocab_size = (
@@ -199,7 +204,9 @@ def final_arrays(workdir: Path, config: ml_collections.ConfigDict) -> list[np.nd
 
 
 def test_resuming_is_exact(texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """48 steps at once equal 24, a kill and 24 more: bit for bit, with dropout, a wrap and growth of the bucket."""
+    """48 steps at once equal 24, a kill and 24 more: bit for bit, with dropout, a wrap and growth
+    of the bucket.
+    """
     c = tiny(
         texts, **{"model.span.init": 0.2, "model.span.loss": -2e-3}
     )  # a negative cost makes the spans grow
@@ -308,7 +315,9 @@ def test_loss_that_is_not_a_number(texts: str, tmp_path: Path) -> None:
 def test_gradient_that_is_not_a_number(
     texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parameters that it spoiled are not saved, although the loss of that step was measured before."""
+    """The parameters that it spoiled are not saved, although the loss of that step was measured
+    before.
+    """
     c = tiny(texts, **{"train.steps": 4, "train.finetune_steps": 0}, **QUICK)
     c.checkpoint.every = 1
     advance = train.Trainer.step
