@@ -19,7 +19,7 @@ from flax import nnx
 
 from allattn.attention import dropout
 from allattn.attention.span import reach
-from allattn.attention.xla.tiles import buckets
+from allattn.attention.xla.tiles import reach_sizes
 from allattn.model.adaptive_softmax import AdaptiveIO, TokenIO
 
 if TYPE_CHECKING:
@@ -319,7 +319,7 @@ def lengths(S: int, T: int) -> tuple[int, ...]:
 
     Beside a long block a few states more cost less than a choice.
     """
-    return tuple(size for size in buckets(S) if size >= T // 4 or size == S)
+    return tuple(size for size in reach_sizes(S) if size >= T // 4 or size == S)
 
 
 def last_states(cache_XBSD: Array, x: Array | int, length: int) -> Array:

@@ -35,8 +35,8 @@ from allattn.attention.xla.tiles import (
     Head,
     Shape,
     Tile,
-    buckets,
     padded_positions,
+    reach_sizes,
     select_head,
     select_tile,
     skew,
@@ -92,7 +92,7 @@ _attention.defvjp(_attention_forward, _attention_backward)
 def _for_each_head(static: Static, inputs: Inputs, dynamic: Dynamic, work: Callable, extra: tuple):
     """Run `work` on every head with the code of the bucket that its span needs; outputs gain a leading head axis."""
     L, shape = inputs.position_HLK.shape[1], work_shape(static, inputs)
-    sizes = buckets(L)
+    sizes = reach_sizes(L)
 
     def one_head(head: Array):
         selected = select_head(static, inputs, shape, head)
