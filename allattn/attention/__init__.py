@@ -113,6 +113,7 @@ def all_attention(
     B, T, H, K = query_BTHK.shape
     S = key_BSHK.shape[1]
     L = position_HLK.shape[1]
+    # No pairs are N = 0 pairs.
     if persistent_key_HNK is None and persistent_value_HNK is None:
         persistent_key_HNK = jnp.zeros((H, 0, K), query_BTHK.dtype)
         persistent_value_HNK = persistent_key_HNK
@@ -192,7 +193,7 @@ def best_here(dtype: Any) -> str:
 
 
 def _whole_tokens(name: str, number: Any) -> int:
-    """A whole number of any type (4, 4.0, numpy's 4) as Python's: it decides which code is built."""
+    """A whole number of any type (4, 4.0, numpy's 4) as Python's, for it is static."""
     try:
         whole = int(number)
     except (TypeError, ValueError, OverflowError):  # an array that is traced, NaN, infinity
@@ -203,7 +204,7 @@ def _whole_tokens(name: str, number: Any) -> int:
 
 
 def _within_table(span_H: Array | None, L: int) -> Array | None:
-    """Spans within [0, L], with the gradient of the spans themselves, so that one outside can return."""
+    """Spans within [0, L], with the gradient of the spans themselves: one outside can return."""
     if span_H is None:
         return None
     return span_H + jax.lax.stop_gradient(jnp.clip(span_H, 0, L) - span_H)
@@ -217,7 +218,7 @@ def _per_row(name: str, start: Array | int, rows: int) -> Array:
     return jnp.broadcast_to(start, (rows,))
 
 
-# --- checks: each names the argument, what was expected and what was found ------------------------
+# --- checks: each names the argument, what was expected and what was found -----------------------
 
 
 def _expect(name: str, array: Array, shape: tuple[int, ...], dtype: Any) -> None:
@@ -230,6 +231,7 @@ def _expect(name: str, array: Array, shape: tuple[int, ...], dtype: Any) -> None
 def _check_rank(**arrays: Array) -> None:
     """An array has as many dimensions as its name's suffix has letters."""
     for name, array in arrays.items():
+        # "key_BSHK" has four.
         rank = len(name.rpartition("_")[2])
         if array.ndim != rank:
             raise ValueError(f"{name}: expected {rank} dimensions, found shape {array.shape}")
@@ -244,6 +246,7 @@ def _check_shapes(
 ) -> None:
     B, _, H, K = query_BTHK.shape
     dtype = query_BTHK.dtype
+    # The query decides about batch, heads, width and dtype; all else is held against it.
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"query_BTHK: expected a floating-point dtype, found {dtype}")
     S = key_BSHK.shape[1]
@@ -275,10 +278,12 @@ def _check_persistent(
 
 
 def _check_numbers(first_distance: Any, dropout_rate: Any, dropout_seed: Any) -> None:
+    # The current token is attended (0) or it is not (1); nothing else is meant.
     if first_distance not in (0, 1):
         raise ValueError(f"first_distance: expected 0 or 1, found {first_distance}")
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate: expected a number in [0, 1), found {dropout_rate}")
+    # Dropout without a seed would drop the same weights in every step.
     if dropout_rate and dropout_seed is None:
         raise ValueError(
             f"dropout_seed: expected an integer with dropout_rate {dropout_rate}, found None"

@@ -32,6 +32,7 @@ def forbid_second_derivative(values: Any) -> Any:
 
 @forbid_second_derivative.defjvp
 def _refuse(primals: tuple, tangents: tuple) -> tuple:
+    # JAX comes here only to differentiate, never to compute the values.
     raise NotImplementedError(
         "all_attention: expected first derivatives only, found a derivative of a gradient; "
         'implementation="reference" has all of them'

@@ -3,8 +3,8 @@
 A weight is named by (seed, global row, global head, query index in the block, index), where index
 is the distance of a context key or the number of a persistent pair; the two kinds, and features,
 draw from domains of their own. Every implementation, tile size, context length and mesh therefore
-drops the same weights: how the work is cut changes nothing. The mixing function is the two-multiply "lowbias32" integer hash (C.
-Wellons, "Prospecting for Hash Functions", 2018).
+drops the same weights: how the work is cut changes nothing. The mixing function is the two-multiply
+"lowbias32" integer hash (C. Wellons, "Prospecting for Hash Functions", 2018).
 """
 
 import jax
@@ -29,6 +29,7 @@ def mix(word: Array) -> Array:
     Returns:
       uint32 array of the same shape, each bit of which depends on every bit of the input.
     """
+    # The last step spreads the upper 16 bits, which are the best mixed, over the lower ones.
     word = _multiplied(word)
     return word ^ (word >> 16)
 
@@ -84,6 +85,7 @@ def keep(key: Array, index: Array, rate: float) -> Array:
     Returns:
       bool array, True with probability 1 - rate.
     """
+    # A word is uniform in [0, 2^32): the share of those below the threshold is the rate.
     threshold = jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
     # A comparison looks at the upper bits, and this line runs for every weight: skip the last step.
     return _multiplied(moved(key, index)) >= threshold
@@ -106,5 +108,6 @@ def features(x_BTD: Array, seed: Array, row_B: Array, rate: float, site: int = 0
     """
     _, T, D = x_BTD.shape
     row_B11 = row_B[:, None, None]
+    # One key per state, and the feature's number as the index.
     key_BT1 = query_key(seed, row_B11, site, jnp.arange(T)[:, None], FEATURE)
     return jnp.where(keep(key_BT1, jnp.arange(D), rate), x_BTD / (1 - rate), 0).astype(x_BTD.dtype)

@@ -13,8 +13,8 @@ from allattn.attention.span import MASKED_LOGIT
 
 Array = jax.Array
 
-# The least maximum that a softmax subtracts: below every real logit, yet above MASKED_LOGIT, so that
-# a query that sees nothing gets the weights exp(-9e29) = 0 and not exp(0) = 1.
+# The least maximum that a softmax subtracts: below every real logit, yet above MASKED_LOGIT, so
+# that a query that sees nothing gets the weights exp(-9e29) = 0 and not exp(0) = 1.
 LEAST_TOP = MASKED_LOGIT / 10
 
 

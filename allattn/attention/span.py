@@ -7,8 +7,8 @@ From Sukhbaatar et al. 2019 (arXiv 1905.07799), eq. 4. With a span of 3 and a ra
     m(d)         1    1    1    1   3/4  2/4  1/4   0    0
                                 ^ near tie          ^ far tie, the last distance within reach
 
-At both ties, where the clip is bent, the derivative is that of the ramp, 1 / R. `contract` draws the
-band of queries and keys that this makes.
+At both ties, where the clip is bent, the derivative is that of the ramp, 1 / R. `contract` draws
+the band of queries and keys that this makes.
 """
 
 import jax

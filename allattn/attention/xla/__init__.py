@@ -67,6 +67,7 @@ def _attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Array,
 
 
 def _attention_forward(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[tuple, tuple]:
+    # A head at a time; then heads go where the contract has them.
     out_HBTK, mass_HBT, lse_HBT = _for_each_head(static, inputs, dynamic, _head_forward, ())
     out_BTHK = _heads_third(out_HBTK).astype(inputs.query_BTHK.dtype)
     out_BTHK, lse_HBT = name_for_remat(out_BTHK, lse_HBT)
@@ -124,6 +125,7 @@ def _for_each_head(
     shape = work_shape(static, inputs)
     sizes = reach_sizes(L)
 
+    # One branch is compiled per size, and the head's span chooses among them when the code runs.
     def one_head(head: Array) -> Any:
         selected = select_head(static, inputs, shape, head)
         needed = reach(selected.span, static.ramp, static.first_distance, L)
@@ -166,6 +168,7 @@ def _dot_rows(x_GTK: Array, y_GTN: Array) -> Array:
     XLA on CPU runs a product over the first dimension of both on one core; with one of them
     transposed before, on all.
     """
+    # The barrier keeps XLA from folding the transposition back into the product.
     queries = x_GTK.shape[0] * x_GTK.shape[1]
     x_KX = jax.lax.optimization_barrier(x_GTK.reshape(queries, x_GTK.shape[2]).T)
     return _dot("kx,xn->kn", x_KX, y_GTN.reshape(queries, y_GTN.shape[2]))
@@ -173,8 +176,10 @@ def _dot_rows(x_GTK: Array, y_GTN: Array) -> Array:
 
 def _logits(work: Work, tile: Tile) -> tuple[Array, Array]:
     """Logits of a tile's windows, MASKED_LOGIT outside the band, and of the persistent pairs."""
+    # By content, then by position with log m, skewed from distances to columns.
     context_GTC = _dot("gtk,gkc->gtc", tile.query_GTK, tile.key_GKC)
     context_GTC += skew(_dot("gta,ap->gtp", tile.position_query_GTA, work.position_AP))
+    # Keys before key_start or beyond the last one.
     if tile.absent_C is not None:
         context_GTC += tile.absent_C
     persistent_GTN = _dot("gtk,kn->gtn", tile.query_GTK, work.head.persistent_key_KN)
@@ -186,6 +191,7 @@ def _factors_by_index(work: Work, tile: Tile, domain: int, index_TX: Array) -> A
     dynamic = work.dynamic
     rate = work.static.dropout_rate
     G, T, _ = tile.query_GTK.shape
+    # Global row and head, and the query's place in the block: they name a weight on any mesh.
     row_G1 = (dynamic.row_offset + tile.first_row + jnp.arange(G))[:, None]
     head = dynamic.head_offset + work.head.number
     query_T = tile.first_query + jnp.arange(T)
@@ -381,6 +387,7 @@ def _tile_backward(work: Work, sums: Sums, operands: tuple) -> tuple[Sums, tuple
 
 def _add_at(sum_BKS: Array, tile: Tile, window_GKC: Array) -> Array:
     """Add a tile's window to the sum over all windows, which overlap."""
+    # The tile's rows, and its window among the padded keys.
     start = (tile.first_row, 0, tile.first_column)
     window_GKC = window_GKC + jax.lax.dynamic_slice(sum_BKS, start, window_GKC.shape)
     return jax.lax.dynamic_update_slice(sum_BKS, window_GKC, start)
@@ -392,6 +399,7 @@ def _span_gradient(static: Static, R: int, span: Array, d_bias_R: Array) -> Arra
     That is 1 / (ramp m) on the ramp, its near end included, where m is not almost 0.
     """
     position_R = ramp_position(static.first_distance + R - 1 - jnp.arange(R), span, static.ramp)
+    # Where m is almost 0, `_end_gradient` takes over.
     on_ramp_R = (position_R >= 1 / MAX_MASK_DERIVATIVE) & (position_R <= 1)
     slope_R = 1 / (static.ramp * jnp.where(on_ramp_R, position_R, 1))
     return jnp.sum(jnp.where(on_ramp_R, d_bias_R * slope_R, 0))
@@ -407,7 +415,8 @@ def _end_gradient(work: Work, by_tile: tuple[Array, ...]) -> Array:
     static = work.static
     span = work.head.span
     last = last_distance(span, static.ramp)
-    # The window's column of the last distance, for query 0; below 0, the table ends before the ramp.
+    # The window's column of the last distance, for query 0; below 0, the table ends before the
+    # ramp does.
     column = static.first_distance + work.R - 1 - last
 
     def all_tiles() -> Array:

@@ -183,7 +183,10 @@ class Tile(NamedTuple):
 def select_tile(
     static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic, number: Array
 ) -> Tile:
-    """Cut tile `number` out of a head that sees R distances: tiles of a row, then groups of rows."""
+    """Cut tile `number` out of a head that sees R distances.
+
+    Tiles are counted along a row first, then over groups of rows.
+    """
     G = shape.rows(R)
     T = shape.tile(R)
     tiles = shape.length // T
@@ -235,10 +238,10 @@ def padded_positions(static: Static, shape: Shape, R: int, head: Head) -> Array:
 def skew(by_distance_GTP: Array) -> Array:
     """Move row t right by t: from padded distances (R + T + 1) to columns of the window (R + T).
 
-    Logits by distance are one product for all queries. The key at a distance lies one column further
-    to the right with every query. Cutting the flat array into rows that are one number shorter moves
-    row t right by t, and its padding comes to lie outside the band. With T = 3 queries and R = 2
-    distances, far f and near n, and padding -:
+    Logits by distance are one product for all queries. The key at a distance lies one column
+    further to the right with every query. Cutting the flat array into rows that are one number
+    shorter moves row t right by t, and its padding comes to lie outside the band. With T = 3
+    queries and R = 2 distances, far f and near n, and padding -:
 
         f0 n0  -  -  -  -                          f0 n0  -  -  -
         f1 n1  -  -  -  -   the first 15 numbers    - f1 n1  -  -
