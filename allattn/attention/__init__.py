@@ -85,7 +85,7 @@ def all_attention(
       persistent_key_HNK: persistent keys, used as given; None: no pairs.
       persistent_value_HNK: persistent values, used as given.
       span_H: learned spans in tokens, float32, in [0, L]; None: all L distances count fully.
-      ramp: length R of the span's soft end in tokens.
+      ramp: length R of the span's soft end in tokens; a whole number of any type.
       query_start: int32, scalar or (B,), may be traced; None: S - T.
       key_start: int32, scalar or (B,), may be traced; keys before it do not exist.
       dropout_rate: probability of dropping a weight after normalisation.
@@ -138,8 +138,8 @@ def all_attention(
     if not implementation:
         implementation = best_here(query_BTHK.dtype)
 
-    # What every implementation receives, the definition too: plain numbers where they are static,
-    # arrays of one dtype where they are not.
+    # What every implementation receives, the definition too: plain numbers if they are static,
+    # arrays if they are known only at run time.
     arguments: dict[str, Any] = {
         "position_HLK": position_HLK,
         "position_query_BTHK": position_query_BTHK,
