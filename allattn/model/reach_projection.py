@@ -34,7 +34,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from allattn.attention.xla.tiles import buckets
+from allattn.attention.xla.tiles import reach_sizes
 
 Array = jax.Array
 
@@ -77,7 +77,7 @@ def lengths(S: int, T: int) -> tuple[int, ...]:
     None is below a quarter of the block, except S itself: beside a long block, a few states more
     cost less than one choice more.
     """
-    return tuple(size for size in buckets(S) if size >= T // 4 or size == S)
+    return tuple(size for size in reach_sizes(S) if size >= T // 4 or size == S)
 
 
 def last_states(cache_XBSD: Array, x: Array | int, length: int) -> Array:
