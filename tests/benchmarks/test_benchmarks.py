@@ -232,7 +232,11 @@ def test_profile_sums_by_kind(tmp_path: Path) -> None:
 
 def test_devices_of_the_overhead_benchmark() -> None:
     """The overhead is measured on the devices of the demo."""
-    nothing = "from benchmarks import overhead\ndef nothing(): return {}\noverhead.starts = overhead.saves = nothing\n"
+    nothing = (
+        "from benchmarks import overhead\n"
+        "def nothing(): return {}\n"
+        "overhead.starts = overhead.saves = nothing\n"
+    )
     code = f"{nothing}overhead.main()"
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
         "JAX_PLATFORMS": "cpu"

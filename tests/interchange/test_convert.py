@@ -29,6 +29,9 @@ RECORDED = {
     "txl_lm_adaptive_div2": "transformer-xl",
 }
 
+# Where the authors' code stores the spans of layer 0 once more.
+SECOND_SPAN = "module.layers.0.attn.attn.persistent_memory.adaptive_span._mask.current_val"
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
@@ -157,13 +160,7 @@ def test_a_converted_workdir_is_an_ordinary_one(trained: tuple[Path, Path], tmp_
             "in_emb.weight: expected shape (9, 16), found (3, 16)",
         ),
         (
-            lambda state: state.update(
-                {
-                    "module.layers.0.attn.attn.persistent_memory.adaptive_span._mask.current_val": np.ones(
-                        (2, 1, 1)
-                    )
-                }
-            ),
+            lambda state: state.update({SECOND_SPAN: np.ones((2, 1, 1))}),
             "with which it is shared",
         ),
     ],

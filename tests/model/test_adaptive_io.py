@@ -287,7 +287,8 @@ model, mesh = Model(config), sharding.make_mesh(c)
 params = random_params(model)
 params = jax.device_put(params, sharding.shardings(mesh, params))
 rng = np.random.default_rng(0)
-tokens = np.where(np.arange(8)[:, None] < 5, rng.integers(20, size=(8, 33)), rng.integers(97, size=(8, 33)))
+frequent, every = rng.integers(20, size=(8, 33)), rng.integers(97, size=(8, 33))
+tokens = np.where(np.arange(8)[:, None] < 5, frequent, every)
 attention = sharding.attention_over(mesh, 8)
 
 def loss(params, tokens):
@@ -296,7 +297,8 @@ def loss(params, tokens):
     return sharding.nll_over(mesh)(network.io, forward.hidden_BTD, tokens[:, 1:]).mean()
 
 found = jax.jit(jax.value_and_grad(loss))(params, sharding.Rows(mesh, 8).place(tokens))
-print(json.dumps([jax.device_count(), [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(found)]]))
+leaves = [np.asarray(x).ravel().tolist() for x in jax.tree.leaves(found)]
+print(json.dumps([jax.device_count(), leaves]))
 """
 
 

@@ -43,18 +43,20 @@ def losses(workdir: Path) -> dict[int, float]:
 
 COPY = """
 import sys
-from allattn import distributed, resume
-from allattn.checkpoint import Checkpointer
+from allattn.sharding import processes
+from allattn.storage.checkpoint import Checkpointer
+from allattn.train import start
 from command_line import trainer
 from several_processes import RUN
 index, port, texts, workdir, copy = sys.argv[1:]
-distributed.start(f"localhost:{port}", 4, int(index))
+processes.start(f"localhost:{port}", 4, int(index))
 four = trainer(texts, **RUN, mesh__fsdp=4)
 with Checkpointer(workdir, create=False) as checkpoints:
-    state, bucket = resume.restore(four, checkpoints)
+    state, context_length = start.restore(four, checkpoints)
 with Checkpointer(copy) as checkpoints:
-    checkpoints.save(int(state.step), state.params, state.optimizer, state.cache, four.meta(state, bucket))
-distributed.stop(0)
+    arrays = (state.params, state.optimizer, state.cache)
+    checkpoints.save(int(state.step), *arrays, four.meta(state, context_length))
+processes.stop(0)
 """
 
 
@@ -219,10 +221,11 @@ def test_data_that_are_damaged_on_one_process(tmp_path: Path) -> None:
 
 
 SILENT = """
-from allattn import bucket, errors
+from allattn import errors
+from allattn.storage import paths
 def silent(folder):
     raise errors.RunError("gs://texts: expected an answer")
-bucket.is_whole = silent
+paths.is_whole = silent
 """
 
 
@@ -237,8 +240,8 @@ def test_a_bucket_that_fails_one_process(tmp_path: Path) -> None:
         results = two.results(60)
     line = results[0].err.strip().splitlines()[-1]
     assert (
-        "process 1 has another data set than process 0: gs://texts: expected an answer instead of files/"
-        in line
+        "process 1 has another data set than process 0: "
+        "gs://texts: expected an answer instead of files/" in line
     )
     expect(results, 1, line)
 
@@ -371,7 +374,8 @@ def test_process_0_says_where_it_runs_and_traces(tmp_path: Path) -> None:
         results = two.results()
     assert [result.code for result in results] == [0, 0], results
     size = json.loads((workdir / "scores.json").read_text())["parameters"]
-    line = f"2 processes, 4 cpu devices (mesh data 2 x fsdp 1 x tensor 2), reference, {size:,} parameters; from step 0"
+    devices = "2 processes, 4 cpu devices (mesh data 2 x fsdp 1 x tensor 2)"
+    line = f"{devices}, reference, {size:,} parameters; from step 0"
     assert results[0].out.splitlines()[0] == line and size > 1000
     assert [result.out.count("traced\n") for result in results] == [1, 0] and results[1].out == ""
     with train(texts, workdir, 1, 1, train__steps=4) as again:
