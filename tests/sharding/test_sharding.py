@@ -30,36 +30,41 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 CORES = """
-import json, os
-os.sched_getaffinity = lambda _: range({cores})
+import json, multiprocessing, os
 import jax
 from allattn import sharding
 from configs import base
-c = base.get_config()
-c.train.batch, c.mesh.data, c.mesh.tensor = {batch}, {data}, {tensor}
-sharding.use_cores_for(c)
-print(json.dumps(jax.device_count()))
+
+def devices(cores, batch, data, tensor):
+    os.sched_getaffinity = lambda _: range(cores)
+    c = base.get_config()
+    c.train.batch, c.mesh.data, c.mesh.tensor = batch, data, tensor
+    sharding.use_cores_for(c)
+    return jax.device_count()
+
+# A process counts its devices once, so each case has a copy of this one, which has imported JAX.
+with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as copies:
+    print(json.dumps(copies.starmap(devices, {cases}, chunksize=1)))
 """
 
 
-@pytest.mark.parametrize(
-    ("cores", "batch", "data", "tensor", "devices"),
-    [
-        (2, 8, -1, 1, 2),
-        (6, 8, -1, 1, 4),  # the most that divide the rows
-        (3, 7, -1, 1, 1),
-        (4, 8, -1, 2, 4),
-        (4, 8, 1, 2, 2),  # what the mesh names
-        (2, 8, 3, 1, 1),  # more than there are: the mesh then says so
-    ],
-)
-def test_a_device_per_core(cores: int, batch: int, data: int, tensor: int, devices: int) -> None:
-    assert fresh(CORES.format(cores=cores, batch=batch, data=data, tensor=tensor)) == devices
+def test_a_device_per_core() -> None:
+    # cores, rows of a batch, sizes of the mesh axes data and tensor; the devices that are made
+    cases = {
+        (2, 8, -1, 1): 2,
+        (6, 8, -1, 1): 4,  # the most that divide the rows
+        (3, 7, -1, 1): 1,
+        (4, 8, -1, 2): 4,
+        (4, 8, 1, 2): 2,  # what the mesh names
+        (2, 8, 3, 1): 1,  # more than there are: the mesh then says so
+    }
+    found = fresh(CORES.format(cases=list(cases)))
+    assert dict(zip(cases, found, strict=True)) == cases
 
 
 def test_a_chosen_number_of_devices_stays() -> None:
-    code = CORES.format(cores=2, batch=8, data=-1, tensor=1)
-    assert fresh(code, devices=3) == 3 and fresh(code, JAX_NUM_CPU_DEVICES="5") == 5
+    code = CORES.format(cases=[(2, 8, -1, 1)])
+    assert fresh(code, devices=3) == [3] and fresh(code, JAX_NUM_CPU_DEVICES="5") == [5]
 
 
 EVALUATE = """
