@@ -1,4 +1,4 @@
-"""Installation. Versions are bounded on both sides: below is what was tried, above what is not known yet."""
+"""Installation. Versions are bounded: below is what was tried, above what is not known yet."""
 
 from pathlib import Path
 

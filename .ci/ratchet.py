@@ -1,4 +1,4 @@
-"""Counts signatures of dense code in allattn/, and fails where one is worse than the committed count.
+"""Counts signatures of dense code in allattn/ and fails where one is worse than committed.
 
 python .ci/ratchet.py            compare with .ci/ratchet.json
 python .ci/ratchet.py --write    keep today's counts, once they are better

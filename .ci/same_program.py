@@ -1,12 +1,12 @@
-"""Whether two commits compute the same: the lowered programs of every configuration, compared as text.
+"""Whether two commits compute the same: every configuration's lowered programs, compared.
 
     python .ci/same_program.py --base=COMMIT      compare COMMIT with the working tree
     python .ci/same_program.py --write=FOLDER     lower what the current folder's code computes
     python .ci/same_program.py --base=FOLDER      compare what was written there
 
 Every configuration is cut to a small size, then its training step, its scoring of a block and its
-generation of a symbol are lowered for cpu, tpu and cuda (`jax.jit(...).trace().lower()`, which needs
-none of them). Locations are left out and private functions numbered, so that moving or renaming code
+generation of a symbol are lowered for cpu, tpu and cuda (`jax.jit(...).trace().lower()` needs none
+of them). Locations are left out and private functions numbered, so that moving or renaming code
 changes nothing. Kernels lie inside the text as bytecode, which is decoded for the same reason.
 """
 
@@ -126,7 +126,7 @@ def programs(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def meshes(config: Any, platform: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """One device, and on a CPU also rows and heads over four with accumulation and recomputation."""
+    """One device; on a CPU also four, and two with accumulation and recomputation."""
     yield "one", {"data": 1, "fsdp": 1, "tensor": 1, "accumulation": 1, "remat": ""}
     if platform == "cpu":
         apart = config.model.integration in ("head_split", "single_head")

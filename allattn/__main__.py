@@ -72,7 +72,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def _exit_code(error: Exception) -> int:
-    # Launchers obey these: they do not repeat a mistake (2), and resume a run that was stopped (75).
+    # Launchers obey these: they do not repeat a mistake (2), and resume what was stopped (75).
     if isinstance(error, UserError):
         return 2
     if isinstance(error, PreemptedError):

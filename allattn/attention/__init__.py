@@ -1,9 +1,32 @@
 """The one expensive operation: joint attention over context and persistent key-value pairs.
 
+`all_attention` checks its arguments, fills in the defaults and calls one of four implementations:
+`reference` is the definition, in whole arrays; `xla` runs anywhere; `tpu` and `gpu` are fused
+kernels. Read in this order: the docstring of `all_attention`, `contract` (what an implementation
+receives, and the band of queries and keys as a picture), `reference`, then the others.
+
+To add an implementation, do this:
+
+1. Write a package beside `xla` with `all_attention(static, inputs, dynamic)`, as `contract` has
+   them, that returns out_BTHK in the query's dtype and mass_BTH in float32. Raise
+   NotImplementedError, with the implementation's name, for what it does not support.
+2. Give it a backward pass with `jax.custom_vjp`: pass what the forward pass saves through
+   `autodiff.name_for_remat`, and what the backward pass starts from through
+   `autodiff.forbid_second_derivative`. Draw dropout from `dropout`, take m(d) from `span`.
+3. Add its tile sizes to `tuning`: a class and a row of `DEFAULTS`, and its class to
+   `contract.Tiles`.
+4. Add its name to `IMPLEMENTATIONS` and its package to `_FUSED` below. If it is the fastest
+   somewhere, say so in `best_here`.
+5. Add small tiles to `SMALL_TILES` in tests/support/attention_cases.py and run
+   tests/attention/test_attention.py, which takes its implementations from `IMPLEMENTATIONS`: values
+   and gradients within 1e-5 of the definition in float64, dropout equal, second derivatives
+   refused. Then measure with `python -m benchmarks.attention`.
+
 Dimension key: B batch, T query position in the block, S context key, L distance, N persistent pair,
 H head, K head width.
 """
 
+import types
 from typing import Any
 
 import jax
@@ -15,8 +38,9 @@ from allattn.attention.contract import pack
 
 Array = jax.Array
 
+# The names that a configuration may give, and the packages behind all of them but the definition.
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
-_FUSED = {"xla": xla, "pallas_tpu": tpu, "pallas_gpu": gpu}
+_FUSED: dict[str, types.ModuleType] = {"xla": xla, "pallas_tpu": tpu, "pallas_gpu": gpu}
 
 
 def all_attention(
@@ -61,7 +85,7 @@ def all_attention(
       persistent_key_HNK: persistent keys, used as given; None: no pairs.
       persistent_value_HNK: persistent values, used as given.
       span_H: learned spans in tokens, float32, in [0, L]; None: all L distances count fully.
-      ramp: length R of the span's soft end in tokens.
+      ramp: length R of the span's soft end in tokens; a whole number of any type.
       query_start: int32, scalar or (B,), may be traced; None: S - T.
       key_start: int32, scalar or (B,), may be traced; keys before it do not exist.
       dropout_rate: probability of dropping a weight after normalisation.
@@ -82,73 +106,122 @@ def all_attention(
       ValueError: an argument has the wrong shape, dtype or range.
       NotImplementedError: the named implementation does not support the case.
     """
+    # Check ranks first: everything after reads sizes from the shapes.
     _check_rank(
         query_BTHK=query_BTHK, key_BSHK=key_BSHK, value_BSHK=value_BSHK, position_HLK=position_HLK
     )
     B, T, H, K = query_BTHK.shape
-    S, L = key_BSHK.shape[1], position_HLK.shape[1]
+    S = key_BSHK.shape[1]
+    L = position_HLK.shape[1]
+    # No pairs are N = 0 pairs.
     if persistent_key_HNK is None and persistent_value_HNK is None:
-        persistent_key_HNK = persistent_value_HNK = jnp.zeros((H, 0, K), query_BTHK.dtype)
+        persistent_key_HNK = jnp.zeros((H, 0, K), query_BTHK.dtype)
+        persistent_value_HNK = persistent_key_HNK
     _check_shapes(query_BTHK, key_BSHK, value_BSHK, position_HLK, position_query_BTHK)
     _check_persistent(query_BTHK, persistent_key_HNK, persistent_value_HNK)
-    _check_numbers(H, L, first_distance, span_H, ramp, dropout_rate, dropout_seed)
-    static_start = query_start is None and isinstance(key_start, int) and key_start == 0
+    _check_numbers(first_distance, dropout_rate, dropout_seed)
+    if span_H is not None:
+        ramp = _whole_tokens("ramp", ramp)
+        _check_span(H, L, span_H, ramp)
+
+    # Fill in the defaults. Whether some were left out decides which code an implementation builds.
+    whole_context = query_start is None and isinstance(key_start, int) and key_start == 0
+    one_query = position_query_BTHK is None
+    if position_query_BTHK is None:
+        position_query_BTHK = query_BTHK
+    if query_start is None:
+        query_start = S - T
+    if dropout_seed is None:
+        dropout_seed = 0
+    if scale is None:
+        scale = K**-0.5
+    if not implementation:
+        implementation = best_here(query_BTHK.dtype)
+
+    # What every implementation receives, the definition too: plain numbers if they are static,
+    # arrays if they are known only at run time.
     arguments: dict[str, Any] = {
         "position_HLK": position_HLK,
-        "position_query_BTHK": query_BTHK if position_query_BTHK is None else position_query_BTHK,
-        "first_distance": first_distance,
+        "position_query_BTHK": position_query_BTHK,
+        "first_distance": int(first_distance),
         "persistent_key_HNK": persistent_key_HNK,
         "persistent_value_HNK": persistent_value_HNK,
-        "span_H": None
-        if span_H is None
-        else span_H + jax.lax.stop_gradient(jnp.clip(span_H, 0, L) - span_H),
+        "span_H": _within_table(span_H, L),
         "ramp": ramp,
-        "query_start_B": _per_row("query_start", S - T if query_start is None else query_start, B),
+        "query_start_B": _per_row("query_start", query_start, B),
         "key_start_B": _per_row("key_start", key_start, B),
         "dropout_rate": float(dropout_rate),
-        "dropout_seed": jnp.asarray(0 if dropout_seed is None else dropout_seed).astype(jnp.uint32),
+        "dropout_seed": jnp.asarray(dropout_seed).astype(jnp.uint32),
         "row_offset": jnp.asarray(row_offset, jnp.int32),
         "head_offset": jnp.asarray(head_offset, jnp.int32),
-        "scale": float(K**-0.5 if scale is None else scale),
+        "scale": float(scale),
     }
-    implementation = implementation or best_here(query_BTHK.dtype)
+
+    # Run the implementation.
     if implementation == "reference":
         out_BTHK, mass_BTH = reference.all_attention(query_BTHK, key_BSHK, value_BSHK, **arguments)
     elif implementation in _FUSED:
-        run = _FUSED[implementation].all_attention
-        arguments |= {"whole_context": static_start, "one_query": position_query_BTHK is None}
-        arguments["tiles"] = tuning.tiles(
-            implementation, T=T, L=L, N=arguments["persistent_key_HNK"].shape[1], K=K
-        )
-        out_BTHK, mass_BTH = run(*pack(query_BTHK, key_BSHK, value_BSHK, **arguments))
+        N = arguments["persistent_key_HNK"].shape[1]
+        tiles = tuning.tiles(implementation, T=T, L=L, N=N, K=K)
+        arguments |= {"whole_context": whole_context, "one_query": one_query, "tiles": tiles}
+        packed = pack(query_BTHK, key_BSHK, value_BSHK, **arguments)
+        out_BTHK, mass_BTH = _FUSED[implementation].all_attention(*packed)
     else:
         raise NotImplementedError(
             f"implementation: expected one of {IMPLEMENTATIONS}, found {implementation!r}"
         )
-    return (out_BTHK, mass_BTH) if return_persistent_mass else out_BTHK
+    if return_persistent_mass:
+        return out_BTHK, mass_BTH
+    return out_BTHK
 
 
 def best_here(dtype: Any) -> str:
     """The fastest implementation for the machine that the code is traced for."""
-    kernels = (
-        {"tpu": "pallas_tpu", "gpu": "pallas_gpu"} if dtype in (jnp.float32, jnp.bfloat16) else {}
-    )
-    capability, _, _ = getattr(jax.devices()[0], "compute_capability", "").partition(".")
-    if (
-        capability.isdecimal() and int(capability) < 8
-    ):  # Triton compiles for Ampere and later: not for a T4
+    # The kernels know these two dtypes.
+    if dtype not in (jnp.float32, jnp.bfloat16):
         return "xla"
-    return kernels.get(tuning.device()[0], "xla")
+    # Triton compiles for Ampere (8.0) and later: not for a T4 (7.5). AMD's are named otherwise.
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    major, _, _ = capability.partition(".")
+    if major.isdecimal() and int(major) < 8:
+        return "xla"
+    platform, _ = tuning.device()
+    return {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(platform, "xla")
+
+
+# --- arguments -----------------------------------------------------------------------------------
+
+
+def _whole_tokens(name: str, number: Any) -> int:
+    """A whole number of any type (4, 4.0, numpy's 4) as Python's, for it is static."""
+    try:
+        whole = int(number)
+    except (TypeError, ValueError, OverflowError):  # an array that is traced, NaN, infinity
+        whole = None
+    if whole is None or whole != number:
+        raise ValueError(f"{name}: expected a whole number of tokens, found {number}")
+    return whole
+
+
+def _within_table(span_H: Array | None, L: int) -> Array | None:
+    """Spans within [0, L], with the gradient of the spans themselves: one outside can return."""
+    if span_H is None:
+        return None
+    return span_H + jax.lax.stop_gradient(jnp.clip(span_H, 0, L) - span_H)
 
 
 def _per_row(name: str, start: Array | int, rows: int) -> Array:
+    """A start for every row, from one for all or one each."""
     start = jnp.asarray(start, jnp.int32)
     if start.shape not in ((), (rows,)):
         raise ValueError(f"{name}: expected a scalar or shape ({rows},), found shape {start.shape}")
     return jnp.broadcast_to(start, (rows,))
 
 
-def _expect(name: str, array: Array, shape: tuple, dtype) -> None:
+# --- checks: each names the argument, what was expected and what was found -----------------------
+
+
+def _expect(name: str, array: Array, shape: tuple[int, ...], dtype: Any) -> None:
     if array.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, found {array.shape}")
     if array.dtype != dtype:
@@ -156,19 +229,31 @@ def _expect(name: str, array: Array, shape: tuple, dtype) -> None:
 
 
 def _check_rank(**arrays: Array) -> None:
+    """An array has as many dimensions as its name's suffix has letters."""
     for name, array in arrays.items():
+        # "key_BSHK" has four.
         rank = len(name.rpartition("_")[2])
         if array.ndim != rank:
             raise ValueError(f"{name}: expected {rank} dimensions, found shape {array.shape}")
 
 
-def _check_shapes(query_BTHK, key_BSHK, value_BSHK, position_HLK, position_query_BTHK) -> None:
-    (B, _, H, K), dtype = query_BTHK.shape, query_BTHK.dtype
+def _check_shapes(
+    query_BTHK: Array,
+    key_BSHK: Array,
+    value_BSHK: Array,
+    position_HLK: Array,
+    position_query_BTHK: Array | None,
+) -> None:
+    B, _, H, K = query_BTHK.shape
+    dtype = query_BTHK.dtype
+    # The query decides about batch, heads, width and dtype; all else is held against it.
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"query_BTHK: expected a floating-point dtype, found {dtype}")
-    S, heads = key_BSHK.shape[1], position_HLK.shape[0]
+    S = key_BSHK.shape[1]
     _expect("key_BSHK", key_BSHK, (B, S, H, K), dtype)
     _expect("value_BSHK", value_BSHK, (B, S, H, K), dtype)
+    # The table may have one head, shared by all.
+    heads = position_HLK.shape[0]
     if heads not in (1, H):
         raise ValueError(f"position_HLK: expected 1 or {H} heads, found {heads}")
     _expect("position_HLK", position_HLK, (heads, position_HLK.shape[1], K), dtype)
@@ -176,34 +261,44 @@ def _check_shapes(query_BTHK, key_BSHK, value_BSHK, position_HLK, position_query
         _expect("position_query_BTHK", position_query_BTHK, query_BTHK.shape, dtype)
 
 
-def _check_persistent(query_BTHK, persistent_key_HNK, persistent_value_HNK) -> None:
-    if persistent_key_HNK is None or persistent_value_HNK is None:
-        missing = "persistent_key_HNK" if persistent_key_HNK is None else "persistent_value_HNK"
-        raise ValueError(f"{missing}: expected an array beside its partner, found None")
-    N = persistent_key_HNK.shape[1] if persistent_key_HNK.ndim == 3 else -1
-    shape = (query_BTHK.shape[2], N, query_BTHK.shape[3])
-    _expect("persistent_key_HNK", persistent_key_HNK, shape, query_BTHK.dtype)
-    _expect("persistent_value_HNK", persistent_value_HNK, shape, query_BTHK.dtype)
+def _check_persistent(
+    query_BTHK: Array, persistent_key_HNK: Array | None, persistent_value_HNK: Array | None
+) -> None:
+    if persistent_key_HNK is None:
+        raise ValueError("persistent_key_HNK: expected an array beside its partner, found None")
+    if persistent_value_HNK is None:
+        raise ValueError("persistent_value_HNK: expected an array beside its partner, found None")
+    # Any number of pairs is right, but keys and values have the same. -1 fits no shape.
+    _, _, H, K = query_BTHK.shape
+    N = -1
+    if persistent_key_HNK.ndim == 3:
+        N = persistent_key_HNK.shape[1]
+    _expect("persistent_key_HNK", persistent_key_HNK, (H, N, K), query_BTHK.dtype)
+    _expect("persistent_value_HNK", persistent_value_HNK, (H, N, K), query_BTHK.dtype)
 
 
-def _check_numbers(H, L, first_distance, span_H, ramp, dropout_rate, dropout_seed) -> None:
+def _check_numbers(first_distance: Any, dropout_rate: Any, dropout_seed: Any) -> None:
+    # The current token is attended (0) or it is not (1); nothing else is meant.
     if first_distance not in (0, 1):
         raise ValueError(f"first_distance: expected 0 or 1, found {first_distance}")
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate: expected a number in [0, 1), found {dropout_rate}")
+    # Dropout without a seed would drop the same weights in every step.
     if dropout_rate and dropout_seed is None:
         raise ValueError(
             f"dropout_seed: expected an integer with dropout_rate {dropout_rate}, found None"
         )
-    if span_H is None:
-        return
+
+
+def _check_span(H: int, L: int, span_H: Array, ramp: int) -> None:
     if span_H.shape != (H,):
         raise ValueError(f"span_H: expected shape ({H},), found {span_H.shape}")
     if ramp < 1:
         raise ValueError(f"ramp: expected at least 1 token, found {ramp}")
-    if not isinstance(span_H, jax.core.Tracer):
-        span = np.asarray(span_H, np.float64)
-        if not ((span >= 0) & (span <= L)).all():
-            raise ValueError(
-                f"span_H: expected spans in [0, {L}], found {span[(span < 0) | (span > L)][:1]}"
-            )
+    # The values of a traced array are not known yet; `_within_table` clips them.
+    if isinstance(span_H, jax.core.Tracer):
+        return
+    span = np.asarray(span_H, np.float64)
+    inside = (span >= 0) & (span <= L)
+    if not inside.all():
+        raise ValueError(f"span_H: expected spans in [0, {L}], found {span[~inside][:1]}")

@@ -1,4 +1,8 @@
-"""What the hand-written backward passes start from: named for rematerialisation, and not differentiable again."""
+"""What the hand-written backward passes start from.
+
+It is named for rematerialisation, and it cannot be differentiated again: a second derivative would
+enter a kernel, which has none.
+"""
 
 from typing import Any
 
@@ -16,7 +20,9 @@ def name_for_remat(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 @jax.custom_jvp
 def forbid_second_derivative(values: Any) -> Any:
-    """The same values, which cannot be differentiated: wraps what a hand-written backward pass starts from.
+    """The same values, which cannot be differentiated.
+
+    Wraps what a hand-written backward pass starts from.
 
     Raises:
       NotImplementedError: a derivative of the backward pass is asked for.
@@ -26,6 +32,7 @@ def forbid_second_derivative(values: Any) -> Any:
 
 @forbid_second_derivative.defjvp
 def _refuse(primals: tuple, tangents: tuple) -> tuple:
+    # JAX comes here only to differentiate, never to compute the values.
     raise NotImplementedError(
         "all_attention: expected first derivatives only, found a derivative of a gradient; "
         'implementation="reference" has all of them'

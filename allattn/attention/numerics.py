@@ -1,4 +1,4 @@
-"""What several implementations compute alike.
+"""What several implementations share: the sizes of a call, products, and sums of exponentials.
 
 Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K
 head width.
@@ -16,12 +16,16 @@ Array = jax.Array
 # Axes that `dot` contracts, the first array's and the second's: x y', and x' y.
 NT_DIMENSIONS = (1, 1)
 TN_DIMENSIONS = (0, 0)
+# The least maximum that a softmax subtracts: below every real logit, yet above MASKED_LOGIT, so
+# that a query that sees nothing gets the weights exp(-9e29) = 0 and not exp(0) = 1.
+LEAST_TOP = MASKED_LOGIT / 10
 
 
 @dataclasses.dataclass(frozen=True)
 class CallSizes:
-    """Static sizes of one call."""
+    """Static sizes of one call of a kernel."""
 
+    # The dimension key's sizes; a kernel may round T or K up to what its device holds.
     B: int
     T: int
     S: int
@@ -29,18 +33,33 @@ class CallSizes:
     N: int
     H: int
     K: int
+    # Queries and keys of one tile.
     query_tile: int
     key_tile: int
-    shared: bool  # one position table for all heads
+    # Whether all heads share one position table.
+    shared: bool
 
 
 def dot(x: Array, y: Array, contract: tuple[int, int] = (1, 0)) -> Array:
-    """A product over one axis of each, with float32 sums."""
+    """A product over one axis of each matrix, with float32 sums.
+
+    Args:
+      x, y: matrices.
+      contract: the axis of x and the axis of y that are summed over.
+    """
     return jax.lax.dot_general(
         x, y, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32
     )
 
 
 def log_sum(top: Array, total: Array) -> Array:
-    """log of a sum of weights relative to `top`; of none, so much that the backward pass gives every weight 0."""
+    """The log-sum-exp of a query's logits, from which a backward pass recomputes the weights.
+
+    Args:
+      top: what was subtracted from the logits.
+      total: the sum of their exponentials; 0 where the query sees nothing.
+
+    Returns:
+      top + log(total); where total is 0, so much that the backward pass gives every weight 0.
+    """
     return jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1)), -MASKED_LOGIT)

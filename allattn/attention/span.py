@@ -1,4 +1,15 @@
-"""The soft span mask m(d) = clip((R - d + 1 + span) / R, 0, 1) of Sukhbaatar et al. 2019 (arXiv 1905.07799), eq. 4."""
+"""The soft span mask m(d) = clip((R - d + 1 + span) / R, 0, 1).
+
+From Sukhbaatar et al. 2019 (arXiv 1905.07799), eq. 4. With a span of 3 and a ramp of R = 4:
+
+    distance d   1    2    3    4    5    6    7    8    9
+    position    7/4  6/4  5/4   1   3/4  2/4  1/4   0  -1/4     (R - d + 1 + span) / R
+    m(d)         1    1    1    1   3/4  2/4  1/4   0    0
+                                ^ near tie          ^ far tie, the last distance within reach
+
+At both ties, where the clip is bent, the derivative is that of the ramp, 1 / R. `contract` draws
+the band of queries and keys that this makes.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -29,12 +40,15 @@ def ramp_position(distance: Array, span: Array, ramp: int) -> Array:
 
 
 def log_span_mask(distance: Array, span: Array, ramp: int) -> Array:
-    """log m(d), finite everywhere: MASKED_LOGIT where m = 0."""
+    """log m(d), finite everywhere: MASKED_LOGIT where m = 0. Arguments as of `ramp_position`."""
     return jnp.maximum(jnp.log(jnp.clip(ramp_position(distance, span, ramp), 0, 1)), MASKED_LOGIT)
 
 
 def last_distance(span: Array, ramp: int) -> Array:
-    """The farthest distance within reach, int32: m is below 1 / ramp there, and 0 for a span of whole tokens."""
+    """The farthest distance within reach, int32.
+
+    There m is below 1 / ramp, and 0 for a span of whole tokens.
+    """
     return jnp.floor(span).astype(jnp.int32) + ramp + 1
 
 

@@ -1,4 +1,6 @@
-"""How large the tiles of an implementation are: measured for some devices and sizes, a default for the others.
+"""How large the tiles of an implementation are.
+
+Measured for some devices and sizes; the others get a default.
 
 The table `tuned.json` lists what `python -m benchmarks.attention --tune` found: device, sizes of
 the call, tiles, the time before and after, date and versions.
@@ -13,32 +15,37 @@ import jax
 
 
 class XlaTiles(NamedTuple):
-    """Queries of one row in a tile are a quarter of the distances, between `few` and `queries`."""
+    """Tiles of the XLA implementation.
+
+    Queries of one row in a tile are a quarter of the distances, between `few` and `queries`.
+    """
 
     queries: int = 128
     few: int = 64
-    elements: int = (
-        2**20
-    )  # weights worked on at once, if rows are grouped: products of many queries run faster
+    # Weights worked on at once, if rows are grouped: products of many queries run faster.
+    elements: int = 2**20
 
 
 class TpuTiles(NamedTuple):
-    """Keys of a tile are halved on a TPU with little on-chip memory."""
+    """Tiles of the TPU kernels; keys are halved on a TPU with little on-chip memory."""
 
     queries: int = 128
     keys: int = 512
 
 
 class GpuTiles(NamedTuple):
-    """Powers of two; keys are also distances and persistent pairs of a tile."""
+    """Tiles of the GPU kernels, powers of two; keys are also distances and persistent pairs."""
 
     queries: int = 64
     keys: int = 64
-    few: int = 32  # queries in a tile of the kernel whose sums over queries take most registers
+    # Queries in a tile of the kernel whose sums over queries take most registers.
+    few: int = 32
+    # How Triton runs a program: its warps, and how many loads it keeps in flight.
     warps: int = 4
     stages: int = 3
 
 
+# What was measured nowhere near, and what `python -m benchmarks.attention --tune` measured.
 DEFAULTS: dict[str, Any] = {"xla": XlaTiles(), "pallas_tpu": TpuTiles(), "pallas_gpu": GpuTiles()}
 TABLE: list[dict[str, Any]] = json.loads(
     resources.files(__package__).joinpath("tuned.json").read_text()
@@ -47,9 +54,8 @@ TABLE: list[dict[str, Any]] = json.loads(
 
 def device() -> tuple[str, str]:
     """Platform and kind of the device that the code is traced for."""
-    described = (
-        jax.sharding.get_abstract_mesh().abstract_device
-    )  # named where code is compiled for another machine
+    # An abstract mesh names its device where code is compiled for another machine.
+    described = jax.sharding.get_abstract_mesh().abstract_device
     if described:
         return described.platform, described.device_kind
     return jax.default_backend(), jax.devices()[0].device_kind
@@ -65,14 +71,19 @@ def tiles(implementation: str, **sizes: int) -> Any:
     Returns:
       XlaTiles, TpuTiles or GpuTiles.
     """
-    default, (_, kind) = DEFAULTS[implementation], device()
+    default = DEFAULTS[implementation]
+    _, kind = device()
     measured = [
         row for row in TABLE if row["implementation"] == implementation and row["device"] == kind
     ]
+    if not measured:
+        return default
 
+    # Sizes matter by their ratios: compare logarithms, of 1 + size since N may be 0.
     def far(row: dict[str, Any]) -> float:
         return sum(
             abs(math.log2((1 + row["sizes"][name]) / (1 + size))) for name, size in sizes.items()
         )
 
-    return default._replace(**min(measured, key=far)["tiles"]) if measured else default
+    nearest = min(measured, key=far)
+    return default._replace(**nearest["tiles"])

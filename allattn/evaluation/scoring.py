@@ -34,6 +34,7 @@ from allattn.evaluation.protocols import (
     full_plan,
     xl_plan,
 )
+from allattn.evaluation.scores import metrics_of, perplexity
 from allattn.model import KeyValue, Model, Params
 
 Array = jax.Array
@@ -41,8 +42,6 @@ Array = jax.Array
 # The context is rounded up to a multiple of this many positions, so that networks whose spans
 # differ a little share compiled code.
 CONTEXT_STEP = 64
-# A worse mean than this many nats overflows the exponential; the perplexity stops growing there.
-MOST_NATS = 700
 
 
 class Total(NamedTuple):
@@ -134,16 +133,11 @@ def context_length(model: Model, params: Params) -> int:
 
 def summary(total: Total, tokens: int) -> dict[str, float]:
     """Mean negative log-likelihood in its three units, and the perplexity of words if any."""
-    # Bits per character and perplexity are the same mean in other units.
-    nll = total.nll / tokens
-    scores = {"nll": nll, "bpc": nll / math.log(2), "ppl": _perplexity(nll), "tokens": tokens}
+    scores = metrics_of(total.nll / tokens)
+    scores["tokens"] = tokens
     if total.words:
-        scores["ppl_words"] = _perplexity(total.word_nll / total.words)
+        scores["ppl_words"] = perplexity(total.word_nll / total.words)
     return scores
-
-
-def _perplexity(nll: float) -> float:
-    return math.exp(min(nll, MOST_NATS))
 
 
 # --- its blocks --------------------------------------------------------------------------------

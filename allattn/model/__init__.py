@@ -1,4 +1,7 @@
-"""The network: layers of one kind between an embedding and a softmax. network.py is where to start reading."""
+"""The network: layers of one kind between an embedding and a softmax.
+
+Start reading at network.py.
+"""
 
 from allattn.model.config import ModelConfig
 from allattn.model.flops import forward_flops

@@ -102,8 +102,10 @@ class AdaptiveIO(nnx.Module):
             return uniform(rngs, fan_in, *shape)
 
         def draw_embedding(n: int, d: int) -> nnx.Param:
-            noise_nd = jax.random.normal(rngs.params(), (n, d))
-            return nnx.Param(XL_DEVIATION * noise_nd if xl else noise_nd)
+            embedding_nd = jax.random.normal(rngs.params(), (n, d))
+            if xl:
+                embedding_nd = XL_DEVIATION * embedding_nd
+            return nnx.Param(embedding_nd)
 
         def draw_projections(count: int) -> nnx.List:
             if division == 1:
@@ -203,6 +205,7 @@ class AdaptiveIO(nnx.Module):
 
     def _cluster(self, i: int, h_PD: Array) -> tuple[Array, Array, Array]:
         """Projected states x_Pd, kernel_nd and bias_n of a cluster's logits."""
+        # When tied there are no kernels, and the embeddings serve as such.
         kernels = self.kernel or self.embedding
         kernel_nd = kernels[i][...]
         bias_n = self.bias[i][...]

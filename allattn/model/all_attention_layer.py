@@ -53,10 +53,163 @@ class Pairs(NamedTuple):
         }
 
 
+# --- integrations
+
+
+def joint(
+    operation: Operation,
+    query_BTHK: Array,
+    key_BSHK: Array,
+    value_BSHK: Array,
+    context: dict[str, Any],
+    pairs: Pairs | None,
+) -> tuple[Array, Array]:
+    """One softmax over the context and the persistent pairs (arXiv 1907.01470, equations 5 to 9).
+
+    Args:
+      operation: `all_attention` with the arguments that every call has.
+      query_BTHK: queries of all heads.
+      key_BSHK: keys of the heads that attend to the context.
+      value_BSHK: values of the same.
+      context: arguments of the operation that concern the context.
+      pairs: persistent pairs; None: there are none, and the context is all that is attended.
+
+    Returns:
+      out_BTHK of all heads, and as mass_BH the mean share of the weight on persistent pairs.
+    """
+    # Without pairs this is attention alone: `model.persistent` 0.
+    options = dict(context)
+    if pairs is not None:
+        options |= pairs.options()
+    out_BTHK, mass_BTH = operation(
+        query_BTHK, key_BSHK, value_BSHK, **options, return_persistent_mass=True
+    )
+    return out_BTHK, mass_BTH.mean(1)
+
+
+def split(
+    operation: Operation,
+    query_BTHK: Array,
+    key_BSHK: Array,
+    value_BSHK: Array,
+    context: dict[str, Any],
+    pairs: Pairs,
+) -> tuple[Array, Array]:
+    """The sum of a softmax over the context and one over the persistent pairs, in every head.
+
+    Arguments and results are those of `joint`.
+    """
+    # Both softmaxes see the same queries.
+    options = pairs.options()
+    context_BTHK = operation(query_BTHK, key_BSHK, value_BSHK, **context)
+    persistent_out_BTHK = _persistent_softmax(operation, query_BTHK, key_BSHK, context, options)
+    mass_BH = _half(query_BTHK)
+    return context_BTHK + persistent_out_BTHK, mass_BH
+
+
+def head_split(
+    operation: Operation,
+    query_BTHK: Array,
+    key_BSHK: Array,
+    value_BSHK: Array,
+    context: dict[str, Any],
+    pairs: Pairs,
+) -> tuple[Array, Array]:
+    """The first half of the heads sees only the context, the other only the persistent pairs.
+
+    The latter have no projections of keys and values, and no spans. Arguments and results are
+    those of `joint`.
+    """
+    C = query_BTHK.shape[2] // 2
+    options = pairs.options()
+
+    # Heads of the context.
+    context_query_BTHK = query_BTHK[:, :, :C]
+    context_BTHK = operation(context_query_BTHK, key_BSHK, value_BSHK, **context)
+
+    # Heads of the persistent pairs.
+    persistent_query_BTHK = query_BTHK[:, :, C:]
+    persistent_out_BTHK = _persistent_softmax(
+        operation, persistent_query_BTHK, key_BSHK, context, options
+    )
+
+    # The output projection sees them side by side.
+    out_BTHK = jnp.concatenate([context_BTHK, persistent_out_BTHK], axis=2)
+    return out_BTHK, _half(query_BTHK)
+
+
+def single_head(
+    operation: Operation,
+    query_BTHK: Array,
+    key_BSHK: Array,
+    value_BSHK: Array,
+    context: dict[str, Any],
+    pairs: Pairs,
+) -> tuple[Array, Array]:
+    """As `split`, but the persistent pairs have one head as wide as the model.
+
+    Arguments and results are those of `joint`.
+    """
+    B, T, H, K = query_BTHK.shape
+    # The pairs are stored by heads, as in `split`, and joined for the one head that has them.
+    options = Pairs(_side_by_side(pairs.key_HNK), _side_by_side(pairs.value_HNK)).options()
+    context_BTHK = operation(query_BTHK, key_BSHK, value_BSHK, **context)
+
+    # The queries of all heads side by side are the one head's query.
+    persistent_query_BTHK = query_BTHK.reshape(B, T, 1, H * K)
+    persistent_out_BTHK = _persistent_softmax(
+        operation, persistent_query_BTHK, key_BSHK, context, options
+    )
+    mass_BH = _half(query_BTHK)
+    return context_BTHK + persistent_out_BTHK.reshape(B, T, H, K), mass_BH
+
+
+def _persistent_softmax(
+    operation: Operation,
+    persistent_query_BTHK: Array,
+    key_BSHK: Array,
+    context: dict[str, Any],
+    options: dict[str, Array],
+) -> Array:
+    """A softmax over the persistent pairs alone, as persistent_out_BTHK."""
+    B, _, H, K = persistent_query_BTHK.shape
+    # No keys, cut from those at hand: from constants alone, XLA cannot compile a shard_map inside
+    # a scan.
+    no_key_BSHK = key_BSHK[:, :0].reshape(B, 0, H, K)
+    no_position_HLK = context["position_HLK"][:, :0].reshape(1, 0, K)
+    return operation(
+        persistent_query_BTHK, no_key_BSHK, no_key_BSHK, position_HLK=no_position_HLK, **options
+    )
+
+
+def _side_by_side(x_HNK: Array) -> Array:
+    """Pairs of all heads as those of one head of width H K."""
+    H, N, K = x_HNK.shape
+    return x_HNK.transpose(1, 0, 2).reshape(1, N, H * K)
+
+
+def _half(query_BTHK: Array) -> Array:
+    """mass_BH of two softmaxes, which weigh the same, whatever is learned."""
+    B, _, H, _ = query_BTHK.shape
+    return jnp.full((B, H), 0.5)
+
+
+# --- the layer
+
+
+# model.integration, and what computes it.
+INTEGRATE: dict[str, Callable[..., tuple[Array, Array]]] = {
+    "joint": joint,
+    "split": split,
+    "head_split": head_split,
+    "single_head": single_head,
+}
+
+
 class AllAttention(SpanAttention):
     """h = LayerNorm(h + attention(h)), which is the whole layer (arXiv 1907.01470, equation 11)."""
 
-    INTEGRATIONS = ("joint", "split", "head_split", "single_head")
+    INTEGRATIONS = tuple(INTEGRATE)
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -109,145 +262,7 @@ class AllAttention(SpanAttention):
     def _pairs(self, dtype: Any) -> Pairs | None:
         if self.config.persistent == 0:
             return None
+        # Parameters are in float32; products are in the dtype of the activations.
         key_HNK = self.persistent_key[...].astype(dtype)
         value_HNK = self.persistent_value[...].astype(dtype)
         return Pairs(key_HNK, value_HNK)
-
-
-# --- integrations
-
-
-def joint(
-    operation: Operation,
-    query_BTHK: Array,
-    key_BSHK: Array,
-    value_BSHK: Array,
-    context: dict[str, Any],
-    pairs: Pairs | None,
-) -> tuple[Array, Array]:
-    """One softmax over the context and the persistent pairs (arXiv 1907.01470, equations 5 to 9).
-
-    Args:
-      operation: `all_attention` with the arguments that every call has.
-      query_BTHK: queries of all heads.
-      key_BSHK: keys of the heads that attend to the context.
-      value_BSHK: values of the same.
-      context: arguments of the operation that concern the context.
-      pairs: persistent pairs; None: there are none, and the context is all that is attended.
-
-    Returns:
-      out_BTHK of all heads, and as mass_BH the mean share of the weight on persistent pairs.
-    """
-    options = dict(context)
-    if pairs is not None:
-        options |= pairs.options()
-    out_BTHK, mass_BTH = operation(
-        query_BTHK, key_BSHK, value_BSHK, **options, return_persistent_mass=True
-    )
-    return out_BTHK, mass_BTH.mean(1)
-
-
-def split(
-    operation: Operation,
-    query_BTHK: Array,
-    key_BSHK: Array,
-    value_BSHK: Array,
-    context: dict[str, Any],
-    pairs: Pairs,
-) -> tuple[Array, Array]:
-    """The sum of a softmax over the context and one over the persistent pairs, in every head.
-
-    Arguments and results are those of `joint`.
-    """
-    options = pairs.options()
-    context_BTHK = operation(query_BTHK, key_BSHK, value_BSHK, **context)
-    persistent_out_BTHK = _persistent_softmax(operation, query_BTHK, key_BSHK, context, options)
-    mass_BH = _half(query_BTHK)
-    return context_BTHK + persistent_out_BTHK, mass_BH
-
-
-def head_split(
-    operation: Operation,
-    query_BTHK: Array,
-    key_BSHK: Array,
-    value_BSHK: Array,
-    context: dict[str, Any],
-    pairs: Pairs,
-) -> tuple[Array, Array]:
-    """The first half of the heads sees only the context, the other only the persistent pairs.
-
-    The latter have no projections of keys and values, and no spans. Arguments and results are
-    those of `joint`.
-    """
-    C = query_BTHK.shape[2] // 2
-    options = pairs.options()
-    context_query_BTHK = query_BTHK[:, :, :C]
-    context_BTHK = operation(context_query_BTHK, key_BSHK, value_BSHK, **context)
-    persistent_query_BTHK = query_BTHK[:, :, C:]
-    persistent_out_BTHK = _persistent_softmax(
-        operation, persistent_query_BTHK, key_BSHK, context, options
-    )
-    out_BTHK = jnp.concatenate([context_BTHK, persistent_out_BTHK], axis=2)
-    return out_BTHK, _half(query_BTHK)
-
-
-def single_head(
-    operation: Operation,
-    query_BTHK: Array,
-    key_BSHK: Array,
-    value_BSHK: Array,
-    context: dict[str, Any],
-    pairs: Pairs,
-) -> tuple[Array, Array]:
-    """As `split`, but the persistent pairs have one head as wide as the model.
-
-    Arguments and results are those of `joint`.
-    """
-    B, T, H, K = query_BTHK.shape
-    options = Pairs(_side_by_side(pairs.key_HNK), _side_by_side(pairs.value_HNK)).options()
-    context_BTHK = operation(query_BTHK, key_BSHK, value_BSHK, **context)
-    persistent_query_BTHK = query_BTHK.reshape(B, T, 1, H * K)
-    persistent_out_BTHK = _persistent_softmax(
-        operation, persistent_query_BTHK, key_BSHK, context, options
-    )
-    mass_BH = _half(query_BTHK)
-    return context_BTHK + persistent_out_BTHK.reshape(B, T, H, K), mass_BH
-
-
-# model.integration, and what computes it.
-INTEGRATE: dict[str, Callable[..., tuple[Array, Array]]] = {
-    "joint": joint,
-    "split": split,
-    "head_split": head_split,
-    "single_head": single_head,
-}
-
-
-def _persistent_softmax(
-    operation: Operation,
-    persistent_query_BTHK: Array,
-    key_BSHK: Array,
-    context: dict[str, Any],
-    options: dict[str, Array],
-) -> Array:
-    """A softmax over the persistent pairs alone, as persistent_out_BTHK."""
-    B, _, H, K = persistent_query_BTHK.shape
-    # No keys, cut from those at hand: from constants alone, XLA cannot compile a shard_map inside
-    # a scan.
-    no_key_BSHK = key_BSHK[:, :0].reshape(B, 0, H, K)
-    no_position_HLK = context["position_HLK"][:, :0].reshape(1, 0, K)
-    return operation(
-        persistent_query_BTHK, no_key_BSHK, no_key_BSHK, position_HLK=no_position_HLK, **options
-    )
-
-
-def _side_by_side(x_HNK: Array) -> Array:
-    """Pairs of all heads as those of one head of width H K."""
-    H, N, K = x_HNK.shape
-    return x_HNK.transpose(1, 0, 2).reshape(1, N, H * K)
-
-
-def _half(query_BTHK: Array) -> Array:
-    """mass_BH of two softmaxes, which weigh the same, whatever is learned."""
-    B, _, H, _ = query_BTHK.shape
-    return jnp.full((B, H), 0.5)

@@ -1,4 +1,4 @@
-"""What the network needs of a layer, whatever its kind: an interface, and the projections of all kinds.
+"""What the network needs of a layer of any kind: an interface, and the projections of all kinds.
 
     AttentionLayer                 projections of queries, keys, values and output
     |- SpanAttention               learned position keys and adaptive spans
@@ -52,7 +52,7 @@ class SharedPositions(Protocol):
 
 
 class AttentionLayer(Sublayer, abc.ABC):
-    """A layer as the network sees it. Its parameters are those of one layer; the network stacks them."""
+    """A layer as the network sees it, with the parameters of one layer: the network stacks them."""
 
     # Values of model.integration that this kind has.
     INTEGRATIONS: tuple[str, ...]
@@ -85,6 +85,7 @@ class AttentionLayer(Sublayer, abc.ABC):
         H = config.heads
         C = config.context_heads
         K = config.head_width
+        # Every head has a query and a part of the output; C heads have keys and values as well.
         # The order is that of the draws: a run is repeated from its seed.
         self.query = uniform(rngs, D, D, H, K)
         self.key = uniform(rngs, D, D, C, K)
@@ -177,6 +178,7 @@ class AttentionLayer(Sublayer, abc.ABC):
         if self.config.pre_norm:
             cache_BSD = jax.lax.stop_gradient(last_states(cache_XBSD, x, S))
             return project_both(kernels, self.enter(jnp.concatenate([cache_BSD, h_BTD], axis=1)))
+        # Without learned spans there is nothing to choose.
         if choice is None:
             return project_one_of((S,), 0, x, kernels, cache_XBSD, h_BTD)
         return project_one_of(lengths(S, T), choice, x, kernels, cache_XBSD, h_BTD)
@@ -192,6 +194,7 @@ class AttentionLayer(Sublayer, abc.ABC):
 
     def merge(self, out_BTHK: Array) -> Array:
         """The output projection of all heads, as out_BTD."""
+        # One product over heads side by side, as in `project`.
         B, T, H, K = out_BTHK.shape
         kernel_ED = self.output[...].astype(out_BTHK.dtype).reshape(H * K, self.config.width)
         return out_BTHK.reshape(B, T, H * K) @ kernel_ED

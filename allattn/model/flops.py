@@ -6,7 +6,7 @@ from allattn.model.config import ModelConfig
 def forward_flops(
     config: ModelConfig, mean_reach: float, block: int, cached: bool = False
 ) -> float:
-    """Required products of one token's forward pass, in FLOPs; training requires three times as many.
+    """Required products of one token's forward pass, in FLOPs; training requires three times these.
 
     With adaptive softmax, tails are left out, since the text decides how many tokens visit them:
     the count is never too high. Sinusoids that Transformer-XL projects are not counted, since all

@@ -69,7 +69,10 @@ class Forward(NamedTuple):
 
 
 class KeyValue(NamedTuple):
-    """Cached keys and values of every layer, for inference; heads side by side as kernels read them."""
+    """Cached keys and values of every layer, for inference.
+
+    Heads lie side by side, as kernels read them.
+    """
 
     key_XBSE: Array
     value_XBSE: Array
@@ -96,7 +99,7 @@ class NetworkSeeds(NamedTuple):
 
 
 class Network(nnx.Module):
-    """Embedding, a stack of layers of one kind run by one scan, and the output softmax (in `io`)."""
+    """Embedding, layers of one kind run by one scan, and the output softmax (in `io`)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -118,7 +121,7 @@ class Network(nnx.Module):
         before: Array | int | None = None,
         remat: str = "",
     ) -> Forward:
-        """One block in training: keys and values are recomputed from the cached inputs of each layer.
+        """One block in training, from the cached inputs of every layer.
 
         Args:
           tokens_BT: int32.
@@ -139,16 +142,19 @@ class Network(nnx.Module):
         seeds = None
         if seeds_X is not None:
             seeds = NetworkSeeds(seeds_X, row_B)
+
+        # What is the same in every layer is computed once, outside the scan.
         starts = self._key_start(S, before)
         choice_X = self.layers.choose_length(S, T)
 
         def run(layer, h_BTD, numbers, positions, dropout_seeds):
-            # The body reads its layer's slice of the cache, and returns its own input for it.
+            # The whole cache is at hand, so that a layer reads no more of it than it reaches.
             x, choice = numbers
             key_BSHK, value_BSHK = layer.project_reach(cache_XBSD, x, h_BTD, choice)
             out_BTD, mass_BH = layer(
                 h_BTD, key_BSHK, value_BSHK, positions, attention, dropout_seeds, **starts
             )
+            # The layer's input is what the cache gains.
             return out_BTD, (h_BTD, mass_BH)
 
         recompute = None
@@ -179,6 +185,7 @@ class Network(nnx.Module):
         B, T = tokens_BT.shape
         S = cache.key_XBSE.shape[2]
         K = self.config.head_width
+        # The block may begin anywhere in the cache, so that a cache with room is written in place.
         start = S - T if position is None else position
         starts = {"query_start": position, **self._key_start(start, before)}
 
@@ -198,7 +205,7 @@ class Network(nnx.Module):
             )
             return out_BTD, (new, mass_BH)
 
-        # The cache holds the block as well: no position lies outside it.
+        # The S cached positions include the block.
         return self._scan(run, tokens_BT, cache, (S, 0))
 
     def _key_start(self, start: Array | int, before: Array | int | None) -> dict[str, Any]:
@@ -234,6 +241,7 @@ class Network(nnx.Module):
         config = self.config
         dtype = jnp.dtype(config.dtype)
 
+        # Positions are dropped with the embedding's seed (Transformer-XL).
         embedding_seeds = None
         output_seeds = None
         if seeds is not None:
@@ -241,7 +249,7 @@ class Network(nnx.Module):
             output_seeds = seeds.output()
         positions = self.position.keys(*visible, dtype, embedding_seeds)
 
-        # A scan takes arrays, so each step of it puts its layer together from its parameters.
+        # A scan takes arrays, so each step of it puts its layer together again from its parameters.
         layers, parameters_X = nnx.split(self.layers)
 
         def body(h_BTD: Array, scanned: tuple) -> tuple[Array, Any]:
@@ -251,12 +259,14 @@ class Network(nnx.Module):
                 layer_seeds = DropoutSeeds(seed, seeds.row_B)
             return run(nnx.merge(layers, parameters), h_BTD, of_layer, positions, layer_seeds)
 
+        # What this drops is computed again, layer by layer, in the backward pass.
         if recompute is not None:
             body = recompute(body)
         layer_seeds_X = None
         if seeds is not None:
             layer_seeds_X = seeds.seeds_X[: config.depth]
 
+        # From tokens to the final hidden state.
         h_BTD = drop(embedding_seeds, self.io.embed(tokens_BT, dtype), config.embedding_dropout)
         scanned_X = (parameters_X, per_layer, layer_seeds_X)
         h_BTD, (new, mass_XBH) = jax.lax.scan(body, h_BTD, scanned_X)
@@ -271,9 +281,11 @@ class Model:
 
     def __init__(self, config: ModelConfig):
         self.config = config
+        # The structure alone: no parameter is drawn here.
         abstract = nnx.eval_shape(lambda: Network(config, nnx.Rngs(0)))
         self._graph, self._state = nnx.split(abstract)
 
+    # Models are static arguments of jitted functions: those of one geometry share a program.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Model) and self.config == other.config
 
@@ -346,5 +358,6 @@ class Model:
     def empty_key_value(self, rows: int, length: int) -> KeyValue:
         """Keys and values of zero states, which are zeros since the projections have no bias."""
         config = self.config
+        # In head_split only half of the heads have keys and values.
         shape = (config.depth, rows, length, config.context_heads * config.head_width)
         return KeyValue(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+# Added to the variance; PyTorch's default, which the papers' code leaves as it is.
 EPSILON = 1e-5
 
 
@@ -44,6 +45,7 @@ def layer_norm(h_BTD: Array, scale_D: Array, bias_D: Array) -> Array:
 
 def _normalised(h_BTD: Array) -> tuple[Array, Array]:
     """Normalised states, and 1 / sqrt(variance + epsilon) as inverse_BT1."""
+    # The mean is taken out first: the variance of centred states loses no digits.
     x_BTD = h_BTD.astype(jnp.promote_types(h_BTD.dtype, jnp.float32))
     x_BTD = x_BTD - x_BTD.mean(-1, keepdims=True)
     inverse_BT1 = jax.lax.rsqrt(jnp.square(x_BTD).mean(-1, keepdims=True) + EPSILON)

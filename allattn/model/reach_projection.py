@@ -34,7 +34,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from allattn.attention.xla.tiles import buckets
+from allattn.attention.xla.tiles import reach_sizes
 
 Array = jax.Array
 
@@ -59,6 +59,7 @@ def project(kernel_DHK: Array, states_BSD: Array) -> Array:
     Returns:
       Projected states, as out_BSHK.
     """
+    # Parameters are in float32; the product is in the dtype of the activations.
     D, H, K = kernel_DHK.shape
     kernel_DE = kernel_DHK.astype(states_BSD.dtype).reshape(D, H * K)
     B, S, _ = states_BSD.shape
@@ -76,11 +77,12 @@ def lengths(S: int, T: int) -> tuple[int, ...]:
     None is below a quarter of the block, except S itself: beside a long block, a few states more
     cost less than one choice more.
     """
-    return tuple(size for size in buckets(S) if size >= T // 4 or size == S)
+    return tuple(size for size in reach_sizes(S) if size >= T // 4 or size == S)
 
 
 def last_states(cache_XBSD: Array, x: Array | int, length: int) -> Array:
     """The last `length` cached states of layer x, as cache_BSD."""
+    # Layer and states are cut out by one slice, which reads nothing else.
     _, B, S, D = cache_XBSD.shape
     return jax.lax.dynamic_slice(cache_XBSD, (x, 0, S - length, 0), (1, B, length, D))[0]
 
@@ -108,6 +110,8 @@ def project_one_of(
       key_BSHK and value_BSHK of S cached states and the block; zeros for the cached states before
       the last sizes[choice].
     """
+    # One branch for each size. The whole cache is an operand: only the branch that runs reads its
+    # part of it.
     branches = [functools.partial(_project_last, size) for size in sizes]
     return jax.lax.switch(choice, branches, x, kernels, cache_XBSD, h_BTD)
 
@@ -123,6 +127,7 @@ def _project_last(
     S = cache_XBSD.shape[2]
     cache_BSD = last_states(cache_XBSD, x, size)
 
+    # Zeros fill the place of states that no head looks at, so that all branches have one shape.
     def projected(kernel_DHK: Array) -> Array:
         parts = [project(kernel_DHK, cache_BSD), project(kernel_DHK, h_BTD)]
         zeros_before = ((0, 0), (S - size, 0), (0, 0), (0, 0))
@@ -139,11 +144,13 @@ def _forward(
     cache_XBSD: Array,
     h_BTD: Array,
 ) -> tuple[tuple[Array, Array], tuple]:
+    # The inputs are all that is kept.
     out = project_one_of(sizes, choice, x, kernels, cache_XBSD, h_BTD)
     return out, (choice, x, kernels, cache_XBSD, h_BTD)
 
 
 def _backward(sizes: tuple[int, ...], inputs: tuple, d_out: tuple[Array, Array]) -> tuple:
+    # The same choice again, among branches that each compute the gradient of theirs.
     choice, x, kernels, cache_XBSD, h_BTD = inputs
     branches = [functools.partial(_gradients_last, size) for size in sizes]
     d_kernels, d_h_BTD = jax.lax.switch(choice, branches, x, kernels, cache_XBSD, h_BTD, d_out)
@@ -160,6 +167,7 @@ def _gradients_last(
     d_out: tuple[Array, Array],
 ) -> tuple[Kernels, Array]:
     """Gradients of kernels and block for `_project_last`, as d_kernels and d_h_BTD."""
+    # Only what was projected: zeros before it depend on nothing.
     S = cache_XBSD.shape[2]
     states_BSD = jnp.concatenate([last_states(cache_XBSD, x, size), h_BTD], axis=1)
 

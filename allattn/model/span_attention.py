@@ -35,6 +35,7 @@ class Positions(nnx.Module):
         The first query of the block sees no more distances than there are cached states. Those
         within the block are not more, and nothing is dropped here.
         """
+        # At run time the context may be shorter than the limit, and the table is cut to it.
         del block, dropout_seeds
         return self.table[: min(self.table.shape[0], cached)].astype(dtype)
 
@@ -48,6 +49,7 @@ class SpanAttention(AttentionLayer):
     @staticmethod
     def make_io(config: ModelConfig, rngs: nnx.Rngs) -> TokenIO | AdaptiveIO:
         """Embedding and output softmax, adaptive ones where there are cutoffs."""
+        # A small vocabulary, such as bytes, needs no clusters.
         if not config.cutoffs:
             return TokenIO(config.vocab_size, config.width, rngs)
         return AdaptiveIO(
@@ -75,9 +77,12 @@ class SpanAttention(AttentionLayer):
         return self.span[...] * self.config.limit
 
     def choose_length(self, S: int, T: int) -> Array | None:
-        """Index in `lengths(S, T)` of the smallest length that holds the reach of the layer's spans."""
+        """Index in `lengths(S, T)` of the smallest length that holds a layer's reach."""
+        # Fixed spans reach as far as the cache.
         if not self.config.adaptive:
             return None
+        # A layer projects as far back as its farthest head looks. This also runs on stacked layers,
+        # whose spans have a leading dimension.
         longest = jnp.max(self.span_tokens(), axis=-1)
         needed = reach(longest, self.config.ramp, 1, S)
         return jnp.searchsorted(jnp.array(lengths(S, T)), needed)
@@ -89,6 +94,7 @@ class SpanAttention(AttentionLayer):
           position_LK: position keys of the distances in the context, nearest first.
           starts: query_start and key_start of the operation.
         """
+        # The table may be cut to the context, and spans must not exceed it.
         span_H = None
         if self.config.adaptive:
             span_H = _at_most(self.span_tokens(), position_LK.shape[0])

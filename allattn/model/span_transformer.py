@@ -18,12 +18,14 @@ Array = jax.Array
 
 
 class SpanTransformer(SpanAttention):
-    """Attention without persistent pairs, then a feed-forward sublayer (model.layer transformer)."""
+    """Attention without persistent pairs, then a feed-forward sublayer: model.layer transformer."""
 
+    # ff_attention: the feed-forward sublayer as attention to its units, a softmax instead of ReLU.
     INTEGRATIONS = ("joint", "ff_attention")
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
+        # Dropout acts on attention weights and inner units, not on outputs.
         self.feed_forward = FeedForward(config, rngs, output_dropout=0.0)
 
     def attend(
@@ -38,10 +40,13 @@ class SpanTransformer(SpanAttention):
     ) -> tuple[Array, Array]:
         """Attention, residual and norm: as in `AttentionLayer`, with position_LK as position."""
         query_BTHK = self.queries(h_BTD)
+
+        # Dropout of attention weights, if any.
         weights = {}
         if dropout_seeds is not None:
             weights = dropout_seeds.weights(self.config.dropout)
-        # Without pairs their share of the weight is 0.
+
+        # The operation without pairs; their share of the weight is then 0.
         out_BTHK, mass_BTH = attention(
             query_BTHK,
             key_BSHK,
@@ -65,6 +70,7 @@ class SpanTransformer(SpanAttention):
         **starts: Any,
     ) -> tuple[Array, Array]:
         """The whole layer: `attend`, then the feed-forward sublayer."""
+        # Both sublayers share the layer's seed.
         h_BTD, mass_BH = self.attend(
             h_BTD, key_BSHK, value_BSHK, position, attention, dropout_seeds, **starts
         )

@@ -33,7 +33,7 @@ def uniform(rngs: nnx.Rngs, fan_in: int, *shape: int) -> nnx.Param:
 
 
 class DropoutSeeds(NamedTuple):
-    """What one layer's dropout is a function of. Where None is passed instead, nothing is dropped."""
+    """What one layer's dropout is a function of. With None instead, nothing is dropped."""
 
     seed: Array  # uint32
     row_B: Array  # global index of every row, int32
@@ -67,12 +67,14 @@ class Sublayer(nnx.Module):
     """A map f with its norm and residual: LN(h + f(h)), or with pre_norm h + f(LN(h))."""
 
     def __init__(self, config: ModelConfig):
+        # The identity until they are trained.
         self.norm_scale = nnx.Param(jnp.ones(config.width))
         self.norm_bias = nnx.Param(jnp.zeros(config.width))
         self.config = config
 
     def enter(self, h_BTD: Array) -> Array:
         """What f is applied to."""
+        # Pre-norm: the residual path stays free of norms.
         if self.config.pre_norm:
             return self._norm(h_BTD)
         return h_BTD
@@ -113,6 +115,7 @@ class FeedForward(Sublayer):
         outer_FD = self.outer[...].astype(h_BTD.dtype)
         outer_D = self.outer_bias[...].astype(h_BTD.dtype)
 
+        # The units, then the way back to features.
         inner_BTF = self.activation(self.enter(h_BTD) @ inner_DF + inner_F)
         inner_BTF = drop(dropout_seeds, inner_BTF, self.config.dropout)
         out_BTD = inner_BTF @ outer_FD + outer_D

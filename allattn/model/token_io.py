@@ -17,7 +17,8 @@ from allattn.model.sublayers import uniform
 
 Array = jax.Array
 
-SMALL_VOCABULARY = 1024  # symbols of a table whose gradient is a product
+# Most symbols of a table whose gradient is a product.
+SMALL_VOCABULARY = 1024
 
 
 class TokenIO(nnx.Module):
@@ -35,12 +36,14 @@ class TokenIO(nnx.Module):
 
     def logits(self, h_BTD: Array) -> Array:
         """Unnormalised log-probabilities of the next token, as logits_BTV, at least in float32."""
+        # The loss is at least in float32, whatever the activations are in.
         dtype = jnp.promote_types(h_BTD.dtype, jnp.float32)
         logits_BTV = jnp.einsum("btd,vd->btv", h_BTD.astype(dtype), self.kernel[...].astype(dtype))
         return logits_BTV + self.bias[...].astype(dtype)
 
     def nll(self, h_BTD: Array, targets_BT: Array) -> Array:
         """Negative log-likelihood of the targets in nats, as nll_BT, at least in float32."""
+        # -log softmax at the target: the log of the sum, less the target's logit.
         logits_BTV = self.logits(h_BTD)
         target_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits_BTV, axis=-1) - target_BT

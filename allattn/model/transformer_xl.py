@@ -41,6 +41,7 @@ class RelativePositions(nnx.Module):
     """Fixed sinusoids, and the two vectors added to queries, which all layers share."""
 
     def __init__(self, config: ModelConfig):
+        # Drawn by `TransformerXL.initialise`.
         shape = (config.heads, config.head_width)
         self.content = nnx.Param(jnp.zeros(shape))
         self.distance = nnx.Param(jnp.zeros(shape))
@@ -61,9 +62,11 @@ class RelativePositions(nnx.Module):
           dropout_seeds: of the encodings' dropout; None: no dropout.
         """
         config = self.config
+        # How far a query of the block may look, the current token's distance 0 included.
         length = cached + block
         if config.same_length:
             length = config.limit
+        # Distances that were never seen in training can be made to look like the farthest seen.
         farthest = length
         if config.clamp > 0:
             farthest = config.clamp
@@ -99,7 +102,8 @@ class TransformerXL(AttentionLayer):
 
     @staticmethod
     def make_io(config: ModelConfig, rngs: nnx.Rngs) -> AdaptiveIO:
-        """One table, scaled by sqrt(D), for input and output; with cutoffs, one for each cluster."""
+        """One table, scaled by sqrt(D), for input and output; with cutoffs, one per cluster."""
+        # A single cluster needs no projection.
         division = config.division if config.cutoffs else 1
         return AdaptiveIO(
             config.vocab_size,
@@ -128,6 +132,7 @@ class TransformerXL(AttentionLayer):
         # A key of its own: the modules have drawn from `key`.
         key = jax.random.fold_in(key, 2**31)
 
+        # The number of a parameter in the tree decides its key.
         def draw(number: int, name: str, old: Array) -> Array:
             if name.endswith("bias"):
                 return jnp.zeros_like(old)
@@ -194,6 +199,7 @@ class TransformerXL(AttentionLayer):
         **starts: Any,
     ) -> tuple[Array, Array]:
         """The whole layer: `attend`, then the feed-forward sublayer."""
+        # Both sublayers share the layer's seed.
         h_BTD, mass_BH = self.attend(
             h_BTD, key_BSHK, value_BSHK, position, attention, dropout_seeds, **starts
         )

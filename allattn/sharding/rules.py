@@ -9,7 +9,7 @@ axes:
     tensor   heads, and units of the feed-forward     activations are summed over it in every layer
 
 The path of an array is its keys joined by "/", such as `layers/query` or `io/embedding/0`. The
-first pattern that is found in it decides. The state of the optimizer lies under the path of its
+first pattern that matches in it decides. The state of the optimizer lies under the path of its
 parameter, so it is split like that parameter.
 
 To add an array: add a row here. `test_every_array_has_one_rule_and_every_rule_an_array` fails for
@@ -188,7 +188,7 @@ def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
 
 
 def _rule(name: str) -> P:
-    """The spec of the first pattern in the table that is found in this name."""
+    """The spec of the first pattern in the table that matches in this name."""
     for pattern, spec in RULES:
         if re.search(pattern, name):
             return spec
@@ -210,7 +210,7 @@ def _name(path: tuple) -> str:
 
 
 def _key(key: Any) -> str:
-    """One key of a path: of a dict, an attribute, or a place in a sequence."""
+    """One key of a path: of a dict, an attribute, or an index of a sequence."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))

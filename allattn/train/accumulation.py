@@ -4,14 +4,14 @@ A batch whose activations do not fit in memory is cut into `parts`, whose gradie
 mesh the rows lie spread over `shards` devices, and a part takes an equal share of every device's
 rows, so that no row moves and no device waits. 8 rows on 2 shards in 2 parts:
 
-    rows of the batch                  0 1 2 3 | 4 5 6 7          (rows,)
-    reshape                  [[0 1] [2 3]] | [[4 5] [6 7]]        (shards, parts, rows of both)
-    parts first              [[0 1] | [4 5]] , [[2 3] | [6 7]]    (parts, shards, rows of both)
-    reshape                   0 1 | 4 5  ,  2 3 | 6 7             (parts, rows of a part)
+    rows of the batch       0 1   2 3   |   4 5   6 7        (rows,)
+    reshape               [[0 1] [2 3]] | [[4 5] [6 7]]      (shards, parts, rows of a cell)
+    parts first           [[0 1] | [4 5]] , [[2 3] | [6 7]]  (parts, shards, rows of a cell)
+    reshape                 0 1  |  4 5   ,   2 3  |  6 7    (parts, rows of a part)
 
-Cut in the order of the batch, part 0 would be rows 0 to 3: the first device would have all of it
-and the second nothing. tests/train/test_train.py holds that accumulation changes no loss, and
-tests/planning/test_compile.py that it sends no more than the plain step.
+where | is the border between the devices. Cut in the order of the batch, part 0 would be rows 0 to
+3: the first device would have all of it and the second nothing. tests/train/test_train.py holds
+that accumulation changes no loss, and tests/planning/test_compile.py that it moves no rows.
 
 Dimension key: X layer, A part of an accumulated batch, B batch rows, T position in the block, S
 cached position, D model width.
@@ -99,7 +99,7 @@ def split_rows(x_BX: Array, parts: int, shards: int, axis: int = 0) -> Array:
     after = x_BX.shape[axis + 1 :]
     rows = x_BX.shape[axis] // (shards * parts)
 
-    # (shards, parts, rows of both) -> (parts, shards, rows of both), as in the picture above
+    # (shards, parts, rows of a cell) -> (parts, shards, rows of a cell), as in the picture above
     x_BX = x_BX.reshape(*before, shards, parts, rows, *after)
     x_AX = jnp.moveaxis(x_BX, axis + 1, 0)
     return x_AX.reshape(parts, *before, shards * rows, *after)
@@ -112,7 +112,7 @@ def join_rows(x_AX: Array, shards: int, axis: int = 0) -> Array:
     after = x_AX.shape[axis + 2 :]
     rows = x_AX.shape[axis + 1] // shards
 
-    # (parts, shards, rows of both) -> (shards, parts, rows of both)
+    # (parts, shards, rows of a cell) -> (shards, parts, rows of a cell)
     x_AX = x_AX.reshape(parts, *before, shards, rows, *after)
     x_BX = jnp.moveaxis(x_AX, 0, axis + 1)
     return x_BX.reshape(*before, parts * shards * rows, *after)

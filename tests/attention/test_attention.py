@@ -317,6 +317,9 @@ def test_deterministic(implementation: str) -> None:
             r"dropout_rate: expected a number in \[0, 1\), found 1.0",
         ),
         ({"first_distance": 2}, "first_distance: expected 0 or 1, found 2"),
+        ({"ramp": 3.5}, "ramp: expected a whole number of tokens, found 3.5"),
+        ({"ramp": float("inf")}, "ramp: expected a whole number of tokens, found inf"),
+        ({"ramp": 0.0}, "ramp: expected at least 1 token, found 0"),
         (
             {"query_start": np.zeros(3, int)},
             r"query_start: expected a scalar or shape \(2,\), found shape \(3,\)",
@@ -326,6 +329,18 @@ def test_deterministic(implementation: str) -> None:
 def test_bad_input(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call({**arrays(CASES["plain"]), **change})
+
+
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+@pytest.mark.parametrize("ramp", [4.0, np.int64(4), np.float32(4)])
+def test_whole_numbers_of_any_type(ramp: Any, implementation: str) -> None:
+    """A ramp of 4.0 or numpy's 4 gives the results and gradients of 4; so does numpy's first distance."""
+    case = CASES["plain"]
+    inputs = arrays(case)
+    expected = results(case, inputs, implementation)
+    found = results(case, inputs, implementation, ramp=ramp, first_distance=np.int64(1))
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
 
 
 def test_unknown_implementation() -> None:

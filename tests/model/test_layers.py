@@ -15,7 +15,9 @@ from flax import nnx
 from scipy.special import softmax
 from tiny_model import KINDS, geometry, random_params
 
+from allattn.attention import all_attention
 from allattn.model import Model, ModelConfig, Params, forward_flops
+from allattn.model.network import LAYERS
 from allattn.model.sublayers import DropoutSeeds, FeedForward
 
 VARIANTS = {
@@ -173,6 +175,23 @@ def test_feed_forward_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert (np.asarray(layer(h_BTD, DropoutSeeds(jnp.uint32(2), row_B))) != out_BTD).mean() > 0.3
     np.testing.assert_array_equal(layer(h_BTD, None), 1)
+
+
+@pytest.mark.parametrize("name", ["joint", "transformer", "transformer_xl"])
+def test_dropout_seeds_argument(name: str) -> None:
+    """A layer takes its seeds by position or by name, and drops nothing without."""
+    config = geometry(**{**KINDS[name], "dropout": 0.25, "limit": 12, "adaptive": False})
+    layer = LAYERS[config.layer](config, nnx.Rngs(0))
+    positions = layer.shared(config, nnx.Rngs(0)).keys(12, 5, jnp.float32, None)
+    states_BSD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 17, 16)), jnp.float32)
+    inputs = (states_BSD[:, 12:], *layer.project(states_BSD), positions, all_attention)
+    seeds = DropoutSeeds(jnp.uint32(1), jnp.arange(2))
+    without_BTD, _ = layer(*inputs)
+    by_position_BTD, _ = layer(*inputs, seeds)
+    by_name_BTD, _ = layer(*inputs, dropout_seeds=seeds)
+    np.testing.assert_array_equal(without_BTD, layer(*inputs, None)[0])
+    np.testing.assert_array_equal(by_position_BTD, by_name_BTD)
+    assert (by_position_BTD != without_BTD).any()
 
 
 @pytest.mark.parametrize(

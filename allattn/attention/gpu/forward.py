@@ -35,7 +35,7 @@ from allattn.attention.gpu.memory import (
     store_at,
     zeros,
 )
-from allattn.attention.numerics import NT_DIMENSIONS, dot, log_sum
+from allattn.attention.numerics import LEAST_TOP, NT_DIMENSIONS, dot, log_sum
 from allattn.attention.span import MASKED_LOGIT
 
 Array = jax.Array
@@ -187,7 +187,7 @@ def _forward(
     queries = Queries(query_T1, load_queries(refs.inputs.query, head_row, query_T1))
 
     # An empty softmax.
-    top_T1 = jnp.full((sizes.query_tile, 1), MASKED_LOGIT / 10, jnp.float32)
+    top_T1 = jnp.full((sizes.query_tile, 1), LEAST_TOP, jnp.float32)
     softmax = Softmax(top_T1, jnp.zeros_like(top_T1), zeros(sizes, sizes.query_tile))
 
     # The persistent pairs come first, and what they amount to is kept.

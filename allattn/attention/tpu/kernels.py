@@ -32,7 +32,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from allattn.attention import dropout
 from allattn.attention.contract import Static
-from allattn.attention.numerics import NT_DIMENSIONS, TN_DIMENSIONS, CallSizes, dot, log_sum
+from allattn.attention.numerics import (
+    LEAST_TOP,
+    NT_DIMENSIONS,
+    TN_DIMENSIONS,
+    CallSizes,
+    dot,
+    log_sum,
+)
 from allattn.attention.span import MASKED_LOGIT, MAX_MASK_DERIVATIVE, ramp_position
 
 Array = jax.Array
@@ -389,7 +396,7 @@ def forward_kernel(
         @pl.when(step == 0)
         def _persistent() -> None:
             # An empty softmax.
-            top[p] = jnp.full_like(top[p], MASKED_LOGIT / 10)
+            top[p] = jnp.full_like(top[p], LEAST_TOP)
             zeros_T1 = jnp.zeros_like(total[p])
             zeros_TK = jnp.zeros_like(sums[p])
             total[p] = zeros_T1

@@ -1,8 +1,11 @@
-"""What the XLA implementation works on at a time: one head, a group of rows, a tile of queries, a window of keys.
+"""What the XLA implementation works on at a time.
+
+One head, a group of rows, a tile of queries, and the window of consecutive keys that they can see.
+At the end are `skew` and `unskew`, with a picture: logits by distance become logits by key.
 
 Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K
-head width; inside one tile also: G row of the group, C column of the window of keys, R distance in
-the bucket (farthest first), P the same padded to R + T + 1, A width and the span's bias.
+head width; inside one tile also: G row of the group, C column of the window of keys, R distance
+within reach (farthest first), P the same padded to R + T + 1, A width and the span's bias.
 """
 
 from typing import NamedTuple
@@ -16,16 +19,27 @@ from allattn.attention.tuning import XlaTiles
 
 Array = jax.Array
 
-SMALLEST_BUCKET = 64
+# Below so few distances, code of its own saves nothing.
+SMALLEST_REACH_SIZE = 64
+# From so many on, a power of two is so far from the next that a step halfway between pays.
+FIRST_HALF_STEP = 512
 
 
-def buckets(limit: int) -> tuple[int, ...]:
-    """Numbers of distances for which code is compiled: powers of two and, from 512 on, the steps halfway between."""
-    sizes, size = [], SMALLEST_BUCKET
+def reach_sizes(limit: int) -> tuple[int, ...]:
+    """Numbers of distances for which code is compiled, ascending; the last is the limit.
+
+    Powers of two and, from 512 on, the steps halfway between: a reach known only at run time is
+    rounded up to one of them.
+    """
+    sizes = []
+    size = SMALLEST_REACH_SIZE
     while size < limit:
-        sizes += [size, size * 3 // 2] if size >= 512 else [size]
+        sizes.append(size)
+        half_step = size * 3 // 2
+        if size >= FIRST_HALF_STEP and half_step < limit:
+            sizes.append(half_step)
         size *= 2
-    return (*(s for s in sizes if s < limit), limit)
+    return (*sizes, limit)
 
 
 class Shape(NamedTuple):
@@ -43,7 +57,10 @@ class Shape(NamedTuple):
     tile_sizes: XlaTiles
 
     def tile(self, R: int) -> int:
-        """Queries of one row in a tile: few where a head sees little, since a window holds R + tile keys."""
+        """Queries of one row in a tile.
+
+        Few where a head sees little, since a window holds R + tile keys.
+        """
         tile = min(self.length, self.tile_sizes.queries)
         while tile % 2 == 0 and tile > max(R // 4, self.tile_sizes.few):
             tile //= 2
@@ -51,45 +68,62 @@ class Shape(NamedTuple):
 
     def rows(self, R: int) -> int:
         """Rows in a tile: as many as keep its arrays small."""
-        tile = self.tile(R)
-        most = (
-            max(1, self.tile_sizes.elements // (tile * (R + tile + self.N))) if self.together else 1
-        )
+        # Rows whose windows lie at different places cannot share a tile.
+        most = 1
+        if self.together:
+            tile = self.tile(R)
+            weights = tile * (R + tile + self.N)
+            most = max(1, self.tile_sizes.elements // weights)
+        # A divisor of B, so that all groups are alike.
         return max(rows for rows in range(1, self.B + 1) if self.B % rows == 0 and rows <= most)
 
     def tiles(self, R: int) -> int:
         """How many tiles the work has."""
-        return self.B // self.rows(R) * (self.length // self.tile(R))
+        groups = self.B // self.rows(R)
+        return groups * (self.length // self.tile(R))
 
 
-def work_shape(static: Static, inputs: Inputs) -> Shape:
+def work_shape(static: Static[XlaTiles], inputs: Inputs) -> Shape:
     """Sizes, and the padding with which every window of keys lies inside the padded keys."""
-    (B, T), S, L = (
-        inputs.query_BTHK.shape[:2],
-        inputs.key_BSHK.shape[1],
-        inputs.position_HLK.shape[1],
-    )
-    whole, tile = static.whole_context, min(T, static.tiles.queries)
+    B, T, _, _ = inputs.query_BTHK.shape
+    S = inputs.key_BSHK.shape[1]
+    L = inputs.position_HLK.shape[1]
+    tile = min(T, static.tiles.queries)
     length = -(-T // tile) * tile
+    # Query 0 may sit anywhere from key 0 to key S, unless it is known to sit at key S - T.
     farthest = static.first_distance + L - 1
-    left = max(0, farthest - (S - T)) if whole else farthest
-    right = length + 1 - static.first_distance - (T if whole else 0)
-    masked = left > 0 or not whole
-    N = inputs.persistent_key_HNK.shape[1]
-    return Shape(B, T, S, N, length, left, right, masked, whole, static.tiles)
+    if static.whole_context:
+        left = max(0, farthest - (S - T))
+        right = length + 1 - static.first_distance - T
+    else:
+        left = farthest
+        right = length + 1 - static.first_distance
+    return Shape(
+        B=B,
+        T=T,
+        S=S,
+        N=inputs.persistent_key_HNK.shape[1],
+        length=length,
+        left=left,
+        right=right,
+        masked=left > 0 or not static.whole_context,
+        together=static.whole_context,
+        tile_sizes=static.tiles,
+    )
 
 
 class Head(NamedTuple):
-    """One head's arrays, padded so that every window of keys and every tile of queries lies inside them.
+    """One head's arrays, padded so that every window of keys and tile of queries lies inside them.
 
     Keys and values have their width first: the products with them then run up to twice as fast on a
-      CPU.
+    CPU.
     """
 
-    query_BTK: Array  # times the scale
-    position_query_BTA: (
-        Array  # times the scale, and a last column of ones that picks up the span's bias
-    )
+    # Times the scale; the position query also has a last column of ones, which picks up the span's
+    # bias.
+    query_BTK: Array
+    position_query_BTA: Array
+    # S padded by `Shape.left` and `Shape.right` keys of zeros.
     key_BKS: Array
     value_BKS: Array
     position_KL: Array
@@ -107,19 +141,22 @@ def select_head(static: Static, inputs: Inputs, shape: Shape, head: Array) -> He
         x_BXK = jax.lax.dynamic_index_in_dim(x_BXHK, head, 2, keepdims=False)
         return jnp.pad(x_BXK, ((0, 0), (before, after), (0, 0)))
 
-    def queries(
-        x_BTHK: Array,
-    ) -> Array:  # scaled here, once, and not in every product; in float32, so exactly enough
+    # Scaled here once, and not in every product: in float32, so exactly enough.
+    def queries(x_BTHK: Array) -> Array:
         return rows(x_BTHK, 0, shape.length - shape.T).astype(dtype) * static.scale
 
+    def keys(x_BSHK: Array) -> Array:
+        return rows(x_BSHK, shape.left, shape.right).transpose(0, 2, 1).astype(dtype)
+
+    # A table shared by all heads has only head 0.
     position_head = jnp.minimum(head, inputs.position_HLK.shape[0] - 1)
     return Head(
         query_BTK=queries(inputs.query_BTHK),
         position_query_BTA=jnp.pad(
             queries(inputs.position_query_BTHK), ((0, 0), (0, 0), (0, 1)), constant_values=1
         ),
-        key_BKS=rows(inputs.key_BSHK, shape.left, shape.right).transpose(0, 2, 1).astype(dtype),
-        value_BKS=rows(inputs.value_BSHK, shape.left, shape.right).transpose(0, 2, 1).astype(dtype),
+        key_BKS=keys(inputs.key_BSHK),
+        value_BKS=keys(inputs.value_BSHK),
         position_KL=inputs.position_HLK[position_head].T.astype(dtype),
         persistent_key_KN=inputs.persistent_key_HNK[head].T.astype(dtype),
         persistent_value_KN=inputs.persistent_value_HNK[head].T.astype(dtype),
@@ -135,7 +172,9 @@ class Tile(NamedTuple):
     position_query_GTA: Array
     key_GKC: Array
     value_GKC: Array
-    absent_C: Array | None  # 0 where a key exists, MASKED_LOGIT elsewhere
+    # 0 where a key exists, MASKED_LOGIT elsewhere; None: all exist.
+    absent_C: Array | None
+    # Where the tile begins: its row in the batch, its query, its window's first padded key.
     first_row: Array
     first_query: Array
     first_column: Array
@@ -144,10 +183,16 @@ class Tile(NamedTuple):
 def select_tile(
     static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic, number: Array
 ) -> Tile:
-    """Cut tile `number` of a bucket out of a head: tiles of a row, then groups of rows."""
-    G, T = shape.rows(R), shape.tile(R)
+    """Cut tile `number` out of a head that sees R distances.
+
+    Tiles are counted along a row first, then over groups of rows.
+    """
+    G = shape.rows(R)
+    T = shape.tile(R)
     tiles = shape.length // T
-    first_row, first_query = number // tiles * G, number % tiles * T
+    first_row = number // tiles * G
+    first_query = number % tiles * T
+    # The window begins at the farthest key of the tile's first query.
     oldest = dynamic.query_start_B[first_row] + first_query - (static.first_distance + R - 1)
     first_column = oldest + shape.left
 
@@ -177,23 +222,40 @@ def select_tile(
 
 
 def padded_positions(static: Static, shape: Shape, R: int, head: Head) -> Array:
-    """Position keys of a bucket, farthest first, as position_AP: log m as a last row, and T + 1 columns of MASKED_LOGIT."""
+    """Position keys of R distances, farthest first, padded by T + 1 columns, as position_AP.
+
+    The last row is log m, and MASKED_LOGIT in the padding.
+    """
     distance_R = static.first_distance + R - 1 - jnp.arange(R)
     bias_R = log_span_mask(distance_R, head.span, static.ramp).astype(head.position_KL.dtype)
     position_AR = jnp.concatenate([head.position_KL[:, :R][:, ::-1], bias_R[None]])
+    # What the skew moves outside the band: no position, and masked.
     beyond_A = jnp.zeros(position_AR.shape[0], position_AR.dtype).at[-1].set(MASKED_LOGIT)
-    return jnp.concatenate(
-        [position_AR, jnp.tile(beyond_A[:, None], (1, shape.tile(R) + 1))], axis=1
-    )
+    padding_AX = jnp.tile(beyond_A[:, None], (1, shape.tile(R) + 1))
+    return jnp.concatenate([position_AR, padding_AX], axis=1)
 
 
 def skew(by_distance_GTP: Array) -> Array:
-    """Move row t right by t places: from padded distances (R + T + 1) to columns of the window (R + T)."""
+    """Move row t right by t: from padded distances (R + T + 1) to columns of the window (R + T).
+
+    Logits by distance are one product for all queries. The key at a distance lies one column
+    further to the right with every query. Cutting the flat array into rows that are one number
+    shorter moves row t right by t, and its padding comes to lie outside the band. With T = 3
+    queries and R = 2 distances, far f and near n, and padding -:
+
+        f0 n0  -  -  -  -                          f0 n0  -  -  -
+        f1 n1  -  -  -  -   the first 15 numbers    - f1 n1  -  -
+        f2 n2  -  -  -  -   in rows of 5            -  - f2 n2  -
+    """
     G, T, P = by_distance_GTP.shape
     return by_distance_GTP.reshape(G, -1)[:, : T * (P - 1)].reshape(G, T, P - 1)
 
 
 def unskew(by_column_GTC: Array) -> Array:
-    """The inverse of `skew`; its padding holds what lies outside the band, which is 0 for every gradient."""
+    """The inverse of `skew`, from columns of the window to padded distances.
+
+    The padding holds what lies outside the band, which is 0 for every gradient: T zeros at the end
+    of the flat array, and then rows that are one number longer.
+    """
     G, T, C = by_column_GTC.shape
     return jnp.pad(by_column_GTC.reshape(G, -1), ((0, 0), (0, T))).reshape(G, T, C + 1)
