@@ -334,7 +334,9 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
 @pytest.mark.parametrize("ramp", [4.0, np.int64(4), np.float32(4)])
 def test_whole_numbers_of_any_type(ramp: Any, implementation: str) -> None:
-    """A ramp of 4.0 or numpy's 4 gives the results and gradients of 4; so does numpy's first distance."""
+    """A ramp of 4.0 or numpy's 4 gives the results and gradients of 4; so does numpy's first
+    distance.
+    """
     case = CASES["plain"]
     inputs = arrays(case)
     expected = results(case, inputs, implementation)

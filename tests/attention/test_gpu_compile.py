@@ -60,7 +60,8 @@ def test_compiles(name: str, dtype: str) -> None:
     text, temporary = compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
     keys = case.B * case.S * D * jnp.dtype(dtype).itemsize
     print(
-        f"{name} {dtype} on {KIND}: temporary {temporary / 2**20:.0f} MiB, of which keys {4 * keys / 2**20:.0f}"
+        f"{name} {dtype} on {KIND}: temporary {temporary / 2**20:.0f} MiB, "
+        f"of which keys {4 * keys / 2**20:.0f}"
     )
     assert (
         temporary < gpu.SCRATCH + 6 * keys

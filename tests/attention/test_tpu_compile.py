@@ -103,7 +103,8 @@ def test_compiles(name: str, topology: str) -> None:
         for line in calls
     ]
     print(
-        f"{name} on {chip.device_kind}: VMEM forward {vmem[0] / 2**20:.1f} MiB, backward {vmem[1] / 2**20:.1f} MiB"
+        f"{name} on {chip.device_kind}: VMEM forward {vmem[0] / 2**20:.1f} MiB, "
+        f"backward {vmem[1] / 2**20:.1f} MiB"
     )
     if 128 % case.K:  # such heads are padded to whole lanes, which is a copy
         return

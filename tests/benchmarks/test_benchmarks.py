@@ -50,7 +50,7 @@ def arguments(**changes: object) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize("name", [n for n in geometries.GEOMETRIES if n not in ("tiny", "small-8")])
-def test_geometries_are_those_of_the_configurations(name: str) -> None:
+def test_geometries_of_the_configurations(name: str) -> None:
     c = config.load(str(ROOT / "configs" / f"{name}.py"))
     m = c.model
     sizes = (m.depth, m.width, m.heads, m.span.limit, c.train.block, m.persistent)
@@ -232,7 +232,11 @@ def test_profile_sums_by_kind(tmp_path: Path) -> None:
 
 def test_devices_of_the_overhead_benchmark() -> None:
     """The overhead is measured on the devices of the demo."""
-    nothing = "from benchmarks import overhead\ndef nothing(): return {}\noverhead.starts = overhead.saves = nothing\n"
+    nothing = (
+        "from benchmarks import overhead\n"
+        "def nothing(): return {}\n"
+        "overhead.starts = overhead.saves = nothing\n"
+    )
     code = f"{nothing}overhead.main()"
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
         "JAX_PLATFORMS": "cpu"

@@ -42,6 +42,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pa
         yield place / "run", texts
 
 
+# The module of the papers' code that holds the persistent vectors of the first layer.
+MEMORY = "module.layers.0.attn.attn.persistent_memory"
+
+
 def convert(file: Path, texts: Path, workdir: Path, **changes: Any) -> Any:
     words = [f"--checkpoint={file}", *flags(texts, **changes), f"--workdir={workdir}"]
     return call("convert", "--source=adaptive-span", *words)
@@ -158,11 +162,7 @@ def test_a_converted_workdir_is_an_ordinary_one(trained: tuple[Path, Path], tmp_
         ),
         (
             lambda state: state.update(
-                {
-                    "module.layers.0.attn.attn.persistent_memory.adaptive_span._mask.current_val": np.ones(
-                        (2, 1, 1)
-                    )
-                }
+                {f"{MEMORY}.adaptive_span._mask.current_val": np.ones((2, 1, 1))}
             ),
             "with which it is shared",
         ),

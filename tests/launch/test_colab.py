@@ -270,7 +270,8 @@ def test_runs_from_top_to_bottom(executed: tuple) -> None:
     for line, n in zip(results, (8, 3), strict=False):
         (run,) = runs.glob(f"base-{n}-*")
         scores = json.loads((run / "scores.json").read_text())
-        expected = f"N = {n}: {scores['parameters']:,} parameters, test {scores['bpc']:.3f} bpc after {STEPS} steps"
+        expected = f"N = {n}: {scores['parameters']:,} parameters, "
+        expected += f"test {scores['bpc']:.3f} bpc after {STEPS} steps"
         assert line == expected
     assert "'protocol': 'full'" in texts_of(cell_with(notebook, "allattn.evaluate"))
     assert re.match(r"abc[a-h\n]{300}\n$", texts_of(cell_with(notebook, "allattn.generate")))

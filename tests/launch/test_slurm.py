@@ -249,7 +249,8 @@ def test_the_demo_stopped_twice(cluster: Cluster, tmp_path: Path) -> None:
     expected = losses(tmp_path / "alone")
     assert losses(workdir) == pytest.approx(expected, rel=1e-4) and len(expected) == steps
     print(
-        f"steps {steps}, stopped at {saved}, last losses {losses(workdir)[steps]} and {expected[steps]}"
+        f"steps {steps}, stopped at {saved}, "
+        f"last losses {losses(workdir)[steps]} and {expected[steps]}"
     )
 
 

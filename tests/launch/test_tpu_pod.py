@@ -22,7 +22,8 @@ assert words[:3] == ["compute", "tpus", "tpu-vm"] and {"--zone=z", "--project=p"
 for refused in home.glob(f"{words[3]}.refused"):
     sys.exit(f"ERROR: (gcloud.compute.tpus.tpu-vm.{words[3]}) {refused.read_text()}")
 if words[3] == "describe" and not state.exists():
-    sys.exit("ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: Resource 'mine' was not found.\\n- '@type': none")
+    error = "ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: "
+    sys.exit(error + "Resource 'mine' was not found.\\n- '@type': none")
 if words[3] == "describe":
     print(state.read_text())
 if words[3] == "create":
@@ -151,7 +152,10 @@ def test_the_slice_says_what_it_would_do(tmp_path: Path) -> None:
 
 def test_sigterm_reaches_the_workers(tmp_path: Path) -> None:
     tpu = Slice(tmp_path)
-    train = 'trap "echo saved; exit 75" TERM; touch $WORKERS/up.$TPU_WORKER; for i in {1..600}; do sleep 0.1; done'
+    train = (
+        'trap "echo saved; exit 75" TERM; touch $WORKERS/up.$TPU_WORKER; '
+        "for i in {1..600}; do sleep 0.1; done"
+    )
     running = tpu.popen("bash", "-c", train)
     eventually(lambda: len(list(tpu.workers.glob("up.*"))) == 2)
     running.terminate()
@@ -171,16 +175,18 @@ LOGIN = "\nPlease run:\n\n  $ gcloud auth login\n\nto obtain new credentials."
         ("describe", "You do not currently have an active account selected." + LOGIN),
         (
             "describe",
-            "There was a problem refreshing your current auth tokens: ('invalid_grant: Bad Request')"
-            + LOGIN,
+            "There was a problem refreshing your current auth tokens: "
+            "('invalid_grant: Bad Request')" + LOGIN,
         ),
         (
             "describe",
-            "PERMISSION_DENIED: Permission denied on 'locations/z' (or it may not exist).\n- '@type': x",
+            "PERMISSION_DENIED: Permission denied on 'locations/z' (or it may not exist).\n"
+            "- '@type': x",
         ),
         (
             "create",
-            'INVALID_ARGUMENT: Cloud TPU received a bad request. "v5litepod-8" could not be found [EID: 0x5]',
+            "INVALID_ARGUMENT: Cloud TPU received a bad request. "
+            '"v5litepod-8" could not be found [EID: 0x5]',
         ),
     ],
 )
@@ -201,8 +207,8 @@ def test_an_outage_is_tried_again(tmp_path: Path) -> None:
     """An outage is tried again, and makes no slice."""
     tpu = Slice(tmp_path)
     said = (
-        "There was a problem refreshing your current auth tokens: HTTPSConnectionPool: Max retries exceeded"
-        + LOGIN
+        "There was a problem refreshing your current auth tokens: "
+        "HTTPSConnectionPool: Max retries exceeded" + LOGIN
     )
     (tpu.workers / "describe.refused").write_text(said)
     code, out = tpu.run("--tries=3", "true")

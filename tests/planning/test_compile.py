@@ -168,7 +168,8 @@ def judged(gathers=1):
     quick = {{"xla_backend_optimization_level": 0}}
     text = compilation.lower_step(program).compile(compiler_options=quick).as_text()
     uses = communication.classify(collectives.parse(text), program)
-    uses += (gathers - 1) * [use for use in uses if use.purpose is communication.Purpose.FSDP_GATHER]
+    gather = communication.Purpose.FSDP_GATHER
+    uses += (gathers - 1) * [use for use in uses if use.purpose is gather]
     return [communication.unexpected(uses, program), communication.summary(uses)]
 
 

@@ -51,7 +51,8 @@ four = trainer(texts, **RUN, mesh__fsdp=4)
 with Checkpointer(workdir, create=False) as checkpoints:
     state, bucket = resume.restore(four, checkpoints)
 with Checkpointer(copy) as checkpoints:
-    checkpoints.save(int(state.step), state.params, state.optimizer, state.cache, four.meta(state, bucket))
+    saved = (state.params, state.optimizer, state.cache, four.meta(state, bucket))
+    checkpoints.save(int(state.step), *saved)
 distributed.stop(0)
 """
 
@@ -239,8 +240,8 @@ def test_a_bucket_that_fails_one_process(tmp_path: Path) -> None:
         results = two.results(60)
     line = results[0].err.strip().splitlines()[-1]
     assert (
-        "process 1 has another data set than process 0: gs://texts: expected an answer instead of files/"
-        in line
+        "process 1 has another data set than process 0: "
+        "gs://texts: expected an answer instead of files/" in line
     )
     expect(results, 1, line)
 
@@ -362,7 +363,8 @@ def test_process_0_says_where_it_runs_and_traces(tmp_path: Path) -> None:
         results = two.results()
     assert [result.code for result in results] == [0, 0], results
     size = json.loads((workdir / "scores.json").read_text())["parameters"]
-    line = f"2 processes, 4 cpu devices (mesh data 2 x fsdp 1 x tensor 2), reference, {size:,} parameters; from step 0"
+    line = "2 processes, 4 cpu devices (mesh data 2 x fsdp 1 x tensor 2), "
+    line += f"reference, {size:,} parameters; from step 0"
     assert results[0].out.splitlines()[0] == line and size > 1000
     assert [result.out.count("traced\n") for result in results] == [1, 0] and results[1].out == ""
     with train(texts, workdir, 1, 1, train__steps=4) as again:

@@ -79,7 +79,8 @@ model, mesh = Model(geometry(persistent=6)), sharding.make_mesh(c)
 params = random_params(model)
 params = jax.device_put(params, sharding.shardings(mesh, params))
 tokens = np.random.default_rng(0).integers(29, size=500)
-found = [scoring.evaluate_tokens(model, params, tokens, protocol=protocol, block=8, rows=3, mesh=mesh)
+settings = dict(block=8, rows=3, mesh=mesh)
+found = [scoring.evaluate_tokens(model, params, tokens, protocol=protocol, **settings)
          for protocol in ("authors", "full")]
 print(json.dumps([jax.device_count(), found]))
 """
@@ -200,7 +201,8 @@ def test_one_rule_per_array() -> None:
 
 TRAIN = """
 import os
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # it takes longer to optimise than to run
+# It takes longer to optimise than to run.
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 import jax, numpy as np
 from command_line import trained, trainer
 from mesh_runs import KINDS, SHARED
@@ -208,7 +210,8 @@ found = {{}}
 for kind, changes in KINDS.items():
     mesh = {{"mesh__fsdp": {parts}, "mesh__tensor": {parts}}}
     state, _, losses = trained(trainer("{texts}", **SHARED | mesh | changes), 4)
-    tree = {{"losses": losses, "params": state.params, "optimizer": state.optimizer, "cache": state.cache}}
+    tree = {{"losses": losses, "params": state.params, "optimizer": state.optimizer}}
+    tree["cache"] = state.cache
     for path, x in jax.tree_util.tree_flatten_with_path({{kind: tree}})[0]:
         found[jax.tree_util.keystr(path, simple=True, separator="/")] = np.asarray(x)
 np.savez("{file}", **found)
