@@ -194,6 +194,15 @@ def test_far_keys_are_not_touched(implementation: str) -> None:
     assert not found["key"][:, :far].any()
 
 
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_call_outside_jit(implementation: str) -> None:
+    """A call that the user does not compile equals one that is compiled."""
+    case = CASES["plain"]
+    with jax.default_matmul_precision("highest"):
+        found = call(arrays(case), implementation=implementation, **options(case))
+    assert error({"out": found}, {"out": exact(case)["out"]}) <= 1e-5
+
+
 def kept(case: Case, inputs: dict[str, Any], implementation: str, **rest: Any) -> jax.Array:
     @compiled(implementation)
     def run(inputs: dict[str, Any]) -> jax.Array:
