@@ -1,6 +1,4 @@
-"""What all tests share: one cache of compiled programs, since many of them compile the same
-ones.
-"""
+"""What all tests share: one cache of compiled programs, as many compile the same ones."""
 
 import os
 import tempfile

@@ -154,8 +154,10 @@ def test_file_outside_of_the_repository(tmp_path: Path) -> None:
         ("configs/second", "first"),
     ):
         (tmp_path / f"{name}.py").write_text(OWN.format(base=base_name))
-    program = "import sys; from allattn import config; c = config.load(sys.argv[1]); "
-    program += "print(c.seed, c.model.width)"
+    program = (
+        "import sys; from allattn import config; c = config.load(sys.argv[1]); "
+        "print(c.seed, c.model.width)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "package")}
     for name in ("mine", "configs/first", "configs/second"):
         words = [sys.executable, "-P", "-c", program, str(tmp_path / f"{name}.py")]
@@ -171,8 +173,10 @@ def test_files_of_two_folders(tmp_path: Path) -> None:
     """
     for folder, width in (("a", 24), ("b", 48)):
         (tmp_path / folder / "configs").mkdir(parents=True)
-        text = "from configs import demo\ndef get_config():\n    c = demo.get_config(); "
-        text += f"c.model.width = {width}; return c"
+        text = (
+            "from configs import demo\n"
+            f"def get_config():\n    c = demo.get_config(); c.model.width = {width}; return c"
+        )
         (tmp_path / folder / "configs" / "base_of.py").write_text(text)
         (tmp_path / folder / "configs" / "enwik8_small.py").write_text(
             "from configs.base_of import get_config"

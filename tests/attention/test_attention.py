@@ -194,6 +194,15 @@ def test_far_keys_are_not_touched(implementation: str) -> None:
     assert not found["key"][:, :far].any()
 
 
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+def test_call_outside_jit(implementation: str) -> None:
+    """A call that the user does not compile equals one that is compiled."""
+    case = CASES["plain"]
+    with jax.default_matmul_precision("highest"):
+        found = call(arrays(case), implementation=implementation, **options(case))
+    assert error({"out": found}, {"out": exact(case)["out"]}) <= 1e-5
+
+
 def kept(case: Case, inputs: dict[str, Any], implementation: str, **rest: Any) -> jax.Array:
     @compiled(implementation)
     def run(inputs: dict[str, Any]) -> jax.Array:
@@ -334,7 +343,9 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
 @pytest.mark.parametrize("ramp", [4.0, np.int64(4), np.float32(4)])
 def test_whole_numbers_of_any_type(ramp: Any, implementation: str) -> None:
-    """A ramp of 4.0, or numpy's 4 and first distance, gives the results and gradients of 4."""
+    """A ramp of 4.0 or numpy's 4 gives the results and gradients of 4; so does numpy's first
+    distance.
+    """
     case = CASES["plain"]
     inputs = arrays(case)
     expected = results(case, inputs, implementation)

@@ -15,8 +15,12 @@ from jax.experimental import pallas as pl
 
 from allattn.attention.tpu import kernels
 
+# The oldest and the newest kind; those between them lower like one of the two.
+KINDS = ["TPU v4", "TPU7x"]
+KINDS += [pytest.param(kind, marks=pytest.mark.slow) for kind in ("TPU v5 lite", "TPU v6 lite")]
 
-@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v6 lite", "TPU7x"])
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_lowers_for_tpu(name: str, kind: str) -> None:
     """Forward and backward kernels at real sizes; there is no copy of keys or values around

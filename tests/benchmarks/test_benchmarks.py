@@ -50,7 +50,7 @@ def arguments(**changes: object) -> argparse.Namespace:
 
 
 @pytest.mark.parametrize("name", [n for n in geometries.GEOMETRIES if n not in ("tiny", "small-8")])
-def test_geometries_are_those_of_the_configurations(name: str) -> None:
+def test_geometries_of_the_configurations(name: str) -> None:
     c = config.load(str(ROOT / "configs" / f"{name}.py"))
     m = c.model
     sizes = (m.depth, m.width, m.heads, m.span.limit, c.train.block, m.persistent)

@@ -29,9 +29,6 @@ RECORDED = {
     "txl_lm_adaptive_div2": "transformer-xl",
 }
 
-# Where the authors' code stores the spans of layer 0 once more.
-SECOND_SPAN = "module.layers.0.attn.attn.persistent_memory.adaptive_span._mask.current_val"
-
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
@@ -43,6 +40,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Pa
         patch.chdir(ROOT)
         assert call("train", *flags(texts), f"--workdir={place / 'run'}").code == 0
         yield place / "run", texts
+
+
+# The module of the papers' code that holds the persistent vectors of the first layer.
+MEMORY = "module.layers.0.attn.attn.persistent_memory"
 
 
 def convert(file: Path, texts: Path, workdir: Path, **changes: Any) -> Any:
@@ -160,7 +161,9 @@ def test_a_converted_workdir_is_an_ordinary_one(trained: tuple[Path, Path], tmp_
             "in_emb.weight: expected shape (9, 16), found (3, 16)",
         ),
         (
-            lambda state: state.update({SECOND_SPAN: np.ones((2, 1, 1))}),
+            lambda state: state.update(
+                {f"{MEMORY}.adaptive_span._mask.current_val": np.ones((2, 1, 1))}
+            ),
             "with which it is shared",
         ),
     ],

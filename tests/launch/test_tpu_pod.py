@@ -22,8 +22,8 @@ assert words[:3] == ["compute", "tpus", "tpu-vm"] and {"--zone=z", "--project=p"
 for refused in home.glob(f"{words[3]}.refused"):
     sys.exit(f"ERROR: (gcloud.compute.tpus.tpu-vm.{words[3]}) {refused.read_text()}")
 if words[3] == "describe" and not state.exists():
-    missing = "NOT_FOUND: Resource 'mine' was not found.\\n- '@type': none"
-    sys.exit(f"ERROR: (gcloud.compute.tpus.tpu-vm.describe) {missing}")
+    error = "ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: "
+    sys.exit(error + "Resource 'mine' was not found.\\n- '@type': none")
 if words[3] == "describe":
     print(state.read_text())
 if words[3] == "create":
@@ -152,8 +152,10 @@ def test_the_slice_says_what_it_would_do(tmp_path: Path) -> None:
 
 def test_sigterm_reaches_the_workers(tmp_path: Path) -> None:
     tpu = Slice(tmp_path)
-    train = 'trap "echo saved; exit 75" TERM; touch $WORKERS/up.$TPU_WORKER; '
-    train += "for i in {1..600}; do sleep 0.1; done"
+    train = (
+        'trap "echo saved; exit 75" TERM; touch $WORKERS/up.$TPU_WORKER; '
+        "for i in {1..600}; do sleep 0.1; done"
+    )
     running = tpu.popen("bash", "-c", train)
     eventually(lambda: len(list(tpu.workers.glob("up.*"))) == 2)
     running.terminate()

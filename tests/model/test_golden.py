@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import compiled
 from flax import nnx
 from golden_data import GRADIENT, OUTPUT
 
@@ -86,7 +87,7 @@ def test_layer(name: str, implementation: str) -> None:
             *arrays, **{**options, "implementation": implementation}
         )
 
-    @jax.jit
+    @compiled(implementation)
     def run(params, position, cache, h):
         def loss(*inputs):
             out = attention_only(config, *inputs, attention)

@@ -8,7 +8,6 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,9 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from command_line import Result, flags, trainer
+from command_line import Result, call, flags, trainer
 from several_processes import (
-    ROOT,
     RUN,
     Processes,
     expect,
@@ -54,8 +52,8 @@ four = trainer(texts, **RUN, mesh__fsdp=4)
 with Checkpointer(workdir, create=False) as checkpoints:
     state, context_length = start.restore(four, checkpoints)
 with Checkpointer(copy) as checkpoints:
-    arrays = (state.params, state.optimizer, state.cache)
-    checkpoints.save(int(state.step), *arrays, four.meta(state, context_length))
+    saved = (state.params, state.optimizer, state.cache, four.meta(state, context_length))
+    checkpoints.save(int(state.step), *saved)
 processes.stop(0)
 """
 
@@ -163,6 +161,8 @@ def test_different_commands(tmp_path: Path) -> None:
     expect(results, 2, f"allattn: process 1 has another command than process 0: {found}")
 
 
+# One comparison finds this and other commands: test_different_commands.
+@pytest.mark.slow
 def test_different_numbers_of_processes(tmp_path: Path) -> None:
     results = together(lambda i: ["evaluate", f"--workdir={tmp_path}/run", f"--processes={2 + i}"])
     found = "evaluate by 3 processes instead of evaluate by 2 processes"
@@ -204,6 +204,8 @@ def test_a_mistake_of_one_process_alone(tmp_path: Path) -> None:
     expect(results, 2, line)
 
 
+# Data that one process cannot read end in the same way: test_a_mistake_of_one_process_alone.
+@pytest.mark.slow
 def test_data_that_are_damaged_on_one_process(tmp_path: Path) -> None:
     texts, prepared, other = prepared_texts(tmp_path), tmp_path / "prepared", tmp_path / "other"
     shutil.copytree(prepared, other)
@@ -343,20 +345,9 @@ def test_a_process_that_never_comes(tmp_path: Path) -> None:
     ],
 )
 def test_flags_that_do_not_go_together(tmp_path: Path, words: tuple[str, ...], line: str) -> None:
-    line_of = [
-        sys.executable,
-        "-m",
-        "allattn",
-        "train",
-        "--config=configs/demo.py",
-        f"--workdir={tmp_path}/run",
-    ]
-    done = subprocess.run([*line_of, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith(f"allattn: {line}")
-        and done.stderr.count("\n") == 1
-    )
+    done = call("train", "--config=configs/demo.py", f"--workdir={tmp_path}/run", *words)
+    assert done.code == 2
+    assert done.err.startswith(f"allattn: {line}") and done.err.count("\n") == 1
 
 
 TRACED = """
@@ -374,8 +365,8 @@ def test_process_0_says_where_it_runs_and_traces(tmp_path: Path) -> None:
         results = two.results()
     assert [result.code for result in results] == [0, 0], results
     size = json.loads((workdir / "scores.json").read_text())["parameters"]
-    devices = "2 processes, 4 cpu devices (mesh data 2 x fsdp 1 x tensor 2)"
-    line = f"{devices}, reference, {size:,} parameters; from step 0"
+    line = "2 processes, 4 cpu devices (mesh data 2 x fsdp 1 x tensor 2), "
+    line += f"reference, {size:,} parameters; from step 0"
     assert results[0].out.splitlines()[0] == line and size > 1000
     assert [result.out.count("traced\n") for result in results] == [1, 0] and results[1].out == ""
     with train(texts, workdir, 1, 1, train__steps=4) as again:
@@ -412,15 +403,13 @@ def test_rows_of_a_process_with_others_between() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="CPU seconds of threads are read from Linux")
-def test_work_per_process() -> None:
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_work_per_process(count: int) -> None:
     """No process has more to do where there are more processes.
 
-    2 and 4 processes train together, 8 rows each: the program of each has the FLOPs of one by
-    itself.
+    Processes train together, 8 rows each: the program of each has the FLOPs of one by itself.
     """
     words = ["--config.model.depth=1", "--steps=1"]
     alone = at_once(1, ["--alone", *words])["flops"]
     assert alone > 1e5
-    assert [at_once(count, words)["flops"] / alone for count in (2, 4)] == pytest.approx(
-        [1, 1], rel=1e-3
-    )
+    assert at_once(count, words)["flops"] / alone == pytest.approx(1, rel=1e-3)

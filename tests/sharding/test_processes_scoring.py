@@ -24,7 +24,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("protocol", ["authors", "full"])
+# Both protocols on a mesh of one process: test_evaluation_on_a_mesh.
+@pytest.mark.parametrize("protocol", ["authors", pytest.param("full", marks=pytest.mark.slow)])
 def test_several_processes_score_a_checkpoint(trained: Path, protocol: str) -> None:
     """2 processes x 2 devices find what one finds, by the rows that each reads; only process 0 says
     it, and no more.
@@ -64,7 +65,7 @@ def test_processes_with_different_splits(trained: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_alone_would_score_a_text(trained: Path, which: int) -> None:
     text = f"--text={trained.parent}/texts/test.txt"
     line = refused(lambda i: [text] if i == which else [], trained)

@@ -30,36 +30,41 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 CORES = """
-import json, os
-os.sched_getaffinity = lambda _: range({cores})
+import json, multiprocessing, os
 import jax
 from allattn import sharding
 from configs import base
-c = base.get_config()
-c.train.batch, c.mesh.data, c.mesh.tensor = {batch}, {data}, {tensor}
-sharding.use_cores_for(c)
-print(json.dumps(jax.device_count()))
+
+def devices(cores, batch, data, tensor):
+    os.sched_getaffinity = lambda _: range(cores)
+    c = base.get_config()
+    c.train.batch, c.mesh.data, c.mesh.tensor = batch, data, tensor
+    sharding.use_cores_for(c)
+    return jax.device_count()
+
+# A process counts its devices once, so each case has a copy of this one, which has imported JAX.
+with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as copies:
+    print(json.dumps(copies.starmap(devices, {cases}, chunksize=1)))
 """
 
 
-@pytest.mark.parametrize(
-    ("cores", "batch", "data", "tensor", "devices"),
-    [
-        (2, 8, -1, 1, 2),
-        (6, 8, -1, 1, 4),  # the most that divide the rows
-        (3, 7, -1, 1, 1),
-        (4, 8, -1, 2, 4),
-        (4, 8, 1, 2, 2),  # what the mesh names
-        (2, 8, 3, 1, 1),  # more than there are: the mesh then says so
-    ],
-)
-def test_a_device_per_core(cores: int, batch: int, data: int, tensor: int, devices: int) -> None:
-    assert fresh(CORES.format(cores=cores, batch=batch, data=data, tensor=tensor)) == devices
+def test_a_device_per_core() -> None:
+    # cores, rows of a batch, sizes of the mesh axes data and tensor; the devices that are made
+    cases = {
+        (2, 8, -1, 1): 2,
+        (6, 8, -1, 1): 4,  # the most that divide the rows
+        (3, 7, -1, 1): 1,
+        (4, 8, -1, 2): 4,
+        (4, 8, 1, 2): 2,  # what the mesh names
+        (2, 8, 3, 1): 1,  # more than there are: the mesh then says so
+    }
+    found = fresh(CORES.format(cases=list(cases)))
+    assert dict(zip(cases, found, strict=True)) == cases
 
 
 def test_a_chosen_number_of_devices_stays() -> None:
-    code = CORES.format(cores=2, batch=8, data=-1, tensor=1)
-    assert fresh(code, devices=3) == 3 and fresh(code, JAX_NUM_CPU_DEVICES="5") == 5
+    code = CORES.format(cases=[(2, 8, -1, 1)])
+    assert fresh(code, devices=3) == [3] and fresh(code, JAX_NUM_CPU_DEVICES="5") == [5]
 
 
 EVALUATE = """
@@ -74,8 +79,8 @@ model, mesh = Model(geometry(persistent=6)), sharding.make_mesh(c)
 params = random_params(model)
 params = jax.device_put(params, sharding.shardings(mesh, params))
 tokens = np.random.default_rng(0).integers(29, size=500)
-options = dict(block=8, rows=3, mesh=mesh)
-found = [scoring.evaluate_tokens(model, params, tokens, protocol=protocol, **options)
+settings = dict(block=8, rows=3, mesh=mesh)
+found = [scoring.evaluate_tokens(model, params, tokens, protocol=protocol, **settings)
          for protocol in ("authors", "full")]
 print(json.dumps([jax.device_count(), found]))
 """
@@ -205,8 +210,8 @@ found = {{}}
 for kind, changes in KINDS.items():
     mesh = {{"mesh__fsdp": {parts}, "mesh__tensor": {parts}}}
     state, _, losses = trained(trainer("{texts}", **SHARED | mesh | changes), 4)
-    tree = {{"losses": losses, "params": state.params}}
-    tree |= {{"optimizer": state.optimizer, "cache": state.cache}}
+    tree = {{"losses": losses, "params": state.params, "optimizer": state.optimizer}}
+    tree["cache"] = state.cache
     for path, x in jax.tree_util.tree_flatten_with_path({{kind: tree}})[0]:
         found[jax.tree_util.keystr(path, simple=True, separator="/")] = np.asarray(x)
 np.savez("{file}", **found)

@@ -136,10 +136,8 @@ with Checkpointer(WORKDIR) as checkpoints:
         wanted = train.TrainProgram(first.config, mesh).abstract_state(bucket)
         wanted = (wanted.params, wanted.optimizer, wanted.cache)
         arrays = checkpoints.restore(*wanted)
-        found, expected_shardings = (
-            [x.sharding for x in jax.tree.leaves(tree)] for tree in (arrays, wanted)
-        )
-        assert found == expected_shardings
+        shardings = [[x.sharding for x in jax.tree.leaves(tree)] for tree in (arrays, wanted)]
+        assert shardings[0] == shardings[1]
         assert_same(jax.device_get(arrays), expected)
 """
 
