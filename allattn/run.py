@@ -77,7 +77,7 @@ class Run:
         # Rows are spread over all devices, and every device holds all parameters.
         mesh = sharding.mesh_over_rows()
         params = sharding.put_on_mesh(mesh, self.params)
-        with processes.Preemption() as stop:
+        with processes.Preemption() as preemption:
             scores = scoring.evaluate_tokens(
                 self.model,
                 params,
@@ -85,7 +85,7 @@ class Run:
                 protocol=protocol,
                 mesh=mesh,
                 vocabulary=self.vocabulary,
-                stop=stop,
+                stop=preemption,
                 **protocols.options(self.config),
             )
         return {"split": text or split, "protocol": protocol, "step": self.step, **scores}

@@ -29,7 +29,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
         well.
 
     Returns:
-      The scores of the test split (`evaluate.evaluate_tokens`), with split, protocol and step.
+      The scores of the test split (`scoring.evaluate_tokens`), with split, protocol and step.
 
     Raises:
       UserError: the configuration does not fit the data, the devices or the workdir, or differs
@@ -62,16 +62,16 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     if not has_begun:
         initial = start.warm_start(trainer, trainer.dataset)
 
-    with processes.Preemption() as stop:
+    with processes.Preemption() as preemption:
         with checkpoint.Checkpointer(workdir, config.checkpoint.keep) as checkpoints:
             restored = start.restore(trainer, checkpoints)
             if restored is None:
                 initial = initial or start.warm_start(trainer, trainer.dataset)
                 restored = trainer.fresh_state(initial)
             state, context_length = restored
-            state = _run(trainer, checkpoints, state, context_length, workdir, stop)
+            state = _run(trainer, checkpoints, state, context_length, workdir, preemption)
         scores = {"split": "test", "protocol": config.evaluate.protocol, "step": int(state.step)}
-        scores |= trainer.evaluate(state.params, "test", stop)
+        scores |= trainer.evaluate(state.params, "test", preemption)
     _keep_scores(trainer, state, workdir, scores)
     return scores
 
@@ -90,7 +90,7 @@ def _run(
     state: TrainState,
     context_length: int,
     workdir: str,
-    stop: processes.Preemption,
+    preemption: processes.Preemption,
 ) -> TrainState:
     """The loop. Metrics are read one step late, so that nothing waits for the device."""
     c = trainer.config
@@ -115,18 +115,18 @@ def _run(
 
             # Most steps end here.
             evaluates = done % c.evaluate.every == 0 or done == total
-            if not (stop() or evaluates or done % c.checkpoint.every == 0):
+            if not (preemption() or evaluates or done % c.checkpoint.every == 0):
                 continue
             recorder.flush()  # refuses a loss that is not a number, before it reaches a checkpoint
 
             # A machine that is taken away has no time for an evaluation, only for a checkpoint.
             dev_nll = None
-            if evaluates and not stop.reached:
+            if evaluates and not preemption.reached:
                 with contextlib.suppress(PreemptedError):
-                    dev_nll = recorder.evaluate(state.params, stop)["nll"]
+                    dev_nll = recorder.evaluate(state.params, preemption)["nll"]
             arrays = (state.params, state.optimizer, state.cache)
             checkpoints.save(done, *arrays, trainer.meta(state, context_length), dev_nll)
-            if stop.reached:
+            if preemption.reached:
                 raise PreemptedError(
                     f"stopped at step {done}: this machine is being taken away; run again to resume"
                 )
