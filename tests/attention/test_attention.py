@@ -373,7 +373,7 @@ def test_second_derivatives_are_refused(implementation: str) -> None:
         jax.grad(slope)(inputs["query"])
 
 
-def agree_on_any_case(draw: st.DataObject) -> None:
+def check_any_case(draw: st.DataObject) -> None:
     """Every implementation agrees with the definition on a case of any sizes, starts and spans."""
     T = draw.draw(st.integers(1, 19))
     L = draw.draw(st.integers(0, 20))
@@ -405,7 +405,7 @@ ANY_CASE = settings(
 @given(draw=st.data())
 def test_any_case(draw: st.DataObject) -> None:
     """Any sizes, starts and spans agree with the definition; CASES has the kinds one by one."""
-    agree_on_any_case(draw)
+    check_any_case(draw)
 
 
 @pytest.mark.slow
@@ -413,7 +413,7 @@ def test_any_case(draw: st.DataObject) -> None:
 @given(draw=st.data())
 def test_many_cases(draw: st.DataObject) -> None:
     """The same for more of them."""
-    agree_on_any_case(draw)
+    check_any_case(draw)
 
 
 MESH = """

@@ -107,7 +107,7 @@ def test_training_geometry(dtype: Any, tolerance: float) -> None:
         assert error(results(case, inputs, "pallas_gpu"), expected) <= tolerance
 
 
-def agree_on_any_spans(draw: st.DataObject) -> None:
+def check_any_spans(draw: st.DataObject) -> None:
     """The kernels agree with the definition where tiles without a mask begin and end anywhere."""
     T = draw.draw(st.integers(1, 200))
     L = draw.draw(st.integers(128, 300))
@@ -137,7 +137,7 @@ def agree_on_any_spans(draw: st.DataObject) -> None:
 @given(draw=st.data())
 def test_any_spans(draw: st.DataObject) -> None:
     """Where the tiles that need no mask begin and end follows from spans, starts and sizes."""
-    agree_on_any_spans(draw)
+    check_any_spans(draw)
 
 
 @pytest.mark.slow
@@ -145,4 +145,4 @@ def test_any_spans(draw: st.DataObject) -> None:
 @given(draw=st.data())
 def test_many_spans(draw: st.DataObject) -> None:
     """The same for more of them."""
-    agree_on_any_spans(draw)
+    check_any_spans(draw)
