@@ -34,7 +34,7 @@ notebook: install  ## execute launch/colab.ipynb on this machine and keep its ou
 	$(BIN)/jupyter-execute --inplace launch/colab.ipynb
 
 test: install  ## everything that is quick; CI runs this
-	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist worksteal --session-timeout=1800
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist worksteal --session-timeout=3600
 
 test-all: install  ## and the slow ones
 	$(BIN)/python -m pytest -q

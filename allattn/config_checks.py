@@ -4,8 +4,8 @@ To add a field:
 1. configs/base.py: its default, and what it means.
 2. `FIELDS` below: a row, at the same place. If only some combinations with other fields can run,
    also a rule in one of the lists of rules.
-3. The code that uses it.
-tests/test_config.py compares the rows with base.py, and breaks every rule once.
+3. The code that uses it; a field of `model` also enters `ModelConfig` in model/config.py.
+tests/test_config_checks.py compares the rows with base.py, and breaks every rule once.
 
 Nothing here imports JAX, so that a mistake is refused at once. The names of layers, integrations
 and implementations are therefore written here too; the same tests compare them with the packages
@@ -322,8 +322,8 @@ TRAINING_RULES = (
         holds=lambda c: c.train.remat in REMAT,
         expected=f"one of {REMAT}",
     ),
-    # The cache gains one block per step. A context length that has grown as far as the limit is
-    # full of real states after this many steps, and only then may it grow again.
+    # The cache gains one block per step: after this many even the longest one holds only real
+    # states, and the context may grow.
     Rule(
         name="time to fill the cache between choices of the context length",
         field="model.span.check_every",

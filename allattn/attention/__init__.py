@@ -15,8 +15,9 @@ To add an implementation, do this:
    `autodiff.forbid_second_derivative`. Draw dropout from `dropout`, take m(d) from `span`.
 3. Add its tile sizes to `tuning`: a class and a row of `DEFAULTS`, and its class to
    `contract.Tiles`.
-4. Add its name to `IMPLEMENTATIONS` and its package to `_FUSED` below. If it is the fastest
-   somewhere, say so in `best_here`.
+4. Add its name to `IMPLEMENTATIONS` and its package to `_FUSED` below, and its name to
+   `IMPLEMENTATIONS` in allattn/config_checks.py, so that a configuration may give it. If it is the
+   fastest somewhere, say so in `best_here`.
 5. Add small tiles to `SMALL_TILES` in tests/support/attention_cases.py and run
    tests/attention/test_attention.py, which takes its implementations from `IMPLEMENTATIONS`: values
    and gradients within 1e-5 of the definition in float64, dropout equal, second derivatives

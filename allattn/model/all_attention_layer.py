@@ -10,8 +10,9 @@ the two are best integrated. With C the context and P the persistent pairs of a 
     single_head   softmax over C + softmax over P           the latter in one head of width D
 
 To add an integration: a function beside the four with the same arguments, an entry in
-`INTEGRATE`, its name where the configuration is checked, an entry in `KINDS` of
-tests/support/tiny_model.py, and its definition in tests/model/test_layers.py.
+`INTEGRATE`, its name in `INTEGRATIONS` here and in config_checks.py (and in
+`TWO_SOFTMAX_INTEGRATIONS`, if it has two), an entry in `KINDS` of tests/support/tiny_model.py, its
+definition in tests/model/test_layers.py, and a file under configs/ablations/.
 
 Dimension key: B batch, T position in the block, S context key, L distance, N persistent pair, H
 head, K head width, D model width.

@@ -8,7 +8,7 @@ A token's way, and where to read it:
    block from a cache: in training the inputs of every layer, whose keys and values are computed
    anew (`train_forward`, reach_projection.py); in inference keys and values (`cached_forward`).
 3. A layer attends to the context, up to its heads' spans, and to its persistent pairs
-   (all_attention_layer.py, which is the paper; the operation itself is allattn/attention). The
+   (all_attention_layer.py, the paper's layer; the operation itself is allattn/attention). The
    baselines have a feed-forward sublayer instead of pairs (span_transformer.py,
    transformer_xl.py).
 4. The final hidden state becomes a loss or logits in `io`, the object that the token came from.
@@ -16,7 +16,7 @@ A token's way, and where to read it:
 `Network` is a Flax module and lives only inside traced functions. `Model` is the same network as
 pure functions of a nested dict of arrays, which is all that training, evaluation and storage see.
 
-In this order: config.py, network.py, attention_layer.py, span_attention.py,
+Read the files in this order: config.py, network.py, attention_layer.py, span_attention.py,
 all_attention_layer.py, sublayers.py, span_transformer.py, transformer_xl.py, token_io.py,
 adaptive_softmax.py. You can skip reach_projection.py, norm.py and flops.py at first.
 
@@ -62,7 +62,7 @@ class Forward(NamedTuple):
 
     # Final hidden states, after embedding dropout.
     hidden_BTD: Array
-    # What the cache gains: inputs_XBTD in training, KeyValue of (X, B, T, E) in inference.
+    # What the cache gains: new_XBTD, the layers' inputs, in training; KeyValue in inference.
     new: Any
     # Mean share of the attention weight on persistent pairs.
     mass_XBH: Array

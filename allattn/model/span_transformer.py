@@ -41,7 +41,7 @@ class SpanTransformer(SpanAttention):
         """Attention, residual and norm: as in `AttentionLayer`, with position_LK as position."""
         query_BTHK = self.queries(h_BTD)
 
-        # Dropout of attention weights, if any.
+        # In evaluation, and at a rate of 0, nothing is dropped.
         weights = {}
         if dropout_seeds is not None:
             weights = dropout_seeds.weights(self.config.dropout)

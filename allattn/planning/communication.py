@@ -3,20 +3,20 @@
 A step may send this and nothing else; sizes and counts are read from the compiled text:
 
 gradient reduction
-    Sums over `data` and `fsdp` of arrays as large as a parameter, or its part along `fsdp`, each as
-    often as there are such parameters, once for every accumulated part of the batch
-    (`allowed_reductions`). They are counted by size, since a sum of activations may be as large as
-    that of a kernel's gradient: then it is one too many.
+    Sums over `data` and `fsdp` of arrays as large as a parameter, or its part along `fsdp`. For
+    each size, at most (parameters of that size) x `train.accumulation` sums (`allowed_reductions`).
+    They are counted by size, since a sum of activations may be as large as that of a kernel's
+    gradient: then it is one too many.
 fsdp gather
-    Gathers over `fsdp` of arrays as large as a parameter, also as a ring round which a TPU sends
-    their parts while it multiplies. Together at most three times the parameters, four with
+    Gathers over `fsdp` of arrays as large as a parameter. A TPU may also send their parts around a
+    ring while it multiplies. Together at most three times the parameters, four with
     `train.remat`.
 norms and metrics
     Single numbers, or one for every layer, once a step, together at most 64 KiB.
 activations
     With `mesh.tensor` > 1, sums over `tensor`: in a layer one forward and two backward (keys and
     values; queries), or all in one on Transformer-XL. A feed-forward sublayer has two more, and the
-    step one behind the loss.
+    step one behind the loss. They are named, but not counted.
 sums between slices
     Of several TPU slices: no more bytes than are summed within one.
 unexpected

@@ -69,7 +69,7 @@ def start(
     """Join the other processes of this run; to be called before JAX is first used.
 
     Without arguments `jax.distributed` finds the processes of a Cloud TPU slice, of SLURM, of Open
-    MPI from version 5 on and of a Kubernetes job. Where there are none of these, this process works
+    MPI before version 5 and of a Kubernetes job. Where there are none of these, this process works
     alone and nothing happens. With `processes` 1 and no coordinator it works alone wherever it
     runs.
 

@@ -12,8 +12,8 @@ The path of an array is its keys joined by "/", such as `layers/query` or `io/em
 first pattern that matches in it decides. The state of the optimizer lies under the path of its
 parameter, so it is split like that parameter.
 
-To add an array: add a row here. `test_every_array_has_one_rule_and_every_rule_an_array` fails for
-an array that no row or more than one row matches, and for a row that matches nothing. What the
+To add an array: add a row here. `test_one_rule_per_array` (tests/sharding/test_sharding.py) fails
+for an array that no row or more than one row matches, and for a row that matches nothing. What the
 change makes a step send is printed by `allattn compile` (docs/scaling.md).
 
 Dimension key: X layer, B batch, S context key, L distance, N persistent pair, H head, K head width,

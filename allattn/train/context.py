@@ -12,8 +12,9 @@ otherwise meet as zeros:
     oldest                                                  newest
     | next length: filled, not looked at | context length: visible | block
 
-Costs without it: every step would attend span.limit positions. tests/train/test_train.py holds that
-growing changes no loss.
+Without this, every step would attend span.limit positions. tests/train/test_train.py holds that
+growing by one size changes no loss. Spans that grow past the next size between two choices meet
+zeros beyond it until the cache is full, span.limit / train.block steps later.
 
 Dimension key: X layer, B batch, S cached position, D model width.
 """

@@ -131,7 +131,8 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
 def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
     """The transformation that `config.optimizer` names.
 
-    To add one: a name here, and its fields in configs/base.py.
+    To add one: a branch here, its name in `OPTIMIZER_RULES` of config_checks.py, and its fields in
+    configs/base.py and `FIELDS`. Its counters need a row in sharding/rules.py; its moments do not.
 
     Raises:
       UserError: unknown name.
@@ -142,7 +143,7 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
     if c.name == "adagrad":
         return paper_adagrad(rate, c.clip)
 
-    # Adam clips nothing by itself; its clip is over all tensors together.
+    # One clip over all tensors, as the papers' Adam runs have it.
     clip = clip_by_global_norm(c.clip) if c.clip else optax.identity()
     if c.name == "adam":
         return optax.chain(clip, optax.adam(rate))

@@ -68,7 +68,7 @@ class Recorder:
         self._evaluate = evaluate
         self._start_message = start_message
 
-        # The writers.
+        # Where rows and lines go.
         self._writer = create_writer(workdir)
         unit = "ppl" if words else "bpc"
         self._progress = RunProgress(total_steps, unit=unit)

@@ -11,8 +11,8 @@ from allattn.storage import checkpoint
 from allattn.train.program import TrainProgram
 from allattn.train.state import TrainState
 
-# What a run that starts from parameters alone may choose anew.
-UNTRAINED = ("optimizer.", "train.", "seed")
+# Begin the names of fields that may differ where parameters alone are restored.
+FREE_WITHOUT_TRAINING_STATE = ("optimizer.", "train.", "seed")
 
 
 def restore(
@@ -33,7 +33,7 @@ def restore(
         """What to expect in a checkpoint, after a look at what it says of itself."""
         free: tuple[str, ...] = MAY_CHANGE_ON_RESUMING
         if meta.get("params_only"):
-            free += UNTRAINED
+            free += FREE_WITHOUT_TRAINING_STATE
         changed = changed_fields(from_json(meta["config"]), program.config, free)
         if changed:
             raise UserError(

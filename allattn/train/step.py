@@ -63,12 +63,12 @@ def train_step(
     gradients, outputs = mean_gradients(gradient_fn, state.params, rows, parts, shards)
 
     # The papers' update rule; the spans stay in [0, 1].
-    updates, optimizer = options.optimizer.update(gradients, state.optimizer, state.params)
+    updates, optimizer_state = options.optimizer.update(gradients, state.optimizer, state.params)
     params = clip_spans(options.config, optax.apply_updates(state.params, updates))
 
     # The block becomes the newest part of the cache.
     cache_XBSD = shift_cache(cache_XBSD, outputs.new_XBTD)
-    next_state = TrainState(state.step + 1, params, optimizer, cache_XBSD, state.key)
+    next_state = TrainState(state.step + 1, params, optimizer_state, cache_XBSD, state.key)
     return next_state, measure(options.config, params, gradients, outputs, batch.inputs_BT.size)
 
 

@@ -46,7 +46,7 @@ from allattn.attention.tpu.kernels import (
 
 Array = jax.Array
 
-# Bytes of on-chip memory of a TPU v4, where half the keys fit.
+# Bytes of on-chip memory of a TPU v4, where tiles of keys are half as long.
 SMALL_VMEM = 16 * 2**20
 
 
@@ -434,7 +434,7 @@ def _run_backward(
     query_tiles = sizes.T // sizes.query_tile
 
     def loads(group: Array, row: Array, key_tile: Array, query_tile: Array, *scalars: Any) -> tuple:
-        # Of the keys no tile is loaded but those that the first to the last query can reach.
+        # Only tiles of keys that the first to the last query can reach are loaded.
         refs = Scalars(*scalars)
         farthest = group_reach(sizes, refs.reach_H, group)
         first = TilePosition(static, sizes, refs, row, 0, farthest)

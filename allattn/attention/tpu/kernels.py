@@ -13,8 +13,8 @@ The window begins at a whole register's column; where (query 0, key 0) lies in i
 here. The forward pass is an online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867) that
 starts from the persistent pairs. The backward pass recomputes the weights from one log-sum-exp per
 query (as in FlashAttention, Dao et al. 2022, arXiv 2205.14135). `tests/attention` compares both
-with the reference. The band of keys that queries can reach is drawn in gpu/head_row.py; `oldest`
-and `newest` mean here what they mean there, for one tile of queries.
+with the reference. Of a tile of queries `oldest` and `newest` are the first and the last key that
+any of them can reach; gpu/head_row.py draws the band of queries and keys.
 
 Dimension key: T query of the tile, C key of the tile, W column of the window of positions, N
 persistent pair, K head width, X any; B row, H head, P head of the group that shares lanes, E the

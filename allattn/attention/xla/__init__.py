@@ -11,7 +11,8 @@ keep several (tests/attention/test_attention.py, test_memory).
 
 Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K
 head width; inside one tile also: G row of the group, C column of the window of keys, R distance in
-reach (farthest first), P the same padded to R + T + 1, A width and the span's bias.
+reach (farthest first), P the same padded to R + T + 1, A head width and one column more, which
+carries log m.
 """
 
 import functools

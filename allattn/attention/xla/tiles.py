@@ -5,7 +5,8 @@ At the end are `skew` and `unskew`, with a picture: logits by distance become lo
 
 Dimension key: B batch, T query position, S context key, L distance, N persistent pair, H head, K
 head width; inside one tile also: G row of the group, C column of the window of keys, R distance
-within reach (farthest first), P the same padded to R + T + 1, A width and the span's bias.
+within reach (farthest first), P the same padded to R + T + 1, A head width and one column more,
+which carries log m.
 """
 
 from typing import NamedTuple
