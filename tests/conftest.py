@@ -1,5 +1,6 @@
 """What all tests share: one cache of compiled programs, as many compile the same ones."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -18,6 +19,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # One device in this process, whichever test comes first; commands in processes of their own make
 # one per core.
 jax.config.update("jax_num_cpu_devices", 1)
+
+# JAX keeps millions of objects alive, and Python looks through all of them for cycles: a tenth of
+# the tests' time at Python's own thresholds.
+gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ head width.
 
 import dataclasses
 import types
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from attention_cases import (
     error,
     exact,
     options,
+    program,
     results,
 )
 from hypothesis import HealthCheck, given, settings
@@ -47,23 +49,46 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_reference(name: str, implementation: str) -> None:
+    """Output, mass and gradients are the definition's, the same in a second run, and exactly 0
+    where nothing is attended.
+    """
     case = CASES[name]
+    inputs = arrays(case)
     expected = exact(case)
+    run = program(case, implementation)
     with jax.default_matmul_precision("highest"):
-        assert error(results(case, arrays(case), implementation), expected) <= 1e-5
+        found = run(inputs)
+        again = run(inputs)
+    assert error(found, expected) <= 1e-5
+    for key, value in found.items():
+        np.testing.assert_array_equal(value, again[key])
+    for key, with_key in (("out", "out"), ("query", "out"), ("value", "value"), ("key", "value")):
+        nothing = (expected[key] == 0) & (expected[with_key] == 0)
+        assert not found[key][nothing].any(), key
+
+
+def test_nothing_to_attend() -> None:
+    """A query without any key, and N = 0: its output is exactly 0, and so is its gradient.
+
+    Which `test_equals_reference` then asks of the others, in the same case.
+    """
+    expected = exact(CASES["nothing but ties"])
+    for name in ("out", "query"):
+        assert not expected[name][:, :3].any() and expected[name][:, 5:].any()
+    assert all(np.isfinite(x).all() for x in expected.values())
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", ["ties and full", "dropout with starts"])
-def test_bfloat16(name: str, implementation: str) -> None:
-    case = CASES[name]
+def test_bfloat16(implementation: str) -> None:
+    """Products in bfloat16, sums in float32: near the float32 results."""
+    case = dataclasses.replace(CASES["ties and full"], query_start=(2, 11), dropout=0.3)
     inputs = arrays(case, jnp.bfloat16)
-    expected = results(case, jax.tree.map(lambda x: x.astype(jnp.float32), inputs), "reference")
+    same = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
+    expected = results(case, same, "reference")
     found = results(case, inputs, implementation)
-    assert (
-        found["out"].dtype == found["key"].dtype == jnp.bfloat16
-        and found["mass"].dtype == jnp.float32
-    )
+    assert found["out"].dtype == jnp.bfloat16
+    assert found["key"].dtype == jnp.bfloat16
+    assert found["mass"].dtype == jnp.float32
     assert error(found, expected) <= 2e-2
 
 
@@ -120,15 +145,25 @@ def test_gpus_that_triton_compiles_for(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_logits_whose_own_rounding_shows(implementation: str) -> None:
-    """Of logits near 60 float32 rounds so much that the definition itself loses up to 9e-6: nobody
-    loses twice that.
+def test_large_logits(implementation: str) -> None:
+    """Logits near 30 as precisely as others; of those near 60 float32 rounds so much that the
+    definition itself loses up to 9e-6, and nobody loses twice that; of larger ones, where the
+    exponential may overflow (m = 0 where the ramp ends, and the maximum is not taken over that
+    logit), results are finite.
     """
-    case = dataclasses.replace(CASES["spans that hide large logits"], magnitude=15.0)
-    expected = exact(case)
+    case = Case(H=4, spans=(0.0, 3.0, 5.0, 3e-4))
+    near_30, near_60, larger = (
+        dataclasses.replace(case, magnitude=magnitude) for magnitude in (8.0, 15.0, 100.0)
+    )
+    definition = program(case, "reference")
+    run = program(case, implementation)
     with jax.default_matmul_precision("highest"):
-        own = error(results(case, arrays(case), "reference"), expected)
-        assert error(results(case, arrays(case), implementation), expected) <= 2 * own <= 2e-5
+        assert error(run(arrays(near_30)), exact(near_30)) <= 1e-5
+        own = error(definition(arrays(near_60)), exact(near_60))
+        assert error(run(arrays(near_60)), exact(near_60)) <= 2 * own <= 2e-5
+        for found in (definition(arrays(larger)), run(arrays(larger))):
+            for name, value in found.items():
+                assert np.isfinite(value).all(), name
 
 
 @pytest.mark.parametrize(
@@ -146,19 +181,11 @@ def test_float64(case: Case) -> None:
                 call(inputs, implementation=name)
 
 
-@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
-def test_nothing_to_attend(implementation: str) -> None:
-    """A query without any key, and N = 0: output and gradients are exactly 0; the other queries are
-    not touched.
-    """
-    case = Case(N=0, query_start=0, key_start=3, spans=None)
-    found = results(case, arrays(case), implementation)
-    assert not found["out"][:, :4].any() and found["out"][:, 4].any()
-    assert not found["query"][:, :4].any() and not found["key"][:, :3].any()
-    assert all(np.isfinite(x).all() for x in found.values())
+# An implementation that equals the definition, gradients too, is as causal as it is.
+KERNELS = [pytest.param(name, marks=pytest.mark.slow) for name in ("pallas_tpu", "pallas_gpu")]
 
 
-@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["reference", "xla", *KERNELS])
 def test_causality(implementation: str) -> None:
     """The gradient of the output at t with respect to later keys and values, and the current one,
     is exactly 0.
@@ -184,11 +211,12 @@ def test_far_keys_are_not_touched(implementation: str) -> None:
     """
     case = Case(T=8, S=520, L=512, spans=(0.0, 20.0), H=2)
     inputs = arrays(case)
-    clean = results(case, inputs, implementation)
+    run = program(case, implementation)
+    clean = run(inputs)
     far = 300
     poisoned = {name: inputs[name].at[:, :far].set(jnp.nan) for name in ("key", "value")}
     poisoned["position_HLK"] = inputs["position_HLK"].at[:, case.L - far :].set(jnp.nan)
-    found = results(case, {**inputs, **poisoned}, implementation)
+    found = run({**inputs, **poisoned})
     np.testing.assert_array_equal(found["out"], clean["out"])
     np.testing.assert_array_equal(found["query"], clean["query"])
     assert not found["key"][:, :far].any()
@@ -203,12 +231,15 @@ def test_call_outside_jit(implementation: str) -> None:
     assert error({"out": found}, {"out": exact(case)["out"]}) <= 1e-5
 
 
-def kept(case: Case, inputs: dict[str, Any], implementation: str, **rest: Any) -> jax.Array:
-    @compiled(implementation)
-    def run(inputs: dict[str, Any]) -> jax.Array:
-        return call(inputs, implementation=implementation, **{**options(case), **rest})
+def output(case: Case, implementation: str, **rest: Any) -> Callable[[dict, int], jax.Array]:
+    """A compiled function from inputs and a seed to the output."""
 
-    return run(inputs)
+    @compiled(implementation)
+    def run(inputs: dict[str, Any], seed: int) -> jax.Array:
+        settings = {**options(case), **rest, "dropout_seed": seed}
+        return call(inputs, implementation=implementation, **settings)
+
+    return run
 
 
 @pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
@@ -218,33 +249,30 @@ def test_dropout_does_not_depend_on_the_cut(
     """Tile size, rows and heads done apart, and a longer table drop the same weights."""
     case = dataclasses.replace(CASES["dropout"], B=4, H=4, spans=(9.0, 30.0, 3.0, 0.0))
     inputs = arrays(case)
-    whole = kept(case, inputs, implementation)
+    whole_run = output(case, implementation)
+    whole = whole_run(inputs, 7)
     close = dict(rtol=1e-5, atol=1e-6)
+    assert not np.allclose(whole_run(inputs, 8), whole, **close)
+
+    # The last head of the last two rows alone, with their places in the whole.
+    part = {name: inputs[name][2:, :, 3:] for name in ("query", "key", "value")}
+    of_heads = ("persistent_key_HNK", "persistent_value_HNK", "span_H")
+    part |= {name: inputs[name][3:] for name in of_heads}
+    part_run = output(case, implementation, row_offset=2, head_offset=3)
+    found = part_run({**inputs, **part}, 7)
+    np.testing.assert_allclose(found, whole[2:, :, 3:], **close)
+
+    # Larger tiles, which take other paths through the same weights.
     monkeypatch.setattr(tuning, "DEFAULTS", DEFAULTS)
-    np.testing.assert_allclose(kept(case, inputs, implementation), whole, **close)
-    rows = {name: inputs[name][2:] for name in ("query", "key", "value")}
-    np.testing.assert_allclose(
-        kept(case, {**inputs, **rows}, implementation, row_offset=2), whole[2:], **close
-    )
-    heads = {name: inputs[name][:, :, 3:] for name in ("query", "key", "value")}
-    heads |= {
-        name: inputs[name][3:] for name in ("persistent_key_HNK", "persistent_value_HNK", "span_H")
-    }
-    np.testing.assert_allclose(
-        kept(case, {**inputs, **heads}, implementation, head_offset=3), whole[:, :, 3:], **close
-    )
-    padded = {
-        name: jnp.pad(inputs[name], ((0, 0), (90, 0), (0, 0), (0, 0))) for name in ("key", "value")
-    }
+    np.testing.assert_allclose(output(case, implementation)(inputs, 7), whole, **close)
+
+    # A longer context and table. Head 1 sees all distances of the shorter one, so more of this.
+    before = ((0, 0), (90, 0), (0, 0), (0, 0))
+    padded = {name: jnp.pad(inputs[name], before) for name in ("key", "value")}
     padded["position_HLK"] = jnp.pad(inputs["position_HLK"], ((0, 0), (0, 70), (0, 0)))
-    some = [
-        0,
-        2,
-        3,
-    ]  # head 1 sees all distances of the shorter table, so the longer one shows it more
-    found = kept(case, {**inputs, **padded}, implementation)
-    np.testing.assert_allclose(found[:, :, some], whole[:, :, some], **close)
-    assert not np.allclose(kept(case, inputs, implementation, dropout_seed=8), whole, **close)
+    others = [0, 2, 3]
+    found = output(case, implementation)({**inputs, **padded}, 7)
+    np.testing.assert_allclose(found[:, :, others], whole[:, :, others], **close)
 
 
 def test_dropout_rate() -> None:
@@ -274,14 +302,6 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     compiled = jax.jit(jax.grad(loss)).lower(shapes).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 64 * 2**20
-
-
-@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
-def test_deterministic(implementation: str) -> None:
-    case = CASES["dropout"]
-    first, second = (results(case, arrays(case), implementation) for _ in range(2))
-    for name, value in first.items():
-        np.testing.assert_array_equal(value, second[name])
 
 
 @pytest.mark.parametrize(
@@ -340,18 +360,24 @@ def test_bad_input(change: dict[str, Any], message: str) -> None:
         call({**arrays(CASES["plain"]), **change})
 
 
-@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
 @pytest.mark.parametrize("ramp", [4.0, np.int64(4), np.float32(4)])
-def test_whole_numbers_of_any_type(ramp: Any, implementation: str) -> None:
-    """A ramp of 4.0 or numpy's 4 gives the results and gradients of 4; so does numpy's first
-    distance.
+def test_whole_numbers_of_any_type(ramp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Implementations receive Python's integers, whatever whole numbers the caller gives.
+
+    What they compute with a ramp of 4.0 is the business of the case "one head".
     """
-    case = CASES["plain"]
-    inputs = arrays(case)
-    expected = results(case, inputs, implementation)
-    found = results(case, inputs, implementation, ramp=ramp, first_distance=np.int64(1))
-    for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value)
+    received: list[dict[str, Any]] = []
+
+    def spy(*_: Any, **arguments: Any) -> tuple[None, None]:
+        received.append(arguments)
+        return None, None
+
+    monkeypatch.setattr(attention.reference, "all_attention", spy)
+    inputs = arrays(CASES["plain"])
+    call(inputs, ramp=ramp, first_distance=np.int64(1), implementation="reference")
+    for name, expected in (("ramp", 4), ("first_distance", 1)):
+        found = received[0][name]
+        assert type(found) is int and found == expected
 
 
 def test_unknown_implementation() -> None:
@@ -417,44 +443,34 @@ def test_many_cases(draw: st.DataObject) -> None:
 
 
 MESH = """
-import os
-if {name!r} != "xla":  # an interpreted kernel takes longer to optimise than to run
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 import dataclasses, jax, numpy as np
 from attention_cases import *
+from allattn import attention
 from allattn.sharding import attention_over, make_mesh
 from configs import base
 c = base.get_config(); c.mesh.fsdp = c.mesh.tensor = 2; c.train.batch = 8
 mesh = make_mesh(c)
 case = dataclasses.replace(CASES["dropout"], B=8, H=4, spans=(9.0, 30.0, 3.0, 0.0))
 inputs = arrays(case)
-settings = dict(implementation={name!r}, dropout_rate=0.3, dropout_seed=5, ramp=4)
-def run(attention):
-    def loss(inputs):
-        rest = dict(inputs)
-        first = [rest.pop(n) for n in ("query", "key", "value")]
-        return (attention(*first, **rest, **settings) ** 2).sum()
-    return jax.jit(jax.value_and_grad(loss))
-single, spread = run(all_attention)(inputs), run(attention_over(mesh, 8))(inputs)
-for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(spread), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+def run(operation, implementation):
+    @compiled(implementation)
+    def value_and_gradients(inputs):
+        def loss(inputs):
+            rest = dict(inputs)
+            first = [rest.pop(n) for n in ("query", "key", "value")]
+            settings = dict(dropout_rate=0.3, dropout_seed=5, ramp=4, implementation=implementation)
+            return (operation(*first, **rest, **settings) ** 2).sum()
+        return jax.value_and_grad(loss)(inputs)
+    return value_and_gradients(inputs)
+for implementation in ("xla", "pallas_tpu", "pallas_gpu"):
+    single = run(all_attention, implementation)
+    spread = run(attention_over(mesh, 8), implementation)
+    for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=implementation)
 print(mesh.size)
 """
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_mesh(implementation: str) -> None:
-    """2 x 2 x 2 devices give the outputs, gradients and dropout of one."""
-    assert fresh(MESH.format(name=implementation), devices=8) == 8
-
-
-@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
-def test_large_logits_where_the_ramp_ends(implementation: str) -> None:
-    """There m = 0 and the logit is not among those that the maximum is taken over: its exponential
-    may overflow.
-    """
-    case = Case(spans=(0.0, 3.0))
-    inputs = arrays(case)
-    inputs["query"] *= 100
-    for name, found in results(case, inputs, implementation).items():
-        assert np.isfinite(found).all(), name
+def test_mesh() -> None:
+    """2 x 2 x 2 devices give the outputs, gradients and dropout of one, in each implementation."""
+    assert fresh(MESH, devices=8) == 8

@@ -22,6 +22,7 @@ from attention_cases import (
     error,
     exact,
     options,
+    program,
     results,
 )
 from hypothesis import given, settings
@@ -51,7 +52,7 @@ def test_lowers_for_cuda(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["several tiles", "dropout", "two queries"])
+@pytest.mark.parametrize("name", ["dropout", "two queries"])
 def test_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scratch array with room for one head of one row, and not a byte less, gives the same
     numbers.
@@ -84,14 +85,19 @@ def test_work_follows_the_spans() -> None:
     """
     case = Case(B=1, T=16, S=300, H=2, L=256, spans=(0.0, 256.0))
     inputs = arrays(case)
-    clean = results(case, inputs, "pallas_gpu")
+    run = program(case, "pallas_gpu")
+    clean = run(inputs)
     poisoned = {name: inputs[name].at[:, :200, 0].set(np.nan) for name in ("key", "value")}
-    found = results(case, {**inputs, **poisoned}, "pallas_gpu")
+    found = run({**inputs, **poisoned})
     np.testing.assert_array_equal(found["out"], clean["out"])
     np.testing.assert_array_equal(found["query"], clean["query"])
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+# Of bfloat16, the contract's test_bfloat16 asks the same more quickly.
+HALF = pytest.param(jnp.bfloat16, 2e-2, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-5), HALF])
 def test_training_geometry(dtype: Any, tolerance: float) -> None:
     """Tiles, block, pairs and width of `enwik8_small` at its first bucket; on a GPU with all heads,
     and more rows.

@@ -15,13 +15,15 @@ from jax.experimental import pallas as pl
 
 from allattn.attention.tpu import kernels
 
-# The oldest and the newest kind; those between them lower like one of the two.
-KINDS = ["TPU v4", "TPU7x"]
-KINDS += [pytest.param(kind, marks=pytest.mark.slow) for kind in ("TPU v5 lite", "TPU v6 lite")]
+# Every geometry on the oldest kind, and one of each model on the newest; others lower like those.
+QUICK = [(name, "TPU v4") for name in GEOMETRIES]
+QUICK += [(name, "TPU7x") for name in ("enwik8_small", "transformer_xl")]
+KINDS = ("TPU v4", "TPU v5 lite", "TPU v6 lite", "TPU7x")
+ALL = [(name, kind) for name in GEOMETRIES for kind in KINDS]
+SLOW = [pytest.param(*pair, marks=pytest.mark.slow) for pair in ALL if pair not in QUICK]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize(("name", "kind"), [*QUICK, *SLOW])
 def test_lowers_for_tpu(name: str, kind: str) -> None:
     """Forward and backward kernels at real sizes; there is no copy of keys or values around
     them.

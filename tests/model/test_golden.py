@@ -76,8 +76,20 @@ def layer_inputs(g: dict, dtype) -> tuple:
     return config, params, position, np.pad(cache, ((0, 0), (missing, 0), (0, 0))), h
 
 
-@pytest.mark.parametrize("implementation", attention_package.IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", LAYERS)
+# The contract holds the kernels against the definition: in a hurry three layers are enough of them.
+KERNELS = ("pallas_tpu", "pallas_gpu")
+WITH_KERNELS = ("pers", "pers_span_longblock", "span_trim")
+QUICK = [(name, implementation) for name in LAYERS for implementation in ("reference", "xla")]
+QUICK += [(name, implementation) for name in WITH_KERNELS for implementation in KERNELS]
+SLOW = [
+    pytest.param(name, implementation, marks=pytest.mark.slow)
+    for name in LAYERS
+    for implementation in KERNELS
+    if name not in WITH_KERNELS
+]
+
+
+@pytest.mark.parametrize(("name", "implementation"), [*QUICK, *SLOW])
 def test_layer(name: str, implementation: str) -> None:
     g = golden.load(f"layer_{name}")
     config, params, position, cache, h = layer_inputs(g, np.float32)
