@@ -5,7 +5,6 @@ persistent pair, H head, K head width, D model width, V vocabulary.
 """
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Callable
@@ -389,28 +388,24 @@ def test_what_is_recomputed(implementation: str) -> None:
     """`layer` runs the forward pass of the operation twice, `projections` once, and keeps less than
     all.
     """
-    mark, tokens_BT = (
-        "reduce_max" if implementation == "xla" else "pallas_call",
-        jnp.zeros((2, 8), jnp.int32),
-    )
+    model = Model(geometry(implementation=implementation))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    cache_XBSD = model.empty_cache(2, 16)
+    tokens_BT = jnp.zeros((2, 8), jnp.int32)
+    mark = {"xla": "reduce_max"}.get(implementation, "pallas_call")
 
     def times_and_kept(remat: str) -> tuple[int, int]:
-        model = Model(geometry(implementation=implementation))
-        params, cache_XBSD = jax.eval_shape(model.init, jax.random.key(0)), model.empty_cache(2, 16)
-
         def loss(params: Params) -> jax.Array:
-            return (
-                model.bind(params)
-                .train_forward(tokens_BT, cache_XBSD, remat=remat)
-                .hidden_BTD.sum()
-            )
+            network = model.bind(params)
+            return network.train_forward(tokens_BT, cache_XBSD, remat=remat).hidden_BTD.sum()
 
-        _, back = jax.eval_shape(functools.partial(jax.vjp, loss), params)
-        times = occurrences(jax.make_jaxpr(jax.grad(loss))(params).jaxpr, mark)
+        _, back = jax.eval_shape(lambda params: jax.vjp(loss, params), params)
+        program = jax.make_jaxpr(jax.grad(loss))(params)
+        times = occurrences(program.jaxpr, mark)
         return times, sum(x.size for x in jax.tree.leaves(back))
 
-    (all_times, all_kept), (times, kept), (layer_times, layer_kept) = map(
-        times_and_kept, ("", "projections", "layer")
-    )
+    all_times, all_kept = times_and_kept("")
+    times, kept = times_and_kept("projections")
+    layer_times, layer_kept = times_and_kept("layer")
     assert layer_times > times == all_times > 0
     assert layer_kept < kept < all_kept

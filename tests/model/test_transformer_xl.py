@@ -215,15 +215,23 @@ def test_where_dropout_acts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Embedding, position encodings, attention's output, after ReLU, the feed-forward output, final
     state; and weights at a rate of their own. All draws differ."""
     c = base.get_config()
-    c.model.layer, c.model.persistent, c.model.feed_forward, c.model.span.adaptive = (
-        "transformer_xl",
-        0,
-        24,
-        False,
-    )
-    c.model.depth, c.model.width, c.model.heads, c.model.span.limit = 1, 16, 2, 12
-    c.model.dropout, c.model.attention_dropout, c.model.dtype = 0.1, 0.2, "float32"
-    model, sites, weights = Model(ModelConfig.from_config(c)), [], []
+    model_fields = {
+        "layer": "transformer_xl",
+        "persistent": 0,
+        "feed_forward": 24,
+        "depth": 1,
+        "width": 16,
+        "heads": 2,
+        "dropout": 0.1,
+        "attention_dropout": 0.2,
+        "dtype": "float32",
+        "implementation": "reference",  # few operations, as each runs by itself here
+    }
+    c.model.update(model_fields)
+    c.model.span.update({"adaptive": False, "limit": 12})
+    model = Model(ModelConfig.from_config(c))
+    sites: list[tuple] = []
+    weights: list[tuple] = []
 
     def features(x_BTD, seed, row_B, rate, site=0):
         sites.append((x_BTD.shape, float(rate), int(seed), site))

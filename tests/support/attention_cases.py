@@ -5,6 +5,7 @@ Dimension key: B batch, T query position, S context key, L distance, N persisten
 head width.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -120,28 +121,37 @@ def call(inputs: dict[str, Any], **rest: Any) -> Any:
     )
 
 
-def _for_this_machine(*operands: Any, default: Callable, **others: Callable) -> Any:
-    """`jax.lax.platform_dependent` that traces what a CPU runs, and nothing for other platforms."""
-    return default(*operands)
+def for_this_machine() -> Any:
+    """Within it, what is traced on a CPU is traced for it alone.
+
+    Else a kernel is traced for every platform that the program may be lowered for. The tests that
+    lower for TPU and GPU do that, as do those of models and training.
+    """
+
+    def default(*operands: Any, default: Callable, **others: Callable) -> Any:
+        return default(*operands)
+
+    if jax.default_backend() != "cpu":
+        return contextlib.nullcontext()
+    return mock.patch.object(jax.lax, "platform_dependent", default)
 
 
 def compiled(implementation: str) -> Callable[[Callable], Callable]:
-    """Decorator that compiles a function which calls an implementation.
+    """Decorator that compiles a function which calls an implementation, for this machine.
 
-    On a CPU an interpreted kernel and the definition take longer to optimise than to run, and a
-    kernel would be traced for every platform: the tests that lower for TPU and GPU do that, as do
-    those of the model. "xla", which users run there, is compiled as for them.
+    On a CPU an interpreted kernel and the definition take longer to optimise than to run. "xla",
+    which users run there, is compiled as for them.
     """
-    if implementation == "xla" or jax.default_backend() != "cpu":
-        return jax.jit
+    quick = implementation != "xla" and jax.default_backend() == "cpu"
+    options: Any = {"xla_backend_optimization_level": 0} if quick else None
 
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
         def traced(*arrays: Any) -> Any:
-            with mock.patch.object(jax.lax, "platform_dependent", _for_this_machine):
+            with for_this_machine():
                 return function(*arrays)
 
-        return jax.jit(traced, compiler_options={"xla_backend_optimization_level": 0})
+        return jax.jit(traced, compiler_options=options)
 
     return decorate
 

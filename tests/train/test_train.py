@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from command_line import trained
 
 from allattn import data, train
 from allattn.attention import all_attention
@@ -90,8 +91,7 @@ def test_trajectory_with_trimming() -> None:
     """All 30 updates in float64, the first 20 in float32.
 
     At update 21 this trajectory magnifies an earlier difference tenfold, in float64 as well:
-      float32's rounding then
-    shows as 1.2e-5 (`reference`) and 1.4e-5 (`xla`) in one loss.
+    float32's rounding then shows as 1.2e-5 (`reference`) and 1.4e-5 (`xla`) in one loss.
     """
     loss, span, *_ = follow("adagrad_trim_cache", "golden", all_attention, updates=20)
     assert loss <= 1e-5 and span <= 1e-5
@@ -130,8 +130,7 @@ def test_trajectory_with_adaptive_io() -> None:
         np.testing.assert_allclose(ours, expected, atol=1e-6, rtol=0)
 
 
-# --- small runs on a text of our own
-# -----------------------------------------------------------------------------
+# --- small runs on a text of our own --------------------------------------------------------------
 
 
 @pytest.fixture
@@ -147,9 +146,34 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(folder)
 
 
-QUICK = {
-    "model.implementation": "reference"
-}  # compiles in a fraction of the time; not what these tests are about
+# Compiles in a fraction of the time; not what these tests are about.
+QUICK = {"model.implementation": "reference"}
+TINY = {
+    "dataset.name": "files",
+    "model.depth": 2,
+    "model.width": 16,
+    "model.heads": 2,
+    "model.persistent": 8,
+    "model.vocab_size": 0,
+    "model.dtype": "float32",
+    "model.dropout": 0.2,
+    "model.embedding_dropout": 0.1,
+    "model.span.limit": 256,
+    "model.span.ramp": 4,
+    "model.span.check_every": 16,
+    "model.span.loss": 0.0,
+    "optimizer.name": "adam",
+    "optimizer.learning_rate": 1e-2,
+    "optimizer.warmup": 4,
+    "optimizer.clip": 1.0,
+    "train.batch": 4,
+    "train.block": 16,
+    "train.steps": 40,
+    "train.finetune_steps": 8,
+    "train.log_every": 1,
+    "checkpoint.every": 24,
+    "evaluate.every": 48,
+}
 
 
 def tiny(texts: str, **changes: Any) -> ml_collections.ConfigDict:
@@ -157,38 +181,18 @@ def tiny(texts: str, **changes: Any) -> ml_collections.ConfigDict:
     the run.
     """
     c = base.get_config()
-    c.dataset.name, c.dataset.data_dir = "files", texts
-    c.model.depth, c.model.width, c.model.heads, c.model.persistent, c.model.vocab_size = (
-        2,
-        16,
-        2,
-        8,
-        0,
-    )
-    c.model.dtype, c.model.dropout, c.model.embedding_dropout = "float32", 0.2, 0.1
-    c.model.span.limit, c.model.span.ramp, c.model.span.check_every, c.model.span.loss = (
-        256,
-        4,
-        16,
-        0.0,
-    )
-    c.optimizer.name, c.optimizer.learning_rate, c.optimizer.warmup, c.optimizer.clip = (
-        "adam",
-        1e-2,
-        4,
-        1.0,
-    )
-    c.train.batch, c.train.block, c.train.steps, c.train.finetune_steps, c.train.log_every = (
-        4,
-        16,
-        40,
-        8,
-        1,
-    )
-    c.checkpoint.every, c.evaluate.every = 24, 48
     with c.unlocked():
-        c.update_from_flattened_dict(changes)
+        c.update_from_flattened_dict({**TINY, "dataset.data_dir": texts, **changes})
     return c
+
+
+def losses(texts: str, steps: int, **changes: Any) -> list[float]:
+    """Of the first steps, without a working directory."""
+    dataset = data.prepare("files", texts)
+    c = tiny(texts, **changes, **QUICK)
+    c.model.vocab_size = dataset.vocabulary.size
+    _, _, found = trained(train.Trainer(c, dataset), steps)
+    return found
 
 
 def final_arrays(workdir: Path, config: ml_collections.ConfigDict) -> list[np.ndarray]:
@@ -207,9 +211,8 @@ def test_resuming_is_exact(texts: str, tmp_path: Path, monkeypatch: pytest.Monke
     """48 steps at once equal 24, a kill and 24 more: bit for bit, with dropout, a wrap and growth
     of the bucket.
     """
-    c = tiny(
-        texts, **{"model.span.init": 0.2, "model.span.loss": -2e-3}
-    )  # a negative cost makes the spans grow
+    # A negative cost makes the spans grow.
+    c = tiny(texts, **{"model.span.init": 0.2, "model.span.loss": -2e-3})
     once = train.train_and_evaluate(c, str(tmp_path / "once"))
 
     advance, calls = train.Trainer.step, []
@@ -244,8 +247,10 @@ def test_resuming_is_exact(texts: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_growth_changes_nothing(texts: str, tmp_path: Path) -> None:
     """A run whose bucket grows equals one that has the whole limit from the start, to rounding."""
-    losses, buckets = {}, {}
-    for margin in (32, 256):  # the larger margin asks for the limit at once
+    losses = {}
+    buckets = {}
+    # The larger margin asks for the limit at once.
+    for margin in (32, 256):
         spans = {"model.span.init": 0.33, "model.span.loss": -2e-3, "model.span.margin": margin}
         c = tiny(texts, **spans, **QUICK, **{"optimizer.learning_rate": 1e-3})
         train.train_and_evaluate(c, str(tmp_path / str(margin)))
@@ -260,20 +265,11 @@ def test_growth_changes_nothing(texts: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(losses[32], losses[256], rtol=2e-5)
 
 
-def test_accumulation_changes_nothing(texts: str, tmp_path: Path) -> None:
+def test_accumulation_changes_nothing(texts: str) -> None:
     """Parts of a batch drop the same weights and give the same updates, to rounding."""
-    losses = {}
-    for parts in (1, 2):
-        c = tiny(
-            texts,
-            **{"train.accumulation": parts, "train.steps": 10, "train.finetune_steps": 0},
-            **QUICK,
-        )
-        train.train_and_evaluate(c, str(tmp_path / str(parts)))
-        losses[parts] = [
-            row["nll"] for row in read_jsonl(str(tmp_path / str(parts))) if "nll" in row
-        ]
-    np.testing.assert_allclose(losses[1], losses[2], rtol=1e-4)
+    whole = losses(texts, 10)
+    parts = losses(texts, 10, **{"train.accumulation": 2})
+    np.testing.assert_allclose(parts, whole, rtol=1e-4)
 
 
 def test_bucket_rule() -> None:
@@ -355,13 +351,9 @@ def test_split_too_short(texts: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_remat_changes_nothing(texts: str, tmp_path: Path) -> None:
+def test_remat_changes_nothing(texts: str) -> None:
     """Recomputing the layers in the backward pass gives the same losses, dropout included."""
-    losses = {}
-    for remat in ("", "projections", "layer"):
-        c = tiny(
-            texts, **{"train.remat": remat, "train.steps": 6, "train.finetune_steps": 0}, **QUICK
-        )
-        train.train_and_evaluate(c, str(tmp_path / remat))
-        losses[remat] = [row["nll"] for row in read_jsonl(str(tmp_path / remat)) if "nll" in row]
-        np.testing.assert_allclose(losses[""], losses[remat], rtol=1e-5)
+    kept = losses(texts, 6)
+    for remat in ("projections", "layer"):
+        found = losses(texts, 6, **{"train.remat": remat})
+        np.testing.assert_allclose(found, kept, rtol=1e-5)
