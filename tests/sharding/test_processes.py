@@ -67,14 +67,17 @@ def test_killed_and_resumed_on_other_meshes(tmp_path: Path) -> None:
     What 4 x 2 restore and save at once is, read by one process, what 2 x 4 saved, bit for bit.
     """
     texts, workdir, other = prepared_texts(tmp_path), tmp_path / "run", tmp_path / "other"
+    saved = 8
     # The run that is killed.
-    with train(texts, workdir, 2, 4, train__steps=100_000, mesh__fsdp=2, mesh__tensor=2) as first:
-        wait_for(workdir, "checkpoints/8")
+    endless = {"train__steps": 100_000, "checkpoint__keep": 1000}
+    with train(texts, workdir, 2, 4, mesh__fsdp=2, mesh__tensor=2, **endless) as first:
+        wait_for(workdir, f"checkpoints/{saved}")
         first.send(signal.SIGKILL)
         first.results()
-    saved = max(
-        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()
-    )
+    # As if it had been killed at once: what follows has the same programs every time.
+    for path in (workdir / "checkpoints").iterdir():
+        if path.name.isdecimal() and int(path.name) > saved:
+            shutil.rmtree(path)
     shutil.copytree(workdir, other)
 
     # Runs that resume, and one that was never interrupted.
@@ -117,11 +120,14 @@ class Stopped(NamedTuple):
     results: list[Result]
     step: int
 
-    def resumed(self, folder: Path) -> tuple[Result, Path]:
-        """What a copy does that goes on in this process, for two steps, and its workdir."""
-        workdir = shutil.copytree(self.workdir, folder / "run")
-        settings = flags(self.texts, **RUN, train__steps=self.step + 2)
-        return call("train", f"--workdir={workdir}", *settings), workdir
+    def resumed(self, workdir: Path) -> tuple[Result, int]:
+        """What a copy says that goes on in this process, and the step at which it is complete."""
+        shutil.copytree(self.workdir, workdir)
+        data.prepare("files", self.texts)
+        # A program knows the last step, so few numbers make few programs to compile.
+        last = 50 * (1 + self.step // 50)
+        changes = {**RUN, "train__steps": last, "checkpoint__every": 100_000}
+        return call("train", f"--workdir={workdir}", *flags(self.texts, **changes)), last
 
 
 @pytest.fixture(scope="module")
@@ -151,9 +157,9 @@ def test_a_machine_that_is_taken_away(stopped: Stopped, tmp_path: Path) -> None:
     for result in stopped.results:
         assert (result.code, result.err.strip().splitlines()[-1]) == (75, f"allattn: {line}")
     assert stopped.results[1].out == "" and len(list(stopped.workdir.glob("events*"))) == 1
-    result, workdir = stopped.resumed(tmp_path)
-    assert result.code == 0 and result.last()["step"] == stopped.step + 2
-    assert sorted(losses(workdir)) == list(range(1, stopped.step + 3))
+    result, last = stopped.resumed(tmp_path / "run")
+    assert result.code == 0 and result.last()["step"] == last
+    assert sorted(losses(tmp_path / "run")) == list(range(1, last + 1))
 
 
 def test_different_configurations(tmp_path: Path) -> None:
@@ -372,8 +378,8 @@ def test_flags_that_do_not_go_together(tmp_path: Path, words: tuple[str, ...], l
 def test_process_0_says_where_it_runs_and_traces(stopped: Stopped, tmp_path: Path) -> None:
     """The other says nothing; a run that resumes says at which step."""
     first, second = stopped.results
-    result, workdir = stopped.resumed(tmp_path)
-    size = json.loads((workdir / "scores.json").read_text())["parameters"]
+    result, _ = stopped.resumed(tmp_path / "run")
+    size = json.loads((tmp_path / "run" / "scores.json").read_text())["parameters"]
     rest = f"reference, {size:,} parameters"
     line = f"2 processes, 4 cpu devices (mesh data 2 x fsdp 1 x tensor 2), {rest}; from step 0"
     assert first.out.splitlines()[0] == line and size > 1000
@@ -407,6 +413,11 @@ def test_rows_of_a_process_with_others_between() -> None:
         assert [result.code for result in two.results()] == [0, 0]
 
 
+TOGETHER = "from benchmarks import processes; processes.main()"
+SMALL = ["--config.model.depth=1", "--config.model.width=64", "--config.model.persistent=64"]
+SMALL += ["--config.train.block=32", "--config.model.span.limit=32", "--steps=1"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="CPU seconds of threads are read from Linux")
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_work_per_process(count: int) -> None:
@@ -414,8 +425,15 @@ def test_work_per_process(count: int) -> None:
 
     Processes train together, 8 rows each: the program of each has the FLOPs of one by itself.
     """
-    words = ["--config.model.depth=1", "--config.model.width=64", "--config.model.persistent=64"]
-    words += ["--config.train.block=32", "--config.model.span.limit=32", "--steps=1"]
-    alone = at_once(1, ["--alone", *words])["flops"]
+    alone = at_once(1, ["--alone", *SMALL])["flops"]
     assert alone > 1e5
-    assert at_once(count, words)["flops"] / alone == pytest.approx(1, rel=1e-3)
+
+    def words(i: int, started: Processes) -> list[str]:
+        place = [f"--coordinator=localhost:{started.port}", f"--processes={count}"]
+        return [*place, f"--process={i}", *SMALL]
+
+    with Processes(count, 1, words, code=lambda _: TOGETHER) as together:
+        results = together.results()
+    # gloo, too, reports on standard output.
+    found = [json.loads(re.findall(r"{.*?}", result.out)[0])["flops"] for result in results]
+    assert found == pytest.approx([alone] * count, rel=1e-3)
