@@ -97,14 +97,21 @@ def train(
 
 
 def evaluate(
-    workdir: Path, processes: int, devices: int, *words: str, each: Any = lambda _: []
+    workdir: Path,
+    processes: int,
+    devices: int,
+    *words: str,
+    each: Any = lambda _: [],
+    before: str = "",
 ) -> Processes:
-    """A score of a run's newest checkpoint; `each` gives the words of one process."""
+    """A score of a run's newest checkpoint; `each` gives the words of one process, `before` are
+    lines of Python that all run first.
+    """
 
     def all_words(i: int, started: Processes) -> list[str]:
         return ["evaluate", f"--workdir={workdir}", *words, *each(i), *started.place(i)]
 
-    return Processes(processes, devices, all_words)
+    return Processes(processes, devices, all_words, code=lambda _: f"{before}\n{COMMAND}")
 
 
 def wait_for(folder: Path, pattern: str, ready: Any = lambda _: True, seconds: float = 150) -> None:
