@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import jax
 from command_line import ROOT, TEST_PATH, Result
 from jax._src import compiler
 
@@ -38,20 +39,25 @@ class NewProcess:
       code: Python code.
       words: follow the code's name in `sys.argv`.
       devices: how many it has; None: as many as the code makes.
-      environment: variables besides those of this process.
+      environment: variables besides those of this process; settings of JAX (JAX_...) as JSON.
     """
 
     def __init__(
         self, code: str, words: Sequence[str] = (), devices: int | None = None, **environment: str
     ) -> None:
         _start_original()
-        environment = {**os.environ, **SURROUNDINGS, **environment}
-        environment.pop("XLA_FLAGS", None)
+        variables = {**os.environ, **SURROUNDINGS, **environment}
+        variables.pop("XLA_FLAGS", None)
         if devices:
-            environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+            variables["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+        settings = {
+            name.lower(): json.loads(value)
+            for name, value in environment.items()
+            if name.startswith("JAX_")
+        }
         # Files take any amount of output, and nobody has to read them meanwhile.
         self._said = tempfile.TemporaryDirectory()
-        arguments = (code, [str(word) for word in words], environment, self._said.name)
+        arguments = (code, [str(word) for word in words], variables, settings, self._said.name)
         self._process = _originals.Process(target=_run, args=arguments)
         self._process.start()
 
@@ -84,12 +90,17 @@ def _start_original() -> None:
 atexit.register(forkserver._forkserver._stop)
 
 
-def _run(code: str, words: list[str], environment: dict[str, str], said: str) -> None:
+def _run(
+    code: str, words: list[str], variables: dict[str, str], settings: dict[str, Any], said: str
+) -> None:
     """What a copy does."""
+    # Its output and its surroundings. JAX has read its variables when it was imported.
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{said}/{name}", os.O_WRONLY | os.O_CREAT), number)
     os.environ.clear()
-    os.environ.update(environment)
+    os.environ.update(variables)
+    for name, value in settings.items():
+        jax.config.update(name, value)
     os.chdir(ROOT)
     # JAX lets process 0 alone keep what it compiles, and on CPUs the others have no use for that.
     first = SimpleNamespace(process_id=0, client=None)
