@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,21 +40,16 @@ def losses(workdir: Path) -> dict[int, float]:
 
 
 COPY = """
-import sys
-from allattn.sharding import processes
 from allattn.storage.checkpoint import Checkpointer
 from allattn.train import start
-from command_line import trainer
-from several_processes import RUN
-index, port, texts, workdir, copy = sys.argv[1:]
-processes.start(f"localhost:{port}", 4, int(index))
-four = trainer(texts, **RUN, mesh__fsdp=4)
-with Checkpointer(workdir, create=False) as checkpoints:
-    state, context_length = start.restore(four, checkpoints)
-with Checkpointer(copy) as checkpoints:
-    saved = (state.params, state.optimizer, state.cache, four.meta(state, context_length))
-    checkpoints.save(int(state.step), *saved)
-processes.stop(0)
+restore = start.restore
+def restore_and_copy(program, checkpoints):
+    state, context_length = restore(program, checkpoints)
+    with Checkpointer({place!r}) as copies:
+        arrays = (state.params, state.optimizer, state.cache)
+        copies.save(int(state.step), *arrays, program.meta(state, context_length))
+    return state, context_length
+start.restore = restore_and_copy
 """
 
 
@@ -67,63 +62,104 @@ def arrays(texts: Path, workdir: Path, step: int) -> tuple[Any, Any, Any]:
 
 def test_killed_and_resumed_on_other_meshes(tmp_path: Path) -> None:
     """2 processes x 4 devices are killed and resume as 4 x 2 and as 1 x 8: the losses of one
-    process and one device.
+    process and one device; of several only process 0 says something.
 
     What 4 x 2 restore and save at once is, read by one process, what 2 x 4 saved, bit for bit.
     """
     texts, workdir, other = prepared_texts(tmp_path), tmp_path / "run", tmp_path / "other"
-    with train(texts, workdir, 2, 4, train__steps=100_000, mesh__fsdp=2, mesh__tensor=2) as first:
-        wait_for(workdir, "checkpoints/20")
+    saved = 8
+    # The run that is killed.
+    endless = {"train__steps": 100_000, "checkpoint__keep": 1000}
+    with train(texts, workdir, 2, 4, mesh__fsdp=2, mesh__tensor=2, **endless) as first:
+        wait_for(workdir, f"checkpoints/{saved}")
         first.send(signal.SIGKILL)
         first.results()
-    saved = max(
-        int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdecimal()
-    )
+    # As if it had been killed at once: what follows has the same programs every time.
+    for path in (workdir / "checkpoints").iterdir():
+        if path.name.isdecimal() and int(path.name) > saved:
+            shutil.rmtree(path)
     shutil.copytree(workdir, other)
-    words = [str(place) for place in (texts, workdir, tmp_path / "copy")]
-    with Processes(
-        4, 2, lambda i, started: ["-c", COPY, str(i), str(started.port), *words]
-    ) as four:
-        for result in four.results():
-            assert result.code == 0, result.err[-2000:]
-    same = (arrays(texts, place, saved) for place in (workdir, tmp_path / "copy"))
-    jax.tree.map(np.testing.assert_array_equal, *same)
-    whole = {"train__steps": saved + 5}
+
+    # Runs that resume, and one that was never interrupted.
+    whole = {"train__steps": saved + 3}
+    copy = COPY.format(place=str(tmp_path / "copy"))
     with (
-        train(texts, workdir, 4, 2, mesh__fsdp=4, **whole) as second,
+        train(texts, workdir, 4, 2, before=lambda _: copy, mesh__fsdp=4, **whole) as second,
         train(texts, other, 1, 8, **whole) as third,
     ):
-        for result in (*second.results(), *third.results()):
-            assert result.code == 0, result.err[-2000:]
-    with train(texts, tmp_path / "alone", 1, 1, **whole) as alone:
-        assert alone.results()[0].code == 0
+        results = [*second.results(), *third.results()]
+    for result in results:
+        assert result.code == 0, result.err[-2000:]
+    alone = call("train", f"--workdir={tmp_path}/alone", *flags(texts, **RUN, **whole))
+
+    # They are the same.
+    assert [result.out for result in results[1:4]] == [""] * 3
+    scores = [result.last() for result in (alone, results[0], results[4])]
+    assert [score["step"] for score in scores] == [saved + 3] * 3
+    same = (arrays(texts, place, saved) for place in (workdir, tmp_path / "copy"))
+    jax.tree.map(np.testing.assert_array_equal, *same)
     expected = losses(tmp_path / "alone")
-    assert list(expected) == list(range(1, saved + 6))
+    assert list(expected) == list(range(1, saved + 4))
     for resumed in (workdir, other):
         found = losses(resumed)
         assert {step: found[step] for step in expected} == pytest.approx(expected, rel=2e-5)
 
 
-def test_a_machine_that_is_taken_away(tmp_path: Path) -> None:
+TRACED = """
+import jax
+jax.profiler.start_trace = lambda folder: print("traced")
+jax.profiler.stop_trace = lambda: None
+"""
+
+
+class Stopped(NamedTuple):
+    """A run of two processes, of which one was told to end."""
+
+    texts: Path
+    workdir: Path
+    results: list[Result]
+    step: int
+
+    def resumed(self, workdir: Path) -> tuple[Result, int]:
+        """What a copy says that goes on in this process, and the step at which it is complete."""
+        shutil.copytree(self.workdir, workdir)
+        data.prepare("files", self.texts)
+        # A program knows the last step, so few numbers make few programs to compile.
+        last = 50 * (1 + self.step // 50)
+        changes = {**RUN, "train__steps": last, "checkpoint__every": 100_000}
+        return call("train", f"--workdir={workdir}", *flags(self.texts, **changes)), last
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    """2 processes x 2 devices; SIGTERM to process 1 after some steps."""
+    folder = tmp_path_factory.mktemp("stopped")
+    workdir = folder / "run"
+    changes = {"train__steps": 100_000, "checkpoint__every": 100_000, "train__profile": 1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALLATTN_DATA_DIR", str(folder / "prepared"))
+        texts = prepared_texts(folder)
+        with train(
+            texts, workdir, 2, 2, mesh__tensor=2, before=lambda _: TRACED, **changes
+        ) as both:
+            wait_for(workdir, "metrics.jsonl", lambda path: path.read_text().count("\n") >= 2)
+            both.running[1].send_signal(signal.SIGTERM)
+            results = both.results()
+    (step,) = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
+    return Stopped(texts, workdir, results, step)
+
+
+def test_a_machine_that_is_taken_away(stopped: Stopped, tmp_path: Path) -> None:
     """SIGTERM to one of two processes: both save and exit with 75; the run resumes; only process 0
     writes logs.
     """
-    texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
-    with train(texts, workdir, 2, 1, train__steps=100_000, checkpoint__every=100_000) as both:
-        wait_for(workdir, "metrics.jsonl")
-        both.running[1].send_signal(signal.SIGTERM)
-        results = both.results()
-    assert [result.code for result in results] == [75, 75]
-    lines = {result.err.strip().splitlines()[-1] for result in results}
-    (saved,) = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
-    assert lines == {
-        f"allattn: stopped at step {saved}: this machine is being taken away; run again to resume"
-    }
-    assert results[1].out == "" and len(list(workdir.glob("events*"))) == 1
-    with train(texts, workdir, 1, 2, train__steps=saved + 2) as again:
-        (result,) = again.results()
-    assert result.code == 0 and result.last()["step"] == saved + 2
-    assert sorted(losses(workdir)) == list(range(1, saved + 3))
+    line = f"stopped at step {stopped.step}: this machine is being taken away; run again to resume"
+    for result in stopped.results:
+        assert (result.code, result.err.strip().splitlines()[-1]) == (75, f"allattn: {line}")
+    assert stopped.results[1].out == "" and len(list(stopped.workdir.glob("events*"))) == 1
+    result, last = stopped.resumed(tmp_path / "run")
+    assert result.code == 0 and result.last()["step"] == last
+    assert sorted(losses(tmp_path / "run")) == list(range(1, last + 1))
 
 
 def test_different_configurations(tmp_path: Path) -> None:
@@ -140,13 +176,7 @@ def together(words: Any) -> list[Result]:
     """Two processes, each with words of its own beside the coordinator."""
 
     def all_words(i: int, started: Processes) -> list[str]:
-        return [
-            "-m",
-            "allattn",
-            *words(i),
-            f"--coordinator=localhost:{started.port}",
-            f"--process={i}",
-        ]
+        return [*words(i), f"--coordinator=localhost:{started.port}", f"--process={i}"]
 
     with Processes(2, 1, all_words) as two:
         return two.results(60)
@@ -250,7 +280,9 @@ def test_a_bucket_that_fails_one_process(tmp_path: Path) -> None:
 
 ALONE = """
 from allattn import errors
+from allattn.sharding import processes
 from allattn.train import start
+processes.FINISH_TIMEOUT_MS = 1000
 def refuse(*_):
     raise errors.UserError("alone")
 start.restore = refuse
@@ -287,7 +319,7 @@ def test_workdir_that_is_not_shared(tmp_path: Path) -> None:
 
     def words(i: int, started: Processes) -> list[str]:
         place = [f"--coordinator=localhost:{started.port}", "--processes=2", f"--process={i}"]
-        return ["-m", "allattn", "train", f"--workdir={tmp_path}/run{i}", *flags(texts), *place]
+        return ["train", f"--workdir={tmp_path}/run{i}", *flags(texts), *place]
 
     with Processes(2, 1, words) as two:
         there, here = (f"{tmp_path}/run{i}/checkpoints" for i in (1, 0))
@@ -305,16 +337,9 @@ def test_a_process_that_never_comes(tmp_path: Path) -> None:
             f"--coordinator=localhost:{free_port()}",
             "--processes=2",
             f"--process={i}",
-            "--wait=3",
+            "--wait=1",
         ]
-        return [
-            "-m",
-            "allattn",
-            "train",
-            "--config=configs/demo.py",
-            f"--workdir={tmp_path}/run",
-            *place,
-        ]
+        return ["train", "--config=configs/demo.py", f"--workdir={tmp_path}/run", *place]
 
     began = time.monotonic()
     with Processes(2, 1, words) as strangers:
@@ -350,31 +375,17 @@ def test_flags_that_do_not_go_together(tmp_path: Path, words: tuple[str, ...], l
     assert done.err.startswith(f"allattn: {line}") and done.err.count("\n") == 1
 
 
-TRACED = """
-import jax
-jax.profiler.start_trace = lambda folder: print("traced")
-jax.profiler.stop_trace = lambda: None
-"""
-
-
-def test_process_0_says_where_it_runs_and_traces(tmp_path: Path) -> None:
-    """The other says nothing and leaves the workdir alone."""
-    texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
-    short = {"train__profile": 1, "train__steps": 3, "mesh__tensor": 2, "before": lambda _: TRACED}
-    with train(texts, workdir, 2, 2, **short) as two:
-        results = two.results()
-    assert [result.code for result in results] == [0, 0], results
-    size = json.loads((workdir / "scores.json").read_text())["parameters"]
-    line = "2 processes, 4 cpu devices (mesh data 2 x fsdp 1 x tensor 2), "
-    line += f"reference, {size:,} parameters; from step 0"
-    assert results[0].out.splitlines()[0] == line and size > 1000
-    assert [result.out.count("traced\n") for result in results] == [1, 0] and results[1].out == ""
-    with train(texts, workdir, 1, 1, train__steps=4) as again:
-        (result,) = again.results()
-    line = (
-        f"1 process, 1 cpu device (mesh data 1 x fsdp 1 x tensor 1), reference, {size:,} parameters"
-    )
-    assert result.out.startswith(f"{line}; resumes at step 3\n")
+def test_process_0_says_where_it_runs_and_traces(stopped: Stopped, tmp_path: Path) -> None:
+    """The other says nothing; a run that resumes says at which step."""
+    first, second = stopped.results
+    result, _ = stopped.resumed(tmp_path / "run")
+    size = json.loads((tmp_path / "run" / "scores.json").read_text())["parameters"]
+    rest = f"reference, {size:,} parameters"
+    line = f"2 processes, 4 cpu devices (mesh data 2 x fsdp 1 x tensor 2), {rest}; from step 0"
+    assert first.out.splitlines()[0] == line and size > 1000
+    assert first.out.count("traced\n") == 1 and second.out == ""
+    line = f"1 process, 1 cpu device (mesh data 1 x fsdp 1 x tensor 1), {rest}"
+    assert result.out.startswith(f"{line}; resumes at step {stopped.step}\n")
 
 
 ROWS = """
@@ -398,8 +409,13 @@ def test_rows_of_a_process_with_others_between() -> None:
     """On a mesh that takes the devices of two processes in turn, each reads its own rows and they
     land in place.
     """
-    with Processes(2, 2, lambda i, started: ["-c", ROWS, str(i), str(started.port)]) as two:
+    with Processes(2, 2, lambda i, started: [i, started.port], code=lambda _: ROWS) as two:
         assert [result.code for result in two.results()] == [0, 0]
+
+
+TOGETHER = "from benchmarks import processes; processes.main()"
+SMALL = ["--config.model.depth=1", "--config.model.width=64", "--config.model.persistent=64"]
+SMALL += ["--config.train.block=32", "--config.model.span.limit=32", "--steps=1"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="CPU seconds of threads are read from Linux")
@@ -409,7 +425,15 @@ def test_work_per_process(count: int) -> None:
 
     Processes train together, 8 rows each: the program of each has the FLOPs of one by itself.
     """
-    words = ["--config.model.depth=1", "--steps=1"]
-    alone = at_once(1, ["--alone", *words])["flops"]
+    alone = at_once(1, ["--alone", *SMALL])["flops"]
     assert alone > 1e5
-    assert at_once(count, words)["flops"] / alone == pytest.approx(1, rel=1e-3)
+
+    def words(i: int, started: Processes) -> list[str]:
+        place = [f"--coordinator=localhost:{started.port}", f"--processes={count}"]
+        return [*place, f"--process={i}", *SMALL]
+
+    with Processes(count, 1, words, code=lambda _: TOGETHER) as together:
+        results = together.results()
+    # gloo, too, reports on standard output.
+    found = [json.loads(re.findall(r"{.*?}", result.out)[0])["flops"] for result in results]
+    assert found == pytest.approx([alone] * count, rel=1e-3)

@@ -3,6 +3,7 @@ test_slurm.py.)
 """
 
 import http.server
+import json
 import os
 import shutil
 import subprocess
@@ -13,20 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import Result
-from several_processes import ROOT, Processes, expect, prepared_texts, train
+from command_line import ROOT, Result
+from several_processes import Processes, expect, prepared_texts, train
 
 from allattn.sharding import processes
 
 pytestmark = pytest.mark.usefixtures("own_data_dir")
 
 FOUND = """
-import os, sys
+import json, os, sys
 import jax
 from jax._src.clusters import cloud_tpu_cluster
 cloud_tpu_cluster.running_in_cloud_tpu_vm = {tpu}
 os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # which is set where there are no chips
-os.environ.update({surroundings})
+os.environ.update(json.loads(sys.argv[1]))
 from allattn.sharding import processes
 processes.start(wait=100)
 jax.config.update("jax_num_cpu_devices", 1)
@@ -78,9 +79,12 @@ def found_by(surroundings: Any, count: int = 2) -> list[Result]:
             "NO_PROXY": "localhost",
             **surroundings(i),
         }
-        return ["-c", FOUND.format(surroundings=values, tpu=True, rank=i, count=count)]
+        return [json.dumps(values)]
 
-    with Processes(count, 1, words) as found:
+    def code(i: int) -> str:
+        return FOUND.format(tpu=True, rank=i, count=count)
+
+    with Processes(count, 1, words, code=code) as found:
         return found.results(100)
 
 
@@ -137,9 +141,7 @@ def open_mpi_4() -> bool:
 
 @pytest.mark.skipif(not open_mpi_4(), reason="Open MPI 4 is not installed (Debian 12: openmpi-bin)")
 def test_open_mpi() -> None:
-    program = FOUND.format(
-        surroundings={}, tpu=False, rank='os.environ["OMPI_COMM_WORLD_RANK"]', count=2
-    )
+    program = FOUND.format(tpu=False, rank='os.environ["OMPI_COMM_WORLD_RANK"]', count=2)
     command = [
         "mpirun",
         "--allow-run-as-root",
@@ -149,6 +151,7 @@ def test_open_mpi() -> None:
         sys.executable,
         "-c",
         program,
+        "{}",
     ]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(

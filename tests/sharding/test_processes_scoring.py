@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from several_processes import evaluate, expect, prepared_texts, train, wait_for
+from command_line import call, flags
+from several_processes import RUN, evaluate, expect, prepared_texts, train, wait_for
 
 pytestmark = pytest.mark.usefixtures("own_data_dir")
 LONG = 10_000  # repetitions of a text that make it take ten seconds to score, or longer
@@ -15,12 +16,12 @@ LONG = 10_000  # repetitions of a text that make it take ten seconds to score, o
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run of one process; its texts are beside it."""
+    """A short run, by this process; its texts are beside it."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALLATTN_DATA_DIR", str(folder / "prepared"))
-        with train(prepared_texts(folder), folder / "run", 1, 1, train__steps=4) as run:
-            assert run.results()[0].code == 0
+        settings = flags(prepared_texts(folder), **RUN, train__steps=4)
+        assert call("train", f"--workdir={folder}/run", *settings).code == 0
     return folder / "run"
 
 
@@ -31,8 +32,7 @@ def test_several_processes_score_a_checkpoint(trained: Path, protocol: str) -> N
     it, and no more.
     """
     words = ("--split=valid", f"--protocol={protocol}")
-    with evaluate(trained, 1, 1, *words) as alone:
-        (expected,) = alone.results()
+    expected = call("evaluate", f"--workdir={trained}", *words)
     with evaluate(trained, 2, 2, *words) as both:
         results = both.results()
     assert [result.code for result in (expected, *results)] == [0, 0, 0], results[0].err[-2000:]
@@ -114,17 +114,25 @@ def test_processes_with_different_checkpoints(trained: Path, tmp_path: Path) -> 
     assert line.startswith("allattn: no checkpoint of step 5 in")
 
 
-def test_a_score_that_is_interrupted(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+SCORING = """
+from pathlib import Path
+from allattn.evaluation import scoring
+score_block = scoring.score_block
+def tell_and_score(*arguments):
+    Path({told!r}).touch()
+    return score_block(*arguments)
+scoring.score_block = tell_and_score
+"""
+
+
+def test_a_score_that_is_interrupted(trained: Path, tmp_path: Path) -> None:
     """SIGTERM to one of two processes that score: both end with 75."""
     (tmp_path / "long.txt").write_bytes(
         (trained.parent / "texts" / "valid.txt").read_bytes() * LONG
     )
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
-    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    with evaluate(trained, 2, 1, f"--text={tmp_path}/long.txt") as two:
-        wait_for(tmp_path, "programs/jit_score_block*")
+    tell = SCORING.format(told=str(tmp_path / "scores"))
+    with evaluate(trained, 2, 1, f"--text={tmp_path}/long.txt", before=tell) as two:
+        wait_for(tmp_path, "scores")
         two.running[1].send_signal(signal.SIGTERM)
         results = two.results(60)
     expect(

@@ -15,10 +15,11 @@ import golden_data as golden
 import jax
 import numpy as np
 import pytest
-from command_line import flags, write_texts
+from command_line import write_texts
 from jax.sharding import AbstractMesh, PartitionSpec
 from mesh_runs import KINDS
 from new_process import fresh
+from several_processes import train as run
 
 from allattn import config as configuration
 from allattn import data, sharding, train
@@ -30,21 +31,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 CORES = """
-import json, multiprocessing, os
+import json, os
 import jax
 from allattn import sharding
 from configs import base
 
-def devices(cores, batch, data, tensor):
-    os.sched_getaffinity = lambda _: range(cores)
-    c = base.get_config()
-    c.train.batch, c.mesh.data, c.mesh.tensor = batch, data, tensor
-    sharding.use_cores_for(c)
-    return jax.device_count()
-
-# A process counts its devices once, so each case has a copy of this one, which has imported JAX.
-with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as copies:
-    print(json.dumps(copies.starmap(devices, {cases}, chunksize=1)))
+cores, batch, data, tensor = {case}
+os.sched_getaffinity = lambda _: range(cores)
+c = base.get_config()
+c.train.batch, c.mesh.data, c.mesh.tensor = batch, data, tensor
+sharding.use_cores_for(c)
+print(json.dumps(jax.device_count()))
 """
 
 
@@ -58,13 +55,16 @@ def test_a_device_per_core() -> None:
         (4, 8, 1, 2): 2,  # what the mesh names
         (2, 8, 3, 1): 1,  # more than there are: the mesh then says so
     }
-    found = fresh(CORES.format(cases=list(cases)))
-    assert dict(zip(cases, found, strict=True)) == cases
+    assert {case: fresh(CORES.format(case=case)) for case in cases} == cases
 
 
 def test_a_chosen_number_of_devices_stays() -> None:
-    code = CORES.format(cases=[(2, 8, -1, 1)])
-    assert fresh(code, devices=3) == [3] and fresh(code, JAX_NUM_CPU_DEVICES="5") == [5]
+    code = CORES.format(case=(2, 8, -1, 1))
+    assert fresh(code, devices=3) == 3
+    # JAX reads this variable when it is imported, so the process starts anew.
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "5"}
+    found = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment)
+    assert found == b"5\n"
 
 
 EVALUATE = """
@@ -144,25 +144,12 @@ def test_mistakes(changes: dict[str, str], message: str) -> None:
     assert str(met.value).startswith(message)
 
 
-def test_a_dimension_that_no_axis_divides(tmp_path: Path) -> None:
+def test_a_dimension_that_no_axis_divides(tmp_path: Path, own_data_dir: None) -> None:
     """A dimension that the mesh does not divide is refused before there is a workdir."""
-    words = [
-        "train",
-        f"--workdir={tmp_path}/run",
-        *flags(write_texts(tmp_path), mesh__fsdp=4, model__width=18),
-    ]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "ALLATTN_DATA_DIR": str(tmp_path / "prepared"),
-    }
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    command = [sys.executable, "-m", "allattn", *words]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
+    with run(write_texts(tmp_path), tmp_path / "run", 1, 4, mesh__fsdp=4, model__width=18) as one:
+        (result,) = one.results()
     expected = r"allattn: .*: expected a dimension divisible by mesh axis fsdp = 4, found 18"
-    assert done.returncode == 2 and re.fullmatch(expected, done.stderr.splitlines()[-1])
+    assert result.code == 2 and re.fullmatch(expected, result.err.splitlines()[-1])
     assert not (tmp_path / "run").exists()
 
 

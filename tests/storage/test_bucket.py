@@ -348,8 +348,6 @@ def test_two_processes_and_a_bucket(
 
     def words(i: int, started: Processes) -> list[str]:
         run = [
-            "-m",
-            "allattn",
             "train",
             "--workdir=gs://bucket/two",
             *SMALL,

@@ -1,29 +1,26 @@
 """Several processes on this machine that run one command over gloo."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from command_line import TEST_PATH, Result, flags, write_texts
+from command_line import Result, flags, write_texts
+from new_process import NewProcess
 
 from allattn import data
 
-ROOT = Path(__file__).resolve().parents[2]
 # Four devices or more share rows, heads and parameters; nothing depends on the number of steps.
 RUN = {
     "model__width": 32,
     "model__heads": 2,
     "train__batch": 8,
     "train__finetune_steps": 0,
-    "checkpoint__every": 10,
+    "checkpoint__every": 4,
 }
 RUN |= {"evaluate__every": 100_000, "optimizer__schedule": "constant", "model__dropout": 0.2}
-START = "import sys; from allattn.__main__ import main; sys.exit(main())"
+COMMAND = "import sys; from allattn.__main__ import main; sys.exit(main())"
 
 
 def free_port() -> int:
@@ -42,17 +39,21 @@ def prepared_texts(folder: Path) -> Path:
 class Processes:
     """`count` processes of one program; those that are left when the test ends are killed."""
 
-    def __init__(self, count: int, devices: int, words: Any, own: Any = lambda _: {}) -> None:
-        """`words` gives the command of one process, `own` its settings in the environment."""
-        self.port, self.count = free_port(), count
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": TEST_PATH}
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    def __init__(
+        self,
+        count: int,
+        devices: int,
+        words: Any,
+        own: Any = lambda _: {},
+        code: Any = lambda _: COMMAND,
+    ) -> None:
+        """`words` gives the command of one process, `own` its settings in the environment, `code`
+        the Python that it runs.
+        """
+        self.port = free_port()
+        self.count = count
         self.running = [
-            subprocess.Popen(
-                [sys.executable, *words(i, self)], cwd=ROOT, env={**environment, **own(i)}, **pipes
-            )
-            for i in range(count)
+            NewProcess(code(i), words(i, self), devices, **own(i)) for i in range(count)
         ]
 
     def place(self, i: int) -> list[str]:
@@ -64,17 +65,15 @@ class Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.send(signal.SIGKILL)
         for process in self.running:
-            process.communicate()
+            process.kill()
 
     def send(self, what: signal.Signals) -> None:
         for process in self.running:
             process.send_signal(what)
 
     def results(self, seconds: float = 200) -> list[Result]:
-        found = [process.communicate(timeout=seconds) for process in self.running]
-        return [Result(p.returncode, *said) for p, said in zip(self.running, found, strict=True)]
+        return [process.result(seconds) for process in self.running]
 
 
 def train(
@@ -92,35 +91,27 @@ def train(
 
     def words(i: int, started: Processes) -> list[str]:
         settings = flags(texts, **{**RUN, **changes, **each(i)})
-        return [
-            "-c",
-            f"{before(i)}\n{START}",
-            "train",
-            f"--workdir={workdir}",
-            *settings,
-            *started.place(i),
-        ]
+        return ["train", f"--workdir={workdir}", *settings, *started.place(i)]
 
-    return Processes(processes, devices, words)
+    return Processes(processes, devices, words, code=lambda i: f"{before(i)}\n{COMMAND}")
 
 
 def evaluate(
-    workdir: Path, processes: int, devices: int, *words: str, each: Any = lambda _: []
+    workdir: Path,
+    processes: int,
+    devices: int,
+    *words: str,
+    each: Any = lambda _: [],
+    before: str = "",
 ) -> Processes:
-    """A score of a run's newest checkpoint; `each` gives the words of one process."""
+    """A score of a run's newest checkpoint; `each` gives the words of one process, `before` are
+    lines of Python that all run first.
+    """
 
     def all_words(i: int, started: Processes) -> list[str]:
-        return [
-            "-m",
-            "allattn",
-            "evaluate",
-            f"--workdir={workdir}",
-            *words,
-            *each(i),
-            *started.place(i),
-        ]
+        return ["evaluate", f"--workdir={workdir}", *words, *each(i), *started.place(i)]
 
-    return Processes(processes, devices, all_words)
+    return Processes(processes, devices, all_words, code=lambda _: f"{before}\n{COMMAND}")
 
 
 def wait_for(folder: Path, pattern: str, ready: Any = lambda _: True, seconds: float = 150) -> None:
