@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 import fsspec
 import pytest
-from command_line import Result, call
+from command_line import Result, call, process
 from etils import epath
 from several_processes import Processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -300,13 +299,21 @@ def trained(command: Command) -> dict[str, Any]:
     return whole.last()
 
 
-@pytest.mark.parametrize("bucket", ["other", "private"])
-def test_a_workdir_out_of_reach(command: Command, bucket: str) -> None:
-    """The newcomer's mistake on a machine in a cloud: one line, and no launcher tries again."""
-    found = command("train", f"--workdir=gs://{bucket}/run")
-    assert found.code == 2, found.err[-2000:]
-    assert "Traceback" not in found.err and "step" not in found.out
-    assert found.err.splitlines()[-1].startswith(f"allattn: gs://{bucket}/run")
+def test_a_workdir_out_of_reach(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newcomer's mistake on a machine in a cloud: one line, and no launcher tries again.
+
+    Once in a process of its own, where clients might have a last word.
+    """
+    found = {"other": command("train", "--workdir=gs://other/run")}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ALLATTN_DATA_DIR", "gs://bucket/prepared")
+    found["private"] = process("train", "--workdir=gs://private/run", *SMALL)
+    for bucket, result in found.items():
+        assert result.code == 2, result.err[-2000:]
+        assert "Traceback" not in result.err and "step" not in result.out
+        assert result.err.splitlines()[-1].startswith(f"allattn: gs://{bucket}/run")
 
 
 def test_a_run_in_a_bucket(command: Command, trained: dict[str, Any]) -> None:
@@ -356,6 +363,8 @@ def test_two_processes_and_a_bucket(
             "--workdir=gs://bucket/two",
             *SMALL,
             "--config.train.steps=12",
+            "--config.checkpoint.every=6",
+            "--config.evaluate.every=6",
         ]
         return [*run, *started.place(i)]
 
