@@ -39,6 +39,7 @@ SIZES = (
     "model.width=16",
     "model.heads=2",
     "model.persistent=4",
+    "model.implementation=reference",
 )
 TIMES = (
     "model.span.limit=32",
