@@ -132,7 +132,7 @@ def test_spans_from_a_file(tmp_path: Path) -> None:
 def test_evaluation(
     small_product: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The table of a GPU below has training, in a process of its own."""
+    """The benchmark evaluates here; training runs below, as a line of the GPU's table."""
     words = ["train", "--mode=evaluate", "--spans=zero", "--seconds=0.1"]
     monkeypatch.setattr(sys, "argv", words)
     train.main()
@@ -166,12 +166,13 @@ def parsed(line: gpu.Line, options: list[str]) -> argparse.Namespace:
     benchmarks = {"train": train, "attention": attention}
     benchmark = benchmarks.get(line.module) or flex_benchmark()
     found = benchmark.parser().parse_args(options)
-    H, _, L, _, _ = geometries.GEOMETRIES[found.geometry].of_operation()
+    # What argparse takes as it is: a way to save memory, a file of spans.
     if line.module == "train":
         c = train.configuration(found)
         assert c.train.remat in config_checks.REMAT
         train.spans(c, found.spans)
     else:
+        H, _, L, _, _ = geometries.GEOMETRIES[found.geometry].of_operation()
         attention.spans(found.spans, L, H)
     return found
 
@@ -182,6 +183,7 @@ def test_the_gpu_table(
     """Every line's flags are its benchmark's, a failing one leaves the others, and the file holds
     what the table says. One line really measures, and the last one really fails.
     """
+    # What a benchmark would say of a line that does not run.
     lines = iter(gpu.LINES)
     really = gpu.run
     quick = {
@@ -199,12 +201,15 @@ def test_the_gpu_table(
             return really(module, options, limit)
         return {**quick[module], "matmul_gflops": [20.0, 20.0]}
 
+    # The table and its file.
     monkeypatch.setattr(gpu, "run", run)
     monkeypatch.setattr(sys, "argv", [*GPU_WORDS, f"--results={tmp_path}"])
     gpu.main()
     said = capsys.readouterr().out
     (path,) = tmp_path.iterdir()
     found = json.loads(path.read_text())
+
+    # Both hold every line, what was measured and what went wrong.
     assert [row["name"] for row in found] == [line.name for line in gpu.LINES]
     assert all(0 < row["share"] < 1 for row in found[:-1])
     assert_measured(next(row for row in found if row["name"] == MEASURED))
