@@ -76,8 +76,14 @@ def small_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "CPU_SIZE", 512)
 
 
-def test_the_operation_alone(small_product: None) -> None:
-    found = attention.measure(arguments())
+def test_the_operation_alone(
+    small_product: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several layers with spans of their own, as a line of the GPU's table has them."""
+    flags = ["--geometry=tiny", "--rows=1", f"--spans={gpu.SPANS}", "--dropout=0.3", "--repeats=1"]
+    monkeypatch.setattr(sys, "argv", ["attention", *flags])
+    attention.main()
+    found = json.loads(capsys.readouterr().out)
     assert 0 < found["forward_ms"] < found["both_ms"] and 0 < found["share_both"] < 1
 
 
