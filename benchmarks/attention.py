@@ -197,22 +197,27 @@ def tune_tiles(arguments: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def main() -> None:
-    """Parse the flags, measure, print."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    found = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--geometry", choices=OPERATIONS, default="small-8")
-    parser.add_argument("--spans", default="full", help="full, zero, or a JSON file")
-    parser.add_argument("--rows", type=int, default=8, help="B")
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--implementation", choices=("", *IMPLEMENTATIONS), default="")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument(
+    found.add_argument("--geometry", choices=OPERATIONS, default="small-8")
+    found.add_argument("--spans", default="full", help="full, zero, or a JSON file")
+    found.add_argument("--rows", type=int, default=8, help="B")
+    found.add_argument("--dropout", type=float, default=0.0)
+    found.add_argument("--dtype", default="float32")
+    found.add_argument("--implementation", choices=("", *IMPLEMENTATIONS), default="")
+    found.add_argument("--repeats", type=int, default=9)
+    found.add_argument(
         "--tune", action="store_true", help="measure tile sizes and enter the best in the table"
     )
-    arguments = parser.parse_args()
+    return found
+
+
+def main() -> None:
+    """Parse the flags, measure, print."""
+    arguments = parser().parse_args()
     sharding.use_cores(arguments.rows)
     row = tune_tiles(arguments) if arguments.tune else measure(arguments)
     print(json.dumps(row))

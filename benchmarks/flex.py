@@ -156,17 +156,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Parse the flags, measure, print."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    found = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--geometry", choices=OPERATIONS, default="enwik8_small")
-    parser.add_argument("--spans", choices=("full", "zero"), default="full")
-    parser.add_argument("--rows", type=int, default=64, help="B")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=9)
-    arguments = parser.parse_args()
+    found.add_argument("--geometry", choices=OPERATIONS, default="enwik8_small")
+    found.add_argument("--spans", choices=("full", "zero"), default="full")
+    found.add_argument("--rows", type=int, default=64, help="B")
+    found.add_argument("--dtype", default="bfloat16")
+    found.add_argument("--repeats", type=int, default=9)
+    return found
+
+
+def main() -> None:
+    """Parse the flags, measure, print."""
+    arguments = parser().parse_args()
     if not torch.cuda.is_available():
         sys.exit(
             "FlexAttention: expected a GPU that PyTorch sees, since its backward pass needs one, "

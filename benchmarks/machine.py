@@ -11,10 +11,14 @@ from typing import Any
 
 import jax
 
+# Sides of square matrices whose product keeps the machine busy.
+CPU_SIZE = 2048
+GPU_SIZE = 8192
+
 
 def matmul_gflops(dtype: str = "float32") -> float:
     """Rate of a square matrix product that keeps the machine busy, the median of ten."""
-    size = 2048 if jax.default_backend() == "cpu" else 8192
+    size = CPU_SIZE if jax.default_backend() == "cpu" else GPU_SIZE
     x = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(lambda x: x @ x)
     product(x).block_until_ready()  # compiles

@@ -192,21 +192,26 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Parse the flags, measure, print."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    found = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--geometry", choices=NETWORKS, default="tiny")
-    parser.add_argument("--spans", default="full", help="full, zero, mixed, or a JSON file")
-    parser.add_argument("--rows", type=int, default=8, help="of a training batch")
-    parser.add_argument("--mode", choices=("train", "evaluate"), default="train")
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--implementation", default="", help="of the attention operation")
-    parser.add_argument("--remat", default="", help="train.remat")
-    parser.add_argument("--seconds", type=float, default=20.0, help="least time to measure")
-    print(json.dumps(measure(parser.parse_args())))
+    found.add_argument("--geometry", choices=NETWORKS, default="tiny")
+    found.add_argument("--spans", default="full", help="full, zero, mixed, or a JSON file")
+    found.add_argument("--rows", type=int, default=8, help="of a training batch")
+    found.add_argument("--mode", choices=("train", "evaluate"), default="train")
+    found.add_argument("--dropout", type=float, default=0.0)
+    found.add_argument("--dtype", default="float32")
+    found.add_argument("--implementation", default="", help="of the attention operation")
+    found.add_argument("--remat", default="", help="train.remat")
+    found.add_argument("--seconds", type=float, default=20.0, help="least time to measure")
+    return found
+
+
+def main() -> None:
+    """Parse the flags, measure, print."""
+    print(json.dumps(measure(parser().parse_args())))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from command_line import ROOT, Result, call, flags
+from command_line import ROOT, Result, call, flags, process
 
 import allattn
 from allattn import config, train
@@ -261,19 +260,6 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture) -> None:
     out = capsys.readouterr().out
     assert caught.value.code == 0 and out.startswith(f"usage: {' '.join(['allattn', *command])}")
     assert "--workdir" in out or command in ([], ["config"], ["compile"], ["data"])
-
-
-def process(*words: Any) -> Result:
-    """One command in a process of its own."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-m", "allattn", *map(str, words)],
-        capture_output=True,
-        cwd=ROOT,
-        env=environment,
-        timeout=120,
-    )
-    return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def test_help_is_quick() -> None:

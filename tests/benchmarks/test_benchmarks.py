@@ -4,12 +4,17 @@ Dimension key: X layer, H head.
 """
 
 import argparse
+import dataclasses
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +22,8 @@ import numpy as np
 import pytest
 from tiny_model import geometry
 
-from allattn import config
-from allattn.model import forward_flops
+from allattn import config, config_checks
+from allattn.model import ModelConfig, forward_flops
 from benchmarks import (
     attention,
     compile,
@@ -65,8 +70,20 @@ def test_results_are_indexed() -> None:
     assert sorted(linked) == sorted(files)
 
 
-def test_the_operation_alone() -> None:
-    found = attention.measure(arguments())
+@pytest.fixture
+def small_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine's rate from smaller matrices, in a fraction of the time."""
+    monkeypatch.setattr(machine, "CPU_SIZE", 512)
+
+
+def test_the_operation_alone(
+    small_product: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several layers with spans of their own, as a line of the GPU's table has them."""
+    flags = ["--geometry=tiny", "--rows=1", f"--spans={gpu.SPANS}", "--dropout=0.3", "--repeats=1"]
+    monkeypatch.setattr(sys, "argv", ["attention", *flags])
+    attention.main()
+    found = json.loads(capsys.readouterr().out)
     assert 0 < found["forward_ms"] < found["both_ms"] and 0 < found["share_both"] < 1
 
 
@@ -118,54 +135,108 @@ def test_spans_from_a_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(attention.spans(str(path), 256, 3), [[8, 16, 256], [1, 2, 3]])
 
 
-@pytest.mark.parametrize("mode", ["train", "evaluate"])
-def test_training_and_evaluation(mode: str) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.train",
-        f"--mode={mode}",
-        "--spans=zero",
-        "--seconds=2",
-    ]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
+def test_evaluation(
+    small_product: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The benchmark evaluates here; training runs below, as a line of the GPU's table."""
+    words = ["train", "--mode=evaluate", "--spans=zero", "--seconds=0.1"]
+    monkeypatch.setattr(sys, "argv", words)
+    train.main()
+    assert_measured(json.loads(capsys.readouterr().out))
+
+
+def assert_measured(row: dict[str, Any]) -> None:
+    """What benchmarks.train promises of a row."""
     promised = {"tokens_per_s", "matmul_gflops", "share", "peak_memory_mb", "date", "commit"}
-    assert promised <= set(found) and 0 < found["share"] < 1 and len(found["matmul_gflops"]) == 2
+    assert promised <= set(row) and 0 < row["share"] < 1 and len(row["matmul_gflops"]) == 2
 
 
-def test_the_gpu_table(tmp_path: Path) -> None:
-    """Every line runs on a small call, a failing one leaves the others, and the file holds what the
-    table says.
+# --- the table of a GPU
+# -------------------------------------------------------------------------------------------------
+
+
+MEASURED = "the same, remat projections"  # has every flag of a training step
+GPU_WORDS = ["gpu", "--geometry=tiny", "--rows=2", "--dtype=float32"]
+
+
+def flex_benchmark() -> ModuleType:
+    """benchmarks.flex, with nothing in the place of PyTorch."""
+    torch = "torch torch.nn torch.nn.attention torch.nn.attention.flex_attention"
+    names = [*torch.split(), "benchmarks.peers_torch"]
+    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in names}):
+        return importlib.import_module("benchmarks.flex")
+
+
+def parsed(line: gpu.Line, options: list[str]) -> argparse.Namespace:
+    """A line's flags as its benchmark reads them; those that it does not know end the test."""
+    benchmarks = {"train": train, "attention": attention}
+    benchmark = benchmarks.get(line.module) or flex_benchmark()
+    found = benchmark.parser().parse_args(options)
+    # What argparse takes as it is: a way to save memory, a file of spans.
+    if line.module == "train":
+        c = train.configuration(found)
+        assert c.train.remat in config_checks.REMAT
+        train.spans(c, found.spans)
+    else:
+        H, _, L, _, _ = geometries.GEOMETRIES[found.geometry].of_operation()
+        attention.spans(found.spans, L, H)
+    return found
+
+
+def test_the_gpu_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every line's flags are its benchmark's, a failing one leaves the others, and the file holds
+    what the table says. One line really measures, and the last one really fails.
     """
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
-        "--geometry=tiny",
-        "--rows=2",
-        "--dtype=float32",
-    ]
-    command.append(f"--results={tmp_path}")
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=540, check=True
-    )
+    # What a benchmark would say of a line that does not run.
+    lines = iter(gpu.LINES)
+    really = gpu.run
+    quick = {
+        "train": {"share": 0.5, "tokens_per_s": 9.0},
+        "attention": {"share_both": 0.5, "both_ms": 9.0},
+    }
+
+    def run(module: str, options: list[str], limit: float) -> dict[str, Any]:
+        line = next(lines)
+        assert line.module == module and 0 < limit <= 530
+        assert parsed(line, options).rows == 2
+        if line.name == MEASURED:
+            return really(module, [*options, "--seconds=0.1"], limit)
+        if module == "flex":
+            return really(module, options, limit)
+        return {**quick[module], "matmul_gflops": [20.0, 20.0]}
+
+    # The table and its file.
+    monkeypatch.setattr(gpu, "run", run)
+    monkeypatch.setattr(sys, "argv", [*GPU_WORDS, f"--results={tmp_path}"])
+    gpu.main()
+    said = capsys.readouterr().out
     (path,) = tmp_path.iterdir()
     found = json.loads(path.read_text())
-    assert len(found) == len(gpu.LINES) and all(0 < row["share"] < 1 for row in found[:-1])
+
+    # Both hold every line, what was measured and what went wrong.
+    assert [row["name"] for row in found] == [line.name for line in gpu.LINES]
+    assert all(0 < row["share"] < 1 for row in found[:-1])
+    assert_measured(next(row for row in found if row["name"] == MEASURED))
     last = found[-1]  # needs PyTorch, and a GPU that it sees
-    assert last["share"] or ("torch" in last["error"].lower() and last["error"] in done.stdout)
-    assert str(path) in done.stdout and "paper-like spans take" in done.stdout
-    failed = {
-        "name": "x",
-        "asked": None,
-        "share": None,
-        **gpu.run("attention", ["--geometry=huge"], 60),
-    }
-    assert "invalid choice: 'huge'" in gpu.report([failed, *found])
+    assert last["share"] or ("torch" in last["error"].lower() and last["error"] in said)
+    assert str(path) in said and "paper-like spans take 1.00 x" in said
+
+
+def test_lines_that_fail() -> None:
+    """A mistake is a row of the table, and a line is stopped when the time is over."""
+    mistake = gpu.run("data", ["--steps=few"], 60)
+    row = {"name": "x", "asked": None, "share": None, **mistake}
+    assert "argument --steps: invalid int value: 'few'" in gpu.report([row])
     assert gpu.run("attention", [], 0.1) == {"error": "no result in 0 s"}
+
+
+@pytest.mark.parametrize("module", ["train", "attention", "flex"])
+def test_a_flag_that_is_not_known(module: str) -> None:
+    line = gpu.Line("x", module, ("--nonsense=1",), "share", None)
+    with pytest.raises(SystemExit):
+        parsed(line, list(line.options))
 
 
 def test_speeds_over_their_machines_rates() -> None:
@@ -204,13 +275,22 @@ def test_memory_of_the_vocabulary() -> None:
         assert plain[name] > 3 * adaptive[name]
 
 
-def test_the_vocabulary() -> None:
+def test_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kinds of ids, over WikiText-103's clusters; narrow ones, as their width proves nothing.
+
+    Either kind measures, and its ids visit the clusters as often as English does, or all alike.
+    """
+    wide = vocabulary.geometry
+
+    def narrow(kind: str, dtype: str) -> ModelConfig:
+        return dataclasses.replace(wide(kind, dtype), width=64, heads=2)
+
+    monkeypatch.setattr(vocabulary, "geometry", narrow)
     fields = argparse.Namespace(rows=1, dtype="float32", repeats=1)
-    found = {kind: vocabulary.measure(kind, fields) for kind in ("adaptive", "worst")}
-    assert found["adaptive"]["step_ms"] > 0 and found["worst"]["step_ms"] > 0
-    ids_BT = vocabulary.tokens(64, worst=False)
-    assert (ids_BT < 20_000).mean() == pytest.approx(0.937, abs=0.01)
-    assert (vocabulary.tokens(64, worst=True) < 20_000).mean() == pytest.approx(0.075, abs=0.01)
+    for kind, frequent in (("adaptive", 0.937), ("worst", 0.075)):
+        assert vocabulary.measure(kind, fields)["step_ms"] > 0
+        ids_BT = vocabulary.tokens(64, worst=kind == "worst")
+        assert (ids_BT < 20_000).mean() == pytest.approx(frequent, abs=0.01)
 
 
 def test_profile_sums_by_kind(tmp_path: Path) -> None:

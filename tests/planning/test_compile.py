@@ -161,19 +161,19 @@ import json, jax
 from allattn.sharding import operation
 from allattn.planning import compilation, collectives, communication
 from allattn import config, sharding, train
-c = config.load("{root}/configs/demo.py", {changes})
 
-def judged(gathers=1):
+def sent(c):
     program = train.TrainProgram(c, sharding.make_mesh(c))
     quick = {{"xla_backend_optimization_level": 0}}
     text = compilation.lower_step(program).compile(compiler_options=quick).as_text()
-    uses = communication.classify(collectives.parse(text), program)
-    gather = communication.Purpose.FSDP_GATHER
-    uses += (gathers - 1) * [use for use in uses if use.purpose is gather]
+    return communication.classify(collectives.parse(text), program), program
+
+def verdict(uses, program):
     return [communication.unexpected(uses, program), communication.summary(uses)]
 
-
-found = [judged()]
+cases = [config.load("{root}/configs/demo.py", changes) for changes in {changes}]
+first, *others = [sent(c) for c in cases]
+found = [verdict(*each) for each in (first, *others)]
 {injected}
 print(json.dumps(found))
 """
@@ -194,19 +194,26 @@ def leaky(*inputs, **options):
     out_BTHK, mass_BTH = all_attention(*inputs, **options)
     return jax.lax.pmean(out_BTHK, "data"), mass_BTH
 operation.all_attention = leaky
-found.append(judged())
+found.append(verdict(*sent(cases[0])))
 operation.all_attention = all_attention
-found.append(judged(gathers=2))
+uses, program = first
+gather = communication.Purpose.FSDP_GATHER
+twice = uses + [use for use in uses if use.purpose is gather]
+found.append(verdict(twice, program))
 sharding.gather_tables = lambda mesh, tree: tree
-found.append(judged())
+found.append(verdict(*sent(cases[0])))
 """
 
 
-def judged(injected: str = "", **changes: str) -> list[Any]:
-    values = {**SMALL, **{name.replace("__", "."): value for name, value in changes.items()}}
-    # A program that the cache holds may have been compiled from a source whose names were others.
-    uncached = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    return fresh(JUDGE.format(root=ROOT, changes=values, injected=injected), 8, **uncached)
+def judged(*cases: dict[str, str], injected: str = "") -> list[Any]:
+    """What is wrong with the step of each case, and a summary of what it sends."""
+    changes = [
+        {**SMALL, **{name.replace("__", "."): value for name, value in case.items()}}
+        for case in cases
+    ]
+    # A program in the cache shall have the names of this source, since they are judged.
+    named = {"JAX_COMPILATION_CACHE_INCLUDE_METADATA_IN_KEY": "true"}
+    return fresh(JUDGE.format(root=ROOT, changes=changes, injected=injected), 8, **named)
 
 
 def test_collectives_of_a_step() -> None:
@@ -214,7 +221,7 @@ def test_collectives_of_a_step() -> None:
 
     What is found: a sum inside the operation, gathers twice as often, a table left in parts.
     """
-    (broken, uses), (leaks, _), (often, _), (parts, _) = judged(INJECTED)
+    (broken, uses), (leaks, _), (often, _), (parts, _) = judged({}, injected=INJECTED)
     assert broken == []
     roles = {use["role"] for use in uses}
     assert roles == {
@@ -249,7 +256,7 @@ def leaky_over(mesh_here, rows):
     mesh, operation = mesh_here, attention_over(mesh_here, rows)
     return lambda query_BTHK, *inputs, **options: operation(same(query_BTHK), *inputs, **options)
 sharding.attention_over = leaky_over
-found.append(judged())
+found.append(verdict(*sent(cases[0])))
 """
 
 
@@ -260,7 +267,7 @@ def test_activations_of_the_size_of_a_kernel() -> None:
     too many.
     """
     alike = {"mesh__data": "8", "mesh__fsdp": "1", "mesh__tensor": "1", "train__block": "64"}
-    (broken, _), (leaks, uses) = judged(SUMMED, **alike)
+    (broken, _), (leaks, uses) = judged(alike, injected=SUMMED)
     assert broken == []
     assert "unexpected" not in {use["role"] for use in uses} and len(leaks) == 1
     assert (
@@ -269,32 +276,31 @@ def test_activations_of_the_size_of_a_kernel() -> None:
     )
 
 
-@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 8, 1)])
-def test_collectives_of_an_accumulated_batch(
-    mesh: tuple[int, ...],
-) -> None:
-    """An accumulated batch sends gradients in parts, and metrics once."""
-    sizes = {
-        f"mesh__{axis}": str(size)
-        for axis, size in zip(("data", "fsdp", "tensor"), mesh, strict=True)
-    }
-    ((broken, uses),) = judged(**sizes, train__batch="16", train__accumulation="2")
-    assert broken == []
-    assert {use["times"] for use in uses if use["role"] == "norms and metrics"} == {1}
+ACCUMULATED = {"train__batch": "16", "train__accumulation": "2"}
+MESHES = (
+    {"mesh__data": "2", "mesh__fsdp": "2", "mesh__tensor": "2"},
+    {"mesh__data": "1", "mesh__fsdp": "8", "mesh__tensor": "1"},
+)
+TRANSFORMER_XL = {
+    "model__layer": "transformer_xl",
+    "model__feed_forward": "80",
+    "model__persistent": "0",
+    "model__span__adaptive": "false",
+    "model__span__limit": "40",
+    "evaluate__protocol": "xl",
+}
 
 
-def test_transformer_xl_sends_what_it_must() -> None:
-    changes = {
-        "model__layer": "transformer_xl",
-        "model__feed_forward": "80",
-        "model__persistent": "0",
-    }
-    fixed = {
-        "model__span__adaptive": "false",
-        "model__span__limit": "40",
-        "evaluate__protocol": "xl",
-    }
-    assert judged(**changes, **fixed)[0][0] == []
+def test_steps_send_what_they_must() -> None:
+    """An accumulated batch sends gradients in parts, and metrics once; and Transformer-XL's step.
+
+    Together, since they share the start of a process with eight devices.
+    """
+    *accumulated, xl = judged(*({**ACCUMULATED, **mesh} for mesh in MESHES), TRANSFORMER_XL)
+    assert xl[0] == []
+    for broken, uses in accumulated:
+        assert broken == []
+        assert {use["times"] for use in uses if use["role"] == "norms and metrics"} == {1}
 
 
 # --- the command

@@ -1,9 +1,11 @@
-"""Commands called in this process, on the smallest run that there is, and texts for it."""
+"""Commands called in this process or in one of its own, on the smallest run that there is."""
 
 import contextlib
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,6 +102,19 @@ def call(*words: Any) -> Result:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(word) for word in words])
     return Result(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
+
+
+def process(*words: Any) -> Result:
+    """One command in a process of its own."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "allattn", *map(str, words)],
+        capture_output=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=120,
+    )
+    return Result(done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 def write_texts(folder: Path) -> Path:
