@@ -61,8 +61,7 @@ def dev_scores(run: Path) -> dict[int, float]:
     return {row["step"]: row["dev_nll"] for row in rows if "dev_nll" in row}
 
 
-# --- a run from start to finish
-# ----------------------------------------------------------------------------------
+# --- a run from start to finish -------------------------------------------------------------------
 
 
 def test_train(place: Place) -> None:
@@ -249,8 +248,7 @@ def test_config_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.out == config.to_json(loaded) + "\n"
 
 
-# --- help and mistakes
-# -------------------------------------------------------------------------------------------
+# --- help and mistakes ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=lambda c: " ".join(c))

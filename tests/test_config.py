@@ -30,10 +30,7 @@ def changed(**changes: Any) -> ml_collections.ConfigDict:
     return c
 
 
-# --- reading
-#
-#
-# --------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def test_overrides_take_the_type_of_the_field() -> None:
@@ -216,8 +213,7 @@ def test_changed_fields() -> None:
     ]
 
 
-# --- values that cannot run
-# --------------------------------------------------------------------------------------
+# --- values that cannot run -----------------------------------------------------------------------
 
 
 def start(config: ml_collections.ConfigDict) -> ModelConfig:

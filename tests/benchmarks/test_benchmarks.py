@@ -151,8 +151,7 @@ def assert_measured(row: dict[str, Any]) -> None:
     assert promised <= set(row) and 0 < row["share"] < 1 and len(row["matmul_gflops"]) == 2
 
 
-# --- the table of a GPU
-# -------------------------------------------------------------------------------------------------
+# --- the table of a GPU ---------------------------------------------------------------------------
 
 
 MEASURED = "the same, remat projections"  # has every flag of a training step

@@ -45,8 +45,7 @@ def parameters(notebook: nbformat.NotebookNode) -> int:
     return found
 
 
-# --- what is committed
-# -------------------------------------------------------------------------------------------
+# --- what is committed ----------------------------------------------------------------------------
 
 
 def test_committed_outputs() -> None:
@@ -79,8 +78,7 @@ def test_only_public_functions() -> None:
     assert used <= set(allattn.__all__) and "from allattn" not in source
 
 
-# --- installing
-# --------------------------------------------------------------------------------------------------
+# --- installing -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -156,10 +154,7 @@ def test_installation_without_experiments(monkeypatch: pytest.MonkeyPatch, tmp_p
         exec(cell_with(read(), "CONFIGS = ").source, {"Path": Path, "sys": sys, "DRIVE": ""})
 
 
-# --- settings
-#
-#
-# --------------------------------------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------
 
 
 def functions(overrides: dict[str, Any], config: str = "demo") -> SimpleNamespace:
@@ -224,8 +219,7 @@ def test_nothing_is_compared_with_itself(
     assert capsys.readouterr().out.endswith(expected)
 
 
-# --- a whole execution
-# -------------------------------------------------------------------------------------------
+# --- a whole execution ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -57,8 +57,7 @@ def gone(pid: str) -> bool:
     return False
 
 
-# --- what they would do
-# ------------------------------------------------------------------------------------------
+# --- what they would do ---------------------------------------------------------------------------
 
 
 def test_local_says_what_it_would_do() -> None:
@@ -149,8 +148,7 @@ def test_shellcheck_is_clean() -> None:
     assert len(SCRIPTS) == 5 and done.returncode == 0, done.stdout
 
 
-# --- several processes here
-# --------------------------------------------------------------------------------------
+# --- several processes here -----------------------------------------------------------------------
 
 
 def test_restart_after_a_saved_state(tmp_path: Path) -> None:

@@ -163,8 +163,7 @@ def test_sigterm_reaches_the_workers(tmp_path: Path) -> None:
     assert running.returncode == 75 and out.count("saved") == 2
 
 
-# --- what trying again does not mend
-# ------------------------------------------------------------------------------
+# --- what trying again does not mend --------------------------------------------------------------
 
 LOGIN = "\nPlease run:\n\n  $ gcloud auth login\n\nto obtain new credentials."
 

@@ -52,8 +52,7 @@ def pure(io: AdaptiveIO) -> dict[str, Any]:
     return nnx.to_pure_dict(nnx.state(io, nnx.Param))
 
 
-# --- the papers' numbers
-# -----------------------------------------------------------------------------------------
+# --- the papers' numbers --------------------------------------------------------------------------
 
 # Where the network around it is not here, its states are: the golden caches hold the embeddings
 # and, of Transformer-XL, the final hidden states of the last block.
@@ -113,10 +112,7 @@ def test_transformer_xl(name: str, dtype: str) -> None:
         check_output(io, h_BTD, tokens_BT[:, last], found, gradients, output, gradient)
 
 
-# --- rounds
-#
-#
-# --------------------------------------------------------------------------------------------------
+# --- rounds ---------------------------------------------------------------------------------------
 
 
 def states(shape: tuple[int, int], dtype: Any = jnp.float32) -> jax.Array:
@@ -244,8 +240,7 @@ def test_lowers_for_a_tpu() -> None:
     assert exported.mlir_module().count("stablehlo.while") >= 2 * (1 + len(CUTOFFS))
 
 
-# --- initialisation, cost, devices
-# -------------------------------------------------------------------------------
+# --- initialisation, cost, devices ----------------------------------------------------------------
 
 
 def test_initialisation() -> None:
@@ -319,10 +314,7 @@ def test_mesh() -> None:
             assert golden.error(our_array, their_array) <= 1e-5
 
 
-# --- words
-#
-#
-# --------------------------------------------------------------------------------------------------
+# --- words ----------------------------------------------------------------------------------------
 
 
 def test_words_from_start_to_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,8 +45,7 @@ PARAMETERS = {
 }
 
 
-# --- parameter counts and initialisation
-# -------------------------------------------------------------------------
+# --- parameter counts and initialisation ----------------------------------------------------------
 
 
 def test_parameter_counts() -> None:
@@ -113,10 +112,7 @@ def test_initialisation_repeats_nothing(fresh: tuple[ModelConfig, Params]) -> No
             assert abs(np.corrcoef(a[:size], b[:size])[0, 1]) < 6 / math.sqrt(size)
 
 
-# --- causality
-#
-#
-# --------------------------------------------------------------------------------------------------
+# --- causality ------------------------------------------------------------------------------------
 
 
 def by_position(model: Model, params: Params, T: int) -> np.ndarray:
@@ -236,8 +232,7 @@ def test_cache_beyond_reach_is_not_read() -> None:
     )
 
 
-# --- norm, dropout, precision
-# ------------------------------------------------------------------------------------
+# --- norm, dropout, precision ---------------------------------------------------------------------
 
 
 def test_layer_norm_epsilon() -> None:

@@ -160,8 +160,7 @@ def test_model_float64(name: str) -> None:
         assert max(follow_model(name, "golden64", "float64")) <= 1e-9
 
 
-# --- what is its own
-# ---------------------------------------------------------------------------------------------
+# --- what is its own ------------------------------------------------------------------------------
 
 
 def test_initialisation() -> None:

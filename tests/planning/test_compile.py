@@ -20,10 +20,7 @@ from benchmarks import scaling
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# --- reading
-#
-#
-# --------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 TEXT = """HloModule jit_step, entry_computation_layout={()->()}, num_partitions=8
 
@@ -151,10 +148,7 @@ def test_unknown_groups() -> None:
         )
 
 
-# --- judging
-#
-#
-# --------------------------------------------------------------------------------------------------
+# --- judging --------------------------------------------------------------------------------------
 
 JUDGE = """
 import json, jax
@@ -303,8 +297,7 @@ def test_steps_send_what_they_must() -> None:
         assert {use["times"] for use in uses if use["role"] == "norms and metrics"} == {1}
 
 
-# --- the command
-# -------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def run(**flags: str) -> Any:
@@ -393,8 +386,7 @@ def test_devices_of_chips() -> None:
             chips.chip(f"{name}:5x5x5")
 
 
-# --- several slices, and scaling on paper
-# -------------------------------------------------------------------------
+# --- several slices, and scaling on paper ---------------------------------------------------------
 
 
 def over_slices(kind: str, size: int) -> collectives.Collective:

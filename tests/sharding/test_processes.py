@@ -426,7 +426,8 @@ def test_work_per_process(count: int) -> None:
     Processes that launch/local.sh starts train together, 8 rows each: the program of each has the
     FLOPs of one by itself.
     """
-    with Processes(1, 1, lambda *_: ["--processes=1", "--alone", *SMALL], code=lambda _: BENCHMARK) as one:
+    words = ["--processes=1", "--alone", *SMALL]
+    with Processes(1, 1, lambda *_: words, code=lambda _: BENCHMARK) as one:
         (done,) = one.results()
     alone = json.loads(done.out.splitlines()[-1])["flops"]
     assert alone > 1e5

@@ -96,10 +96,7 @@ def test_evaluation_on_a_mesh() -> None:
     assert found == [pytest.approx(scores, rel=1e-6) for scores in expected]
 
 
-# --- the table
-#
-#
-# --------------------------------------------------------------------------------------------------
+# --- the table ------------------------------------------------------------------------------------
 
 WIKITEXT = ModelConfig.from_config(configuration.load(str(ROOT / "configs" / "wikitext103.py")))
 

@@ -98,10 +98,7 @@ def new_machine(server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return make
 
 
-# --- data
-#
-#
-# --------------------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 
 def set_source(monkeypatch: pytest.MonkeyPatch, text: bytes | None) -> None:
@@ -262,10 +259,7 @@ def test_no_such_bucket_for_a_workdir(server: None) -> None:
         Checkpointer("gs://other/run", create=False)
 
 
-# --- a run
-#
-#
-# --------------------------------------------------------------------------------------------------
+# --- a run ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
