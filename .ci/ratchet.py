@@ -1,4 +1,4 @@
-"""Counts signatures of dense code in allattn/ and fails where one is worse than committed.
+"""Counts signatures of dense code and fails where one is worse than committed.
 
 python .ci/ratchet.py            compare with .ci/ratchet.json
 python .ci/ratchet.py --write    keep today's counts, once they are better
@@ -11,13 +11,14 @@ from pathlib import Path
 
 KEPT = Path(__file__).with_name("ratchet.json")
 PACKED = (ast.Tuple, ast.GeneratorExp)
+FOLDERS = ("allattn", "benchmarks", "tests")
 
 
-def counts() -> dict[str, float]:
+def counts(folder: str) -> dict[str, float]:
     """Every signature: a share of the assignments or of 1,000 code lines, or a plain number."""
     nodes: list[ast.AST] = []
     lines: list[str] = []
-    for file in sorted(Path("allattn").rglob("*.py")):
+    for file in sorted(Path(folder).rglob("*.py")):
         text = file.read_text(encoding="utf8")
         nodes += ast.walk(ast.parse(text))
         lines += [line for line in text.splitlines() if line.strip()]
@@ -44,13 +45,17 @@ def per_1000(nodes: list, kind: type, code: list[str]) -> float:
 
 def main() -> int:
     """Print every count beside the committed one; the number of those that rose."""
-    found = {name: round(value, 2) for name, value in counts().items()}
+    found = {
+        f"{folder}: {name}": round(value, 2)
+        for folder in FOLDERS
+        for name, value in counts(folder).items()
+    }
     if "--write" in sys.argv:
         KEPT.write_text(json.dumps(found, indent=2) + "\n")
     kept = json.loads(KEPT.read_text())
     risen = [name for name in found if found[name] > kept[name]]
     for name, value in found.items():
-        print(f"{name:42}{value:8.2f}{kept[name]:8.2f}{'  ROSE' if name in risen else ''}")
+        print(f"{name:52}{value:8.2f}{kept[name]:8.2f}{'  ROSE' if name in risen else ''}")
     return len(risen)
 
 

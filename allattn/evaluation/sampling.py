@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from allattn.errors import UserError
-from allattn.evaluation.scoring import context_length
+from allattn.evaluation.scoring import scoring_context
 from allattn.model import KeyValue, Model, Params
 
 Array = jax.Array
@@ -104,7 +104,7 @@ def _stream(
 ) -> Iterator[int]:
     # Every query sees equally many distances, wherever in a block it stands.
     model = model.windowed(model.config.limit)
-    context = context_length(model, params)
+    context = scoring_context(model, params)
     # The first symbols attend to an empty context, as training begins.
     cache = model.empty_key_value(1, context + SLACK)
     position = context

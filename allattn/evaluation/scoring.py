@@ -103,11 +103,11 @@ def evaluate_tokens(
     elif protocol == "full":
         model = model.windowed(model.config.limit)
         # Each layer looks back by one context, so a state depends on `depth` of them.
-        warm_up = model.config.depth * context_length(model, params)
+        warm_up = model.config.depth * scoring_context(model, params)
         plan = full_plan(len(tokens), block, rows, warm_up)
     else:
         plan = authors_plan(len(tokens), block)
-    context = context_length(model, params)
+    context = scoring_context(model, params)
 
     # Rows are spread evenly over the mesh; idle ones fill it.
     plan = plan.padded(sharding.row_shards(mesh))
@@ -119,8 +119,11 @@ def evaluate_tokens(
     return summary(total, plan.targets())
 
 
-def context_length(model: Model, params: Params) -> int:
-    """How many earlier positions any head may look at, rounded up to share compiled code."""
+def scoring_context(model: Model, params: Params) -> int:
+    """How many earlier positions any head may look at, rounded up to share compiled code.
+
+    Training has a margin for spans that grow (`train.context`); parameters that stay need none.
+    """
     config = model.config
     # Without learned spans every head sees the whole limit.
     if not config.adaptive:

@@ -90,7 +90,7 @@ def test_full_does_not_depend_on_the_work(adaptive: bool, block: int, rows: int)
     )  # None: what users run
     model = Model(geometry(adaptive=adaptive, limit=limit, implementation=implementation))
     params = random_params(model)
-    assert scoring.context_length(model, params) == (64 if adaptive else 24)
+    assert scoring.scoring_context(model, params) == (64 if adaptive else 24)
     plain = Model(geometry(adaptive=adaptive, limit=limit))
     whole = naive_nll(plain, params, TOKENS[None], len(TOKENS) - 1)
     found = scoring.evaluate_tokens(

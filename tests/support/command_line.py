@@ -86,12 +86,13 @@ def trainer(texts: Path | str, **changes: Any) -> train.Trainer:
 
 
 def trained(by: train.Trainer, steps: int) -> tuple[train.TrainState, int, list[float]]:
-    """The state after some steps, its bucket, and the losses."""
-    (state, bucket), losses = by.fresh_state(), []
+    """The state after some steps, its context length, and the losses."""
+    state, context_length = by.fresh_state()
+    losses = []
     for step in range(steps):
-        state, values = by.step(state, bucket, by.batch(step))
+        state, values = by.step(state, context_length, by.batch(step))
         losses.append(float(values.compute()["nll"]))
-    return state, bucket, losses
+    return state, context_length, losses
 
 
 def call(*words: Any) -> Result:

@@ -209,7 +209,7 @@ def final_arrays(workdir: Path, config: ml_collections.ConfigDict) -> list[np.nd
 
 def test_resuming_is_exact(texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """48 steps at once equal 24, a kill and 24 more: bit for bit, with dropout, a wrap and growth
-    of the bucket.
+    of the context length.
     """
     # A negative cost makes the spans grow.
     c = tiny(texts, **{"model.span.init": 0.2, "model.span.loss": -2e-3})
@@ -246,9 +246,9 @@ def test_resuming_is_exact(texts: str, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_growth_changes_nothing(texts: str, tmp_path: Path) -> None:
-    """A run whose bucket grows equals one that has the whole limit from the start, to rounding."""
+    """A run whose context grows equals one that has the whole limit from the start, to rounding."""
     losses = {}
-    buckets = {}
+    lengths = {}
     # The larger margin asks for the limit at once.
     for margin in (32, 256):
         spans = {"model.span.init": 0.33, "model.span.loss": -2e-3, "model.span.margin": margin}
@@ -258,10 +258,10 @@ def test_growth_changes_nothing(texts: str, tmp_path: Path) -> None:
             row["nll"] for row in read_jsonl(str(tmp_path / str(margin))) if "nll" in row
         ]
         with Checkpointer(str(tmp_path / str(margin)), create=False) as checkpoints:
-            buckets[margin] = [
+            lengths[margin] = [
                 checkpoints.restore_meta(step)["bucket"] for step in checkpoints.steps()
             ]
-    assert buckets == {32: [128, 256], 256: [256, 256]}
+    assert lengths == {32: [128, 256], 256: [256, 256]}
     np.testing.assert_allclose(losses[32], losses[256], rtol=2e-5)
 
 
@@ -272,7 +272,7 @@ def test_accumulation_changes_nothing(texts: str) -> None:
     np.testing.assert_allclose(parts, whole, rtol=1e-4)
 
 
-def test_bucket_rule() -> None:
+def test_context_rule() -> None:
     c = base.get_config()
     assert train.choose_context_length(c, 0.0) == 128
     assert train.choose_context_length(c, (128 - 64) / 8192) == 128
@@ -335,10 +335,10 @@ def test_span_that_is_not_a_number(texts: str) -> None:
     c = tiny(texts, **QUICK)
     c.model.vocab_size = data.prepare("files", texts).vocabulary.size
     trainer = train.Trainer(c, data.prepare("files", texts))
-    state, bucket = trainer.fresh_state()
+    state, context_length = trainer.fresh_state()
     state.params["layers"]["span"] = state.params["layers"]["span"].at[0, 0].set(jnp.nan)
     with pytest.raises(RunError, match="a span of step 0 is not a number"):
-        trainer.grow(state, bucket)
+        trainer.grow(state, context_length)
 
 
 def test_split_too_short(texts: str, tmp_path: Path) -> None:
