@@ -34,7 +34,8 @@ class Place(NamedTuple):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     folder = tmp_path_factory.mktemp("cli")
-    texts, rng = folder / "texts", np.random.default_rng(0)
+    texts = folder / "texts"
+    rng = np.random.default_rng(0)
     texts.mkdir()
     words = ["".join(rng.choice(list(LETTERS), 5)) for _ in range(20)]
     for split, count in (("train", 340), ("valid", 100), ("test", 100)):
@@ -185,7 +186,8 @@ def test_public_names_in_any_order_of_imports(first: str) -> None:
 
 def test_learned_spans(place: Place) -> None:
     """In tokens, as the log has them."""
-    spans_XH, last = allattn.load(place.run).spans_XH(), allattn.read_metrics(place.run)[-2]
+    spans_XH = allattn.load(place.run).spans_XH()
+    last = allattn.read_metrics(place.run)[-2]
     assert spans_XH.shape == (1, 2) and last["step"] == 12
     assert spans_XH.mean() == pytest.approx(last["mean_span"]) and spans_XH.max() == pytest.approx(
         last["max_span"]
@@ -301,11 +303,9 @@ def test_closed_output(place: Place) -> None:
         assert running.wait() == 1
 
 
-TRAIN, SCORE, WRITE = (
-    "train --workdir={folder}/new",
-    "evaluate --workdir={run}",
-    "generate --workdir={run}",
-)
+TRAIN = "train --workdir={folder}/new"
+SCORE = "evaluate --workdir={run}"
+WRITE = "generate --workdir={run}"
 MISTAKES = [
     # words, settings, a piece of the message
     ("", {}, "required: COMMAND"),

@@ -87,9 +87,8 @@ def test_a_broken_experiment_leaves_the_others(swept: Swept) -> None:
         json.loads((runs / f"good-seed{seed}" / "scores.json").read_text()) for seed in (0, 1)
     ]
     assert scores[0]["bpc"] != scores[1]["bpc"]
-    mean, deviation = (
-        f([score["bpc"] for score in scores]) for f in (statistics.mean, statistics.stdev)
-    )
+    mean = statistics.mean([score["bpc"] for score in scores])
+    deviation = statistics.stdev([score["bpc"] for score in scores])
     assert good["test"] == f"{mean:.4f} ± {deviation:.4f}" and good["failed"] == ""
     rows = [sweep.jsonl.read_jsonl(str(runs / f"good-seed{seed}")) for seed in (0, 1)]
     reach = statistics.mean(

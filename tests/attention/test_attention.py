@@ -102,7 +102,8 @@ def test_span_gradient_over_a_large_hidden_logit(implementation: str) -> None:
     there would add.
     """
     inputs = arrays(Case(B=1, T=1, S=8, H=1, K=4, L=8, N=0, magnitude=0), np.float32)
-    inputs["query"], inputs["span_H"] = jnp.ones_like(inputs["query"]), jnp.array([2.0])
+    inputs["query"] = jnp.ones_like(inputs["query"])
+    inputs["span_H"] = jnp.array([2.0])
     value_S = np.arange(8.0)
     inputs["value"] = inputs["value"].at[..., 0].set(value_S[:, None])
 
@@ -152,9 +153,9 @@ def test_large_logits(implementation: str) -> None:
     logit), results are finite.
     """
     case = Case(H=4, spans=(0.0, 3.0, 5.0, 3e-4))
-    near_30, near_60, larger = (
-        dataclasses.replace(case, magnitude=magnitude) for magnitude in (8.0, 15.0, 100.0)
-    )
+    near_30 = dataclasses.replace(case, magnitude=8.0)
+    near_60 = dataclasses.replace(case, magnitude=15.0)
+    larger = dataclasses.replace(case, magnitude=100.0)
     definition = program(case, "reference")
     run = program(case, implementation)
     with jax.default_matmul_precision("highest"):
@@ -191,7 +192,8 @@ def test_causality(implementation: str) -> None:
     is exactly 0.
     """
     case = Case(T=6, S=14, spans=None)
-    inputs, t = arrays(case), 2
+    inputs = arrays(case)
+    t = 2
 
     def at_t(key: jax.Array, value: jax.Array) -> jax.Array:
         return call({**inputs, "key": key, "value": value}, implementation=implementation)[

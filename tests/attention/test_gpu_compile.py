@@ -43,10 +43,8 @@ def test_compiles(name: str, dtype: str) -> None:
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
 
     def loss(inputs: dict[str, Any]) -> jax.Array:
-        states_BSD, inputs = (
-            inputs["states_BSD"],
-            {k: x for k, x in inputs.items() if k != "states_BSD"},
-        )
+        states_BSD = inputs["states_BSD"]
+        inputs = {k: x for k, x in inputs.items() if k != "states_BSD"}
         inputs |= {name: project(inputs[name], states_BSD) for name in ("key", "value")}
         return call(inputs, implementation="pallas_gpu", **options(case)).astype(jnp.float32).sum()
 
@@ -57,7 +55,8 @@ def test_compiles(name: str, dtype: str) -> None:
     with jax.sharding.use_abstract_mesh(mesh):
         lowered = jax.jit(jax.grad(loss)).trace(shapes).lower(lowering_platforms=("cuda",))
     compiled = lowered.compile()
-    text, temporary = compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+    text = compiled.as_text()
+    temporary = compiled.memory_analysis().temp_size_in_bytes
     keys = case.B * case.S * D * jnp.dtype(dtype).itemsize
     print(
         f"{name} {dtype} on {KIND}: temporary {temporary / 2**20:.0f} MiB, "

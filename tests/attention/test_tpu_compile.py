@@ -54,9 +54,11 @@ def test_generation_reads_the_cache_where_it_lies(topology: str) -> None:
     of the cache.
     """
     case = dataclasses.replace(GEOMETRIES["enwik8_small"], B=1, T=1, S=8448, dropout=0.0)
-    shapes, E = jax.eval_shape(lambda: arrays(case, jnp.bfloat16)), case.H * case.K
+    shapes = jax.eval_shape(lambda: arrays(case, jnp.bfloat16))
+    E = case.H * case.K
     cache = [jax.ShapeDtypeStruct((1, case.S, E), jnp.bfloat16)] * 2  # as `KeyValue` keeps them
-    new, position = shapes.pop("query"), jax.ShapeDtypeStruct((), jnp.int32)
+    new = shapes.pop("query")
+    position = jax.ShapeDtypeStruct((), jnp.int32)
     del shapes["key"], shapes["value"]
 
     def run(cache: list, inputs: dict[str, Any], new_BTHK: jax.Array, position: jax.Array) -> Any:
@@ -80,7 +82,8 @@ def test_compiles(name: str, topology: str) -> None:
     """Projection and operation, forward and backward: they fit, and keys are never laid out anew
     between them.
     """
-    chip, case = device(topology), GEOMETRIES[name]
+    chip = device(topology)
+    case = GEOMETRIES[name]
     shapes = jax.eval_shape(lambda: arrays(case, jnp.bfloat16))
     D = case.H * case.K
     kernel_DHK = jax.ShapeDtypeStruct((D, case.H, case.K), jnp.bfloat16)
@@ -88,10 +91,8 @@ def test_compiles(name: str, topology: str) -> None:
     shapes["states_BSD"] = jax.ShapeDtypeStruct((case.B, case.S, D), jnp.bfloat16)
 
     def loss(inputs: dict[str, Any]) -> jax.Array:
-        states_BSD, inputs = (
-            inputs["states_BSD"],
-            {k: x for k, x in inputs.items() if k != "states_BSD"},
-        )
+        states_BSD = inputs["states_BSD"]
+        inputs = {k: x for k, x in inputs.items() if k != "states_BSD"}
         inputs |= {name: project(inputs[name], states_BSD) for name in ("key", "value")}
         return call(inputs, implementation="pallas_tpu", **options(case)).astype(jnp.float32).sum()
 

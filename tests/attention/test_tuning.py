@@ -23,7 +23,8 @@ def row(queries: int, **changes: Any) -> dict[str, Any]:
 
 
 def test_the_nearest_measured_call_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    larger, other = row(256, sizes={**SIZES, "L": 8192}), row(512, device="TPU v4")
+    larger = row(256, sizes={**SIZES, "L": 8192})
+    other = row(512, device="TPU v4")
     monkeypatch.setattr(tuning, "TABLE", [row(32), larger, other])
     assert tuning.tiles("xla", **SIZES) == tuning.XlaTiles(queries=32)
     assert tuning.tiles("xla", **{**SIZES, "L": 5000}).queries == 256

@@ -121,8 +121,11 @@ def test_required_flops_of_the_peers() -> None:
     """x-transformers: each query has L earlier states, the block up to itself and N pairs, and no
     position keys.
     """
-    config, T = geometry(depth=3), 7
-    D, L, N = config.width, config.limit, config.persistent
+    config = geometry(depth=3)
+    T = 7
+    D = config.width
+    L = config.limit
+    N = config.persistent
     pairs = sum(L + t + 1 + N for t in range(T)) / T
     expected = 3 * (2 * D * 2 * pairs + 8 * D**2 + 4 * D**2 * L / T) + 2 * D * config.vocab_size
     assert peers.required_flops(config, T, "x-transformers, fused") == pytest.approx(expected)
@@ -301,7 +304,8 @@ def test_profile_sums_by_kind(tmp_path: Path) -> None:
     def step(x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, 5, lambda _, x: jnp.sin(x @ x), x)
 
-    x, run = jnp.ones((64, 64)), jax.jit(step)
+    x = jnp.ones((64, 64))
+    run = jax.jit(step)
     run(x).block_until_ready()
     with jax.profiler.trace(str(tmp_path)):
         run(x).block_until_ready()
@@ -323,7 +327,8 @@ def test_devices_of_the_overhead_benchmark() -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True
     )
-    batch, cores = config.load(overhead.DEMO).train.batch, len(os.sched_getaffinity(0))
+    batch = config.load(overhead.DEMO).train.batch
+    cores = len(os.sched_getaffinity(0))
     devices = max(n for n in range(1, cores + 1) if batch % n == 0)
     assert [json.loads(line)["devices"] for line in done.stdout.splitlines()] == [
         f"{devices} cpu"
@@ -342,7 +347,8 @@ def test_both_costs_of_a_save() -> None:
 
 def test_rows_of_other_code_are_compiled_again(tmp_path: Path) -> None:
     """Compiled rows of other code are not taken over."""
-    here, file = {"commit": "aaa", "jax": "1", "date": "d"}, tmp_path / "rows.jsonl"
+    here = {"commit": "aaa", "jax": "1", "date": "d"}
+    file = tmp_path / "rows.jsonl"
     assert compile.finished(file, here) == {}
     others = ({}, {"commit": "bbb"}, {"jax": "2"})
     rows = [{**here, "case": ["a", number], **other} for number, other in enumerate(others)]
@@ -358,7 +364,8 @@ def test_a_checkout_with_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir(tmp_path)
     assert machine.provenance()["commit"] == ""
     (tmp_path / "benchmarks/results").mkdir(parents=True)
-    code, result = tmp_path / "code.py", tmp_path / "benchmarks/results/a.jsonl"
+    code = tmp_path / "code.py"
+    result = tmp_path / "benchmarks/results/a.jsonl"
     code.touch()
     result.touch()
     for words in ("init -q", "add .", "-c user.name=a -c user.email=a commit -qm a"):

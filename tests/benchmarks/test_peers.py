@@ -71,7 +71,9 @@ def by_name(tree: dict[str, Any]) -> dict[str, np.ndarray]:
 def test_the_network_with_its_gradients() -> None:
     """The same logits, caches and gradients from the same parameters, which have the same names."""
     model = Model(geometry(limit=41))  # so that no span ends on a whole number
-    config, params, rng = model.config, random_params(model), np.random.default_rng(0)
+    config = model.config
+    params = random_params(model)
+    rng = np.random.default_rng(0)
     tokens_BT = rng.integers(config.vocab_size, size=(2, 12))
     cache_XBLD = rng.normal(size=(config.depth, 2, config.limit, config.width)).astype(np.float32)
 

@@ -58,7 +58,8 @@ def golden_symbols(case: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("case", ["bytes", "words"])
 @pytest.mark.parametrize("cut", [1, 3, 1000])
 def test_vocabulary_golden(case: str, cut: int) -> None:
-    texts, unit = golden_texts(case), case[:-1]
+    texts = golden_texts(case)
+    unit = case[:-1]
     train = texts["train"]
     vocabulary = Vocabulary.from_text((train[i : i + cut] for i in range(0, len(train), cut)), unit)
     assert vocabulary.symbols == golden_symbols(case)
@@ -76,7 +77,8 @@ def test_files_golden(case: str, tmp_path: Path) -> None:
     assert data.vocabulary.symbols == golden_symbols(case)
     for split in texts:
         assert data.tokens(split)[:].tolist() == GOLDEN[case][split]
-    batch, rows = GOLDEN[case]["batch_size"], GOLDEN[case]["train_rows"]
+    batch = GOLDEN[case]["batch_size"]
+    rows = GOLDEN[case]["train_rows"]
     first = Stream(data.tokens("train"), batch, 4).block(0)
     assert first.inputs_BT.tolist() == [row[:4] for row in rows]
     assert first.targets_BT.tolist() == [row[1:5] for row in rows]
@@ -166,7 +168,8 @@ def test_smallest_dtype(size: int, dtype: str) -> None:
 def test_many_records(tmp_path: Path) -> None:
     text = bytes(np.random.default_rng(0).integers(97, 123, 200_000, np.uint8)) + b"\n"
     data = prepare("files", write_texts(tmp_path / "texts", text))
-    tokens, expected = data.tokens("train"), data.vocabulary.encode(text)
+    tokens = data.tokens("train")
+    expected = data.vocabulary.encode(text)
     assert len(tokens) == 200_001
     for window in (
         slice(None),

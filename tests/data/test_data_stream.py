@@ -46,7 +46,9 @@ def test_recorded_positions_are_the_golden_ones() -> None:
 @pytest.mark.parametrize(("row", "block"), [(9, 8), (15, 8), (16, 8), (17, 8), (100, 7), (3, 1)])
 def test_pass_rules(row: int, block: int) -> None:
     """Written out step by step: blocks follow each other while they and their last target fit."""
-    tested, expected_pass, expected = Stream(np.arange(2 * row), 2, block, seed=3), 0, 0
+    tested = Stream(np.arange(2 * row), 2, block, seed=3)
+    expected_pass = 0
+    expected = 0
     for step in range(300):
         number, offset = tested.position(step)
         if expected + block + 1 > row:
@@ -67,7 +69,8 @@ def test_pass_rules(row: int, block: int) -> None:
 def test_a_block_depends_on_its_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "_WINDOW_TOKENS", 64)
     tokens = np.random.default_rng(0).integers(0, 99, 5003)
-    in_order, jumping = Stream(tokens, 3, 16, seed=5), Stream(tokens, 3, 16, seed=5)
+    in_order = Stream(tokens, 3, 16, seed=5)
+    jumping = Stream(tokens, 3, 16, seed=5)
     expected = [in_order.block(step) for step in range(400)]
     for step in np.random.default_rng(1).permutation(400).tolist():
         inputs_BT, targets_BT, before = jumping.block(step)
@@ -88,7 +91,8 @@ def test_memory_of_blocks() -> None:
 
 def test_rows_of_a_process() -> None:
     tokens = np.arange(10_000)
-    whole, part = Stream(tokens, 8, 32, seed=1), Stream(tokens, 8, 32, seed=1, rows=slice(2, 5))
+    whole = Stream(tokens, 8, 32, seed=1)
+    part = Stream(tokens, 8, 32, seed=1, rows=slice(2, 5))
     for step in (0, 1, 38, 39, 500):
         np.testing.assert_array_equal(part.block(step).inputs_BT, whole.block(step).inputs_BT[2:5])
 

@@ -48,7 +48,8 @@ def scored(plan: protocols.Plan, tokens: int, block: int) -> list[int]:
 @pytest.mark.parametrize("rest", [0, 7])
 def test_authors_coverage(case: dict[str, int], rest: int) -> None:
     """The golden targets in each of 8 streams; what does not fill the streams is dropped."""
-    length, tokens = case["T"], 8 * case["T"] + rest
+    length = case["T"]
+    tokens = 8 * case["T"] + rest
     plan = protocols.authors_plan(tokens, case["block"])
     row = range(case["first_target"], case["last_target"] + 1)
     assert len(row) == case["scored"] and plan.blocks == case["blocks"]
@@ -68,7 +69,8 @@ def test_full_coverage(tokens: int, rows: int, block: int, warm_up: int) -> None
 
 def test_authors_equals_the_training_pass() -> None:
     model = Model(geometry())
-    params, block = random_params(model), 8
+    params = random_params(model)
+    block = 8
     found = scoring.evaluate_tokens(
         model, params, TOKENS, protocol="authors", block=block, mesh=MESH
     )
@@ -105,8 +107,10 @@ def test_words_without_line_ends(protocol: str) -> None:
     """`ppl` counts every target; `ppl_words` leaves line ends out of both its sums, and bytes have
     none.
     """
-    model, end = Model(geometry()), 7
-    params, block = random_params(model), 8
+    model = Model(geometry())
+    end = 7
+    params = random_params(model)
+    block = 8
     symbols = [chr(ord("!") + i) for i in range(29)]
     symbols[end] = "\n"
     options = {"protocol": protocol, "block": block, "rows": 3, "mesh": MESH}
@@ -154,7 +158,8 @@ def test_kinds(name: str) -> None:
     of layers.
     """
     model = Model(geometry(**KINDS[name]))
-    params, tokens = random_params(model), TOKENS[:200]
+    params = random_params(model)
+    tokens = TOKENS[:200]
     rows_RT = tokens.reshape(8, -1)
     authors = scoring.evaluate_tokens(model, params, tokens, protocol="authors", block=8, mesh=MESH)
     assert authors["nll"] == pytest.approx(naive_nll(model, params, rows_RT, 8).mean(), rel=2e-6)
@@ -170,7 +175,8 @@ def test_xl_coverage(tokens: int, block: int) -> None:
     """10 streams, every target but the first of each, the short last block included; the rest is
     dropped.
     """
-    length, plan = tokens // 10, protocols.xl_plan(tokens, block)
+    length = tokens // 10
+    plan = protocols.xl_plan(tokens, block)
     assert scored(plan, tokens, block) == [
         r * length + t for r in range(10) for t in range(1, length)
     ]
@@ -182,7 +188,8 @@ def test_xl(name: str) -> None:
     tokens.
     """
     model = Model(geometry(**KINDS[name]))
-    params, lengths = random_params(model), protocols.Lengths(target=7, memory=20, clamp=9)
+    params = random_params(model)
+    lengths = protocols.Lengths(target=7, memory=20, clamp=9)
     options = {"protocol": "xl", "block": 16, "lengths": lengths, "mesh": MESH}
     found = scoring.evaluate_tokens(model, params, TOKENS, **options)
     rows_RT = TOKENS.reshape(10, -1)
@@ -203,10 +210,8 @@ def test_real_text() -> None:
     tokens = Vocabulary.from_text(text).encode(text)
     model = Model(geometry())
     params = random_params(model)
-    full, authors = (
-        scoring.evaluate_tokens(model, params, tokens, protocol=protocol, block=8, mesh=MESH)
-        for protocol in ("full", "authors")
-    )
+    full = scoring.evaluate_tokens(model, params, tokens, protocol="full", block=8, mesh=MESH)
+    authors = scoring.evaluate_tokens(model, params, tokens, protocol="authors", block=8, mesh=MESH)
     assert (full["tokens"], authors["tokens"]) == (599, 8 * 72)
     assert authors["nll"] == pytest.approx(
         naive_nll(model, params, tokens.reshape(8, -1), 8).mean(), rel=2e-6

@@ -27,7 +27,8 @@ SHORT = {"adaptive": False, "limit": 12}
 @pytest.fixture
 def logits(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     """Collects logits_V of every call of `advance`."""
-    advance, collected = sampling.advance, []
+    advance = sampling.advance
+    collected = []
 
     def spy(*arguments: Any) -> Any:
         cache, logits_V = advance(*arguments)
@@ -127,9 +128,9 @@ def test_constant_time_per_token() -> None:
 
 def test_seed() -> None:
     model, params = tiny(**SHORT)
-    first, again, other = (
-        list(sampling.generate(model, params, PROMPT[:5], 40, seed=s)) for s in (1, 1, 2)
-    )
+    first = list(sampling.generate(model, params, PROMPT[:5], 40, seed=1))
+    again = list(sampling.generate(model, params, PROMPT[:5], 40, seed=1))
+    other = list(sampling.generate(model, params, PROMPT[:5], 40, seed=2))
     assert first == again and first != other
     assert list(sampling.generate(model, params, PROMPT[:5], 15, seed=1)) == first[:15]
 

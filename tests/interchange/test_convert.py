@@ -134,9 +134,8 @@ def test_a_converted_workdir_is_an_ordinary_one(trained: tuple[Path, Path], tmp_
     run, texts = trained
     exported(run, tmp_path / "out.npz")
     assert convert(tmp_path / "out.npz", texts, tmp_path / "back").code == 0
-    before, after = (
-        call("evaluate", f"--workdir={place}").last() for place in (run, tmp_path / "back")
-    )
+    before = call("evaluate", f"--workdir={run}").last()
+    after = call("evaluate", f"--workdir={tmp_path / 'back'}").last()
     assert after["step"] == 0 and after["nll"] == before["nll"]
     assert call("generate", f"--workdir={tmp_path / 'back'}", "--prompt=a", "--length=3").code == 0
     tuned = flags(
@@ -264,14 +263,13 @@ def test_recorded_state_dicts(name: str) -> None:
     """Tensors of the papers' own models lie here where the tests of the golden numbers put them,
     and come back.
     """
-    g, source = golden_data.load(name), RECORDED[name]
+    g = golden_data.load(name)
+    source = RECORDED[name]
     theirs = source == "adaptive-span"
     config = golden_data.layer_config(g) if theirs else golden_data.xl_config(g)
     state = {key.removeprefix("p."): x for key, x in g.items() if key.startswith("p.")}
-    abstract, entries = (
-        jax.eval_shape(Model(config).init, jax.random.key(0)),
-        SOURCES[source].entries(config),
-    )
+    abstract = jax.eval_shape(Model(config).init, jax.random.key(0))
+    entries = SOURCES[source].entries(config)
     params = to_ours(state, abstract, entries)
     expected = (golden_data.params if theirs else golden_data.xl_params)(g, config, "p.")
     jax.tree.map(np.testing.assert_array_equal, params, expected)

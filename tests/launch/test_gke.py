@@ -59,7 +59,8 @@ def test_broken_manifests_are_refused() -> None:
 def test_coordinator_and_exit_codes_of_pods() -> None:
     """Pods meet at pod 0 and fail as their exit codes say."""
     service, job = items(*TPU, "--tries=3", "--grace=90", *TRAIN)
-    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    spec = job["spec"]
+    pod = job["spec"]["template"]["spec"]
     assert (
         service["spec"]["clusterIP"] == "None"
         and service["metadata"]["name"] == pod["subdomain"] == "large"

@@ -228,7 +228,9 @@ def test_the_demo_stopped_twice(cluster: Cluster, tmp_path: Path) -> None:
     Two tasks; the first stop by SIGTERM to them, as at a preemption, the second by an operator's
     requeue.
     """
-    steps, workdir, log = 400, tmp_path / "run", tmp_path / "log.txt"
+    steps = 400
+    workdir = tmp_path / "run"
+    log = tmp_path / "log.txt"
     number = cluster.submit(*demo(tmp_path, steps), f"--workdir={workdir}", log=log)
     eventually("training", lambda: len(losses(workdir)) > 50, 120)
     cluster.call("scancel", "--signal=TERM", number)

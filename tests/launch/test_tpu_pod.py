@@ -52,9 +52,9 @@ class Slice:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.workers, self.repository, programs = (
-            folder / name for name in ("workers", "repository", "bin")
-        )
+        self.workers = folder / "workers"
+        self.repository = folder / "repository"
+        programs = folder / "bin"
         for made in (self.workers, self.repository, programs):
             made.mkdir()
         for name, text in (
@@ -131,11 +131,10 @@ def test_the_slice_says_what_it_would_do(tmp_path: Path) -> None:
     head = subprocess.check_output(
         ["git", "rev-parse", "HEAD"], cwd=tpu.repository, text=True
     ).strip()
-    folder, place = f"allattn-{head[:12]}", "--zone=z --project=p"
-    gcloud, command = (
-        "gcloud compute tpus tpu-vm",
-        f"--worker=all --command={folder}/launch/tpu_worker.sh",
-    )
+    folder = f"allattn-{head[:12]}"
+    place = "--zone=z --project=p"
+    gcloud = "gcloud compute tpus tpu-vm"
+    command = f"--worker=all --command={folder}/launch/tpu_worker.sh"
     assert code == 0
     assert [" ".join(shlex.split(line)) for line in out.splitlines()] == [
         "# if there is no slice mine, or after it was preempted:",

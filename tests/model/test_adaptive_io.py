@@ -24,7 +24,9 @@ from tiny_model import geometry
 from allattn.model import adaptive_softmax, forward_flops
 from allattn.model.adaptive_softmax import AdaptiveIO
 
-CUTOFFS, V, D = (20, 50, 90), 200, 32
+CUTOFFS = (20, 50, 90)
+V = 200
+D = 32
 
 
 def made(params: Any = None, **changes: Any) -> AdaptiveIO:
@@ -73,10 +75,10 @@ def check_output(
     nll_BT, logp_BTV, gradients = run(io, h_BTD)
     assert golden.error(nll_BT, g["nll"]) <= output
     assert golden.error(logp_BTV, g["logp"]) <= output
-    gradients, names = pure(gradients), ("bias", "tail_kernel", "tail_bias", "output_projection")
-    ours, theirs = (
-        {name: tree[name] for name in names if name in tree} for tree in (gradients, theirs)
-    )
+    gradients = pure(gradients)
+    names = ("bias", "tail_kernel", "tail_bias", "output_projection")
+    ours = {name: gradients[name] for name in names if name in gradients}
+    theirs = {name: theirs[name] for name in names if name in theirs}
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for found, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert golden.error(found, expected) <= gradient
@@ -90,7 +92,9 @@ def test_transformer_xl(name: str, dtype: str) -> None:
     """
     g = golden.load(f"txl_lm_{name}", "golden64" if dtype == "float64" else "golden")
     with jax.enable_x64(dtype == "float64"):
-        cutoffs, M, depth = tuple(g["cutoffs"].tolist()), int(g["block"]), int(g["n_layers"])
+        cutoffs = tuple(g["cutoffs"].tolist())
+        M = int(g["block"])
+        depth = int(g["n_layers"])
         parts = (
             {k[2:]: v.astype(dtype) for k, v in g.items() if k.startswith(prefix)}
             for prefix in ("p.", "g.")
@@ -101,9 +105,8 @@ def test_transformer_xl(name: str, dtype: str) -> None:
             params, vocab_size=int(g["vocab"]), width=g["mems_after_last.0"].shape[-1], **options
         )
         tokens_BT, last = g["tokens"].T, slice(-M, None)  # theirs are time-major
-        embedded_BTD, h_BTD = (
-            g[f"mems_after_last.{i}"][last].transpose(1, 0, 2).astype(dtype) for i in (0, depth)
-        )
+        embedded_BTD = g[f"mems_after_last.{0}"][last].transpose(1, 0, 2).astype(dtype)
+        h_BTD = g[f"mems_after_last.{depth}"][last].transpose(1, 0, 2).astype(dtype)
         output, gradient = (1e-12, 1e-12) if dtype == "float64" else (OUTPUT, GRADIENT)
         assert (
             golden.error(io.embed(tokens_BT[:, -M - 1 : -1], h_BTD.dtype), embedded_BTD) <= output
@@ -166,9 +169,11 @@ def test_rounds_change_nothing(
     of all logits.
     """
     monkeypatch.setattr(adaptive_softmax, "LOGITS", logits)
-    io, targets_BT = made(**options), TARGETS[name]
+    io = made(**options)
+    targets_BT = TARGETS[name]
     h_BTD = states(targets_BT.shape)
-    ours, dense = (loss_and_gradients(io, h_BTD, targets_BT, dense) for dense in (False, True))
+    ours = loss_and_gradients(io, h_BTD, targets_BT, False)
+    dense = loss_and_gradients(io, h_BTD, targets_BT, True)
     assert len(ours) == len(dense) == 2 + len(jax.tree.leaves(pure(io)))
     for found, expected in zip(ours, dense, strict=True):
         scale = max(np.abs(expected).max(), 1e-6)
@@ -179,7 +184,8 @@ def test_rounds_follow_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """A round takes a share of the block, a tail makes as many as its tokens need, and none where
     it has none.
     """
-    found, nll = [], adaptive_softmax._nll
+    found = []
+    nll = adaptive_softmax._nll
 
     def spy(size: int, *rest: Any) -> jax.Array:
         found.append((size, int(rest[-1])))
@@ -202,7 +208,8 @@ def test_bfloat16() -> None:
     """Products in bfloat16, sums and losses in float32: near the float32 loss, gradients in the
     parameters' dtype.
     """
-    io, targets_BT = made(), TARGETS["spread"]
+    io = made()
+    targets_BT = TARGETS["spread"]
     inputs = (states(targets_BT.shape, dtype) for dtype in ("bfloat16", "float32"))
     half, whole = (loss_and_gradients(io, h_BTD, targets_BT, False) for h_BTD in inputs)
     assert half[0].dtype == jnp.float32 and half[1].dtype == jnp.bfloat16
@@ -217,9 +224,8 @@ def test_memory() -> None:
     """
     config = {"vocab_size": 600_000, "cutoffs": (60_000, 300_000), "width": 64, "division": 4}
     io = nnx.eval_shape(lambda: AdaptiveIO(rngs=nnx.Rngs(0), tied=True, **config))
-    h_BTD, targets_BT = (
-        jax.ShapeDtypeStruct(s, t) for s, t in (((4, 256, 64), "float32"), ((4, 256), "int32"))
-    )
+    h_BTD = jax.ShapeDtypeStruct((4, 256, 64), "float32")
+    targets_BT = jax.ShapeDtypeStruct((4, 256), "int32")
     step = jax.jit(
         jax.value_and_grad(
             lambda io, h_BTD, targets_BT: io.nll(h_BTD, targets_BT).mean(), argnums=(0, 1)
@@ -232,7 +238,8 @@ def test_memory() -> None:
 
 def test_lowers_for_a_tpu() -> None:
     """Rounds are loops over static shapes, which a TPU's compiler takes."""
-    io, h_BTD = made(), jax.ShapeDtypeStruct((4, 256, D), jnp.bfloat16)
+    io = made()
+    h_BTD = jax.ShapeDtypeStruct((4, 256, D), jnp.bfloat16)
     step = jax.jit(jax.grad(lambda io, h_BTD, targets_BT: io.nll(h_BTD, targets_BT).mean()))
     exported = jax.export.export(step, platforms=["tpu"])(
         io, h_BTD, jax.ShapeDtypeStruct((4, 256), jnp.int32)
@@ -320,7 +327,8 @@ def test_mesh() -> None:
 def test_words_from_start_to_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train, go on, evaluate and generate, on a few kilobytes of words."""
     monkeypatch.setenv("ALLATTN_DATA_DIR", str(tmp_path / "prepared"))
-    rng, texts = np.random.default_rng(0), tmp_path / "texts"
+    rng = np.random.default_rng(0)
+    texts = tmp_path / "texts"
     texts.mkdir()
     words = np.array([f"word{i}" for i in range(60)])
     for split, lines in (("train", 120), ("valid", 40), ("test", 40)):

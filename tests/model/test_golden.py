@@ -67,11 +67,9 @@ def layer_inputs(g: dict, dtype) -> tuple:
         "norm_scale": np.ones(config.width, dtype),
         "norm_bias": np.zeros(config.width, dtype),
     }
-    h, cache, position = (
-        g["h"].astype(dtype),
-        g["cache"].astype(dtype),
-        golden.position(g["key_pe"]).astype(dtype),
-    )
+    h = g["h"].astype(dtype)
+    cache = g["cache"].astype(dtype)
+    position = golden.position(g["key_pe"]).astype(dtype)
     missing = max(0, config.limit - cache.shape[1])  # a short cache is zero-padded on the old side
     return config, params, position, np.pad(cache, ((0, 0), (missing, 0), (0, 0))), h
 
@@ -121,9 +119,8 @@ def test_layer(name: str, implementation: str) -> None:
     for key, value in theirs.items():
         ours = d_params[key]
         if key == "span":  # see rounded_onto_tie; the float64 test covers those heads
-            ours, value = (
-                np.where(rounded_onto_tie(params["span"], config), 0, x) for x in (ours, value)
-            )
+            ours = np.where(rounded_onto_tie(params["span"], config), 0, ours)
+            value = np.where(rounded_onto_tie(params["span"], config), 0, value)
         assert golden.error(ours, value) <= GRADIENT
 
 
@@ -160,10 +157,8 @@ def rounded_onto_tie(span, config) -> np.ndarray:
     more, and no float32 computation that is handed z L can tell; the golden numbers were made in
     float64.
     """
-    exact, rounded = (
-        np.asarray(span, np.float64) * config.limit,
-        np.float32(span) * np.float32(config.limit),
-    )
+    exact = np.asarray(span, np.float64) * config.limit
+    rounded = np.float32(span) * np.float32(config.limit)
     return (rounded == np.round(rounded)) & (exact != rounded)
 
 
@@ -192,8 +187,10 @@ def test_model_float64(name: str) -> None:
 def check_model(g: dict, dtype: str, attention: Callable, output: float, gradient: float) -> None:
     """NLL, log-probabilities and states of four blocks, and the gradients of the last."""
     config = golden.layer_config(g, dtype=dtype)
-    model, params = Model(config), golden.params(g, config, "p.", dtype)
-    B, M = g["tokens"].shape[0], int(g["block"])
+    model = Model(config)
+    params = golden.params(g, config, "p.", dtype)
+    B = g["tokens"].shape[0]
+    M = int(g["block"])
 
     @jax.jit
     def run(params, cache, inputs, targets):

@@ -29,12 +29,14 @@ def dense_layer(
     config: ModelConfig, p: Params, h_BTD: np.ndarray, cache_BSD: np.ndarray, table_LK: np.ndarray
 ):
     """One layer as the definitions say, in float64: whole matrices, one softmax after another."""
-    states_BSD, L = np.concatenate([cache_BSD, h_BTD], axis=1), config.limit
-    T, S, K = h_BTD.shape[1], states_BSD.shape[1], config.head_width
+    states_BSD = np.concatenate([cache_BSD, h_BTD], axis=1)
+    L = config.limit
+    T = h_BTD.shape[1]
+    S = states_BSD.shape[1]
+    K = config.head_width
     query_BHTK = np.einsum("btd,dhk->bhtk", h_BTD, p["query"])
-    key_BHSK, value_BHSK = (
-        np.einsum("bsd,dhk->bhsk", states_BSD, p[name]) for name in ("key", "value")
-    )
+    key_BHSK = np.einsum("bsd,dhk->bhsk", states_BSD, p["key"])
+    value_BHSK = np.einsum("bsd,dhk->bhsk", states_BSD, p["value"])
     C = key_BHSK.shape[1]
     distance_TS = S - T + np.arange(T)[:, None] - np.arange(S)
     seen_TS = (distance_TS >= 1) & (distance_TS <= L)
@@ -77,7 +79,8 @@ def norm(x_BTD: np.ndarray, p: Params) -> np.ndarray:
 
 
 def joint(query_BHTK, logits_BHTS, mask_HTS, value_BHSK, key_HNK, pair_value_HNK, renormalised):
-    pair_logits_BHTN, S = query_BHTK @ key_HNK.transpose(0, 2, 1), logits_BHTS.shape[-1]
+    pair_logits_BHTN = query_BHTK @ key_HNK.transpose(0, 2, 1)
+    S = logits_BHTS.shape[-1]
     ones = np.ones((*mask_HTS.shape[:2], key_HNK.shape[1]))
     weight = renormalised(
         np.concatenate([logits_BHTS, pair_logits_BHTN], -1),
@@ -106,9 +109,8 @@ def single_head(
     query_BHTK, logits_BHTS, mask_HTS, value_BHSK, key_HNK, pair_value_HNK, renormalised
 ):
     (B, H, T, K), N = query_BHTK.shape, key_HNK.shape[1]
-    key_ND, pair_value_ND = (
-        x.transpose(1, 0, 2).reshape(N, H * K) for x in (key_HNK, pair_value_HNK)
-    )
+    key_ND = key_HNK.transpose(1, 0, 2).reshape(N, H * K)
+    pair_value_ND = pair_value_HNK.transpose(1, 0, 2).reshape(N, H * K)
     whole_BTD = query_BHTK.transpose(0, 2, 1, 3).reshape(B, T, H * K)
     stored_ND = key_ND * math.sqrt(H * K)  # and the scale is 1 / sqrt(D)
     apart_BTD = softmax(whole_BTD @ stored_ND.T / math.sqrt(H * K), axis=-1) @ pair_value_ND
@@ -125,7 +127,8 @@ def test_against_the_definition(name: str) -> None:
     pairs.
     """
     model = Model(geometry(**VARIANTS[name], limit=20, implementation=None))
-    config, params = model.config, random_params(model)
+    config = model.config
+    params = random_params(model)
     rng = np.random.default_rng(0)
     cache_XBSD = rng.normal(size=(2, 2, 20, 16)).astype(np.float32)
     tokens_BT = rng.integers(29, size=(2, 7))
@@ -152,14 +155,17 @@ def test_feed_forward_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     is scaled up.
     """
     monkeypatch.setattr(FeedForward, "leave", lambda self, h_BTD, out_BTD: out_BTD)
-    config, rate = geometry(**{**KINDS["transformer"], "feed_forward": 16}, dropout=0.25), 0.25
+    config = geometry(**{**KINDS["transformer"], "feed_forward": 16}, dropout=0.25)
+    rate = 0.25
     layer = FeedForward(config, nnx.Rngs(0), 0.0)
     layer.inner, layer.inner_bias = (
         nnx.Param(jnp.zeros((16, 16))),
         nnx.Param(jnp.ones(16)),
     )  # every unit is 1
-    layer.outer, layer.outer_bias = nnx.Param(jnp.eye(16)), nnx.Param(jnp.zeros(16))
-    h_BTD, row_B = jnp.zeros((30, 40, 16)), jnp.arange(30)
+    layer.outer = nnx.Param(jnp.eye(16))
+    layer.outer_bias = nnx.Param(jnp.zeros(16))
+    h_BTD = jnp.zeros((30, 40, 16))
+    row_B = jnp.arange(30)
     out_BTD = np.asarray(layer(h_BTD, DropoutSeeds(jnp.uint32(1), row_B)))
     assert set(np.unique(out_BTD)) == {np.float32(0), np.float32(1 / (1 - rate))}
     kept_BTD = out_BTD > 0

@@ -52,7 +52,8 @@ def test_parameter_counts() -> None:
     """Every file states its own in its docstring, and they are the method page's exact figures
     where that has one.
     """
-    stated, counted = {}, {}
+    stated = {}
+    counted = {}
     for path in sorted(
         p for p in CONFIGS.rglob("*.py") if p.stem not in ("__init__", "base", "demo")
     ):
@@ -80,7 +81,10 @@ def fresh() -> tuple[ModelConfig, Params]:
 def test_initialisation(fresh: tuple[ModelConfig, Params]) -> None:
     """Method page, "Initialisation" and the deviations of the persistent pairs."""
     config, params = fresh
-    layers, K, N, D = params["layers"], config.head_width, config.persistent, config.width
+    layers = params["layers"]
+    K = config.head_width
+    N = config.persistent
+    D = config.width
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     is_normal(params["io"]["embedding"], 1)
     is_normal(params["position"]["table"], 1)
@@ -137,7 +141,8 @@ def test_causality_and_reach() -> None:
     """No state depends on a later token. Each depends on itself and on all that the two layers'
     longest spans and ramps reach, 3.5 + 4 + 1 tokens each with the last excluded, and on nothing
     farther."""
-    T, farthest = 20, 2 * 8
+    T = 20
+    farthest = 2 * 8
     model = Model(geometry(vocab_size=T, limit=16, implementation=None))
     params = random_params(model)
     params["layers"]["span"] = jnp.array([[3.5, 0.5], [1.5, 3.5]]) / 16
@@ -164,7 +169,8 @@ def test_current_token_is_not_attended() -> None:
     h_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(1, T, 16)), jnp.float32)
 
     def attention_part(states_BTD: jax.Array) -> jax.Array:
-        layer, outputs = one_layer(model, params), []
+        layer = one_layer(model, params)
+        outputs = []
 
         def capture(*arrays, **options):
             outputs.append(all_attention(*arrays, **options))
@@ -189,9 +195,8 @@ def test_projections_follow_the_reach(span: float) -> None:
     params = random_params(model)
     params["layers"]["span"] = jnp.full((1, 2), span, jnp.float32)
     rng = np.random.default_rng(0)
-    cache_BSD, h_BTD = (
-        jnp.asarray(rng.normal(size=(2, length, 16)), jnp.float32) for length in (160, 7)
-    )
+    cache_BSD = jnp.asarray(rng.normal(size=(2, 160, 16)), jnp.float32)
+    h_BTD = jnp.asarray(rng.normal(size=(2, 7, 16)), jnp.float32)
     visible = 64 if span == 0 else 128  # the buckets that hold 0 + 4 + 1 and 64 + 4 + 1 tokens
     weight_BSHK = jnp.asarray(rng.normal(size=(2, 167, 2, 8)), jnp.float32)
 
@@ -217,7 +222,8 @@ def test_projections_follow_the_reach(span: float) -> None:
 def test_cache_beyond_reach_is_not_read() -> None:
     """States farther than span and ramp may hold anything; nearer ones matter."""
     model = Model(geometry(depth=1, implementation="xla"))
-    params, tokens_BT = random_params(model), jnp.arange(6)[None]
+    params = random_params(model)
+    tokens_BT = jnp.arange(6)[None]
     forward = jax.jit(
         lambda cache_XBSD: model.bind(params).train_forward(tokens_BT, cache_XBSD).hidden_BTD
     )
@@ -238,7 +244,8 @@ def test_cache_beyond_reach_is_not_read() -> None:
 def test_layer_norm_epsilon() -> None:
     """x / sqrt(variance + 1e-5), told apart from other constants by a variance of 1e-6."""
     x_BTD = jnp.array([[[1e-3, -1e-3, 1e-3, -1e-3]]]) + 0.5
-    scale_D, bias_D = jnp.array([1.0, 1.0, 2.0, 2.0]), jnp.array([0.0, 1.0, 0.0, 1.0])
+    scale_D = jnp.array([1.0, 1.0, 2.0, 2.0])
+    bias_D = jnp.array([0.0, 1.0, 0.0, 1.0])
     size = 1e-3 / math.sqrt(1e-6 + 1e-5)
     expected = [size, 1 - size, 2 * size, 1 - 2 * size]
     np.testing.assert_allclose(layer_norm(x_BTD, scale_D, bias_D)[0, 0], expected, rtol=1e-4)
@@ -251,9 +258,10 @@ def test_layer_norm_gradient() -> None:
     """
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
-        h_BTD, weight_BTD, scale_D, bias_D = (
-            jnp.asarray(rng.normal(size=s)) for s in ((2, 3, 8), (2, 3, 8), 8, 8)
-        )
+        h_BTD = jnp.asarray(rng.normal(size=(2, 3, 8)))
+        weight_BTD = jnp.asarray(rng.normal(size=(2, 3, 8)))
+        scale_D = jnp.asarray(rng.normal(size=8))
+        bias_D = jnp.asarray(rng.normal(size=8))
 
         def plain(h_BTD: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
             centred_BTD = h_BTD - h_BTD.mean(-1, keepdims=True)
@@ -283,7 +291,8 @@ def test_gradient_of_a_frequent_symbol(vocabulary: int) -> None:
     )
     np.testing.assert_array_equal(found_BTD, table_VD.astype(jnp.bfloat16)[tokens_BT])
     expected_V = np.zeros(vocabulary)
-    expected_V[3], expected_V[5] = 3000, 7
+    expected_V[3] = 3000
+    expected_V[5] = 7
     np.testing.assert_array_equal(
         pull(jnp.ones_like(found_BTD))[0], np.repeat(expected_V[:, None], 4, axis=1)
     )
@@ -308,10 +317,12 @@ def test_embedding_dropout() -> None:
     """It zeroes its share of the embedding's output and, by another draw, of the final state, and
     scales the rest.
     """
-    T, rate = 40, 0.25
+    T = 40
+    rate = 0.25
     clean = Model(geometry(depth=1, vocab_size=4 * T, limit=16, adaptive=False))
     model = Model(dataclasses.replace(clean.config, embedding_dropout=rate))
-    params, tokens_BT = random_params(model), np.arange(4 * T).reshape(4, T)
+    params = random_params(model)
+    tokens_BT = np.arange(4 * T).reshape(4, T)
     h_BTD, hidden_BTD = dropped(model, params, tokens_BT, jnp.array([1, 2, 3], jnp.uint32))
     embedded_BTD = np.asarray(params["io"]["embedding"])[tokens_BT]
     np.testing.assert_allclose(h_BTD, np.where(h_BTD != 0, embedded_BTD / (1 - rate), 0), rtol=1e-6)
@@ -331,7 +342,8 @@ def test_dropout_does_not_depend_on_the_split() -> None:
     attention.
     """
     model = Model(geometry(embedding_dropout=0.2, dropout=0.3, limit=16))
-    params, seeds_X = random_params(model), jnp.array([1, 2, 3, 4], jnp.uint32)
+    params = random_params(model)
+    seeds_X = jnp.array([1, 2, 3, 4], jnp.uint32)
     tokens_BT = np.random.default_rng(0).integers(29, size=(4, 10))
     whole = dropped(model, params, tokens_BT, seeds_X)
     parts = [dropped(model, params, tokens_BT[i : i + 2], seeds_X, i) for i in (0, 2)]
@@ -346,7 +358,8 @@ def test_bfloat16() -> None:
     """Products in bfloat16 over float32 parameters: the loss is that of float32 to about its
     precision.
     """
-    tokens_BT, losses = np.random.default_rng(0).integers(29, size=(4, 33)), {}
+    tokens_BT = np.random.default_rng(0).integers(29, size=(4, 33))
+    losses = {}
     for dtype in ("float32", "bfloat16"):
         model = Model(geometry(dtype=dtype, limit=32))
         params = random_params(model)

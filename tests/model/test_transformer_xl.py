@@ -23,7 +23,8 @@ from allattn.model import Model, ModelConfig
 from allattn.model.transformer_xl import Relative, TransformerXL, sinusoids
 from configs import base
 
-OUTPUT, GRADIENT = 2e-5, 1e-4
+OUTPUT = 2e-5
+GRADIENT = 1e-4
 QUICK = {"xla_backend_optimization_level": 0}  # these programs take longer to optimise than to run
 quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
 LAYERS = ["attn", "declayer", "declayer_prelnorm", "declayer_nomem"]
@@ -42,14 +43,16 @@ def bound(config, params: dict) -> TransformerXL:
 def follow_layer(name: str, folder: str, dtype: Any, implementation: str) -> list[float]:
     """Errors of the output, then of every gradient."""
     g = golden.load(f"txl_{name}", folder)
-    config, alone = golden.xl_config(g), name == "attn"
+    config = golden.xl_config(g)
+    alone = name == "attn"
     prefix = "" if alone else "dec_attn."
     tensors = [
         {k[2:]: v.astype(dtype) for k, v in g.items() if k.startswith(kind)}
         for kind in ("p.", "g.")
     ]
     params, d_params = (golden.xl_layer(take, config, prefix) for take in tensors)
-    w_BTD, cot_BTD = (g[key].astype(dtype).transpose(1, 0, 2) for key in ("w", "cot"))
+    w_BTD = g["w"].astype(dtype).transpose(1, 0, 2)
+    cot_BTD = g["cot"].astype(dtype).transpose(1, 0, 2)
     mems_BSD = g["mems"].astype(dtype).transpose(1, 0, 2) if "mems" in g else w_BTD[:, :0]
     nearest_first_LD = g["r"][::-1, 0].astype(dtype)
     np.testing.assert_allclose(
@@ -112,9 +115,13 @@ def follow_model(name: str, folder: str, dtype: str) -> tuple[float, float]:
     """
     g = golden.load(f"txl_lm_{name}", folder)
     config = golden.xl_config(g, dtype=dtype)
-    model, params, M = Model(config), golden.xl_params(g, config, "p.", dtype), int(g["block"])
-    tokens_BT, errors = g["tokens"].T, []
-    B, S = len(tokens_BT), config.limit
+    model = Model(config)
+    params = golden.xl_params(g, config, "p.", dtype)
+    M = int(g["block"])
+    tokens_BT = g["tokens"].T
+    errors = []
+    B = len(tokens_BT)
+    S = config.limit
 
     @quick_jit
     def run(params, cache_XBSD, inputs_BT, targets_BT, before):
@@ -200,7 +207,8 @@ def test_embedding_is_tied_and_scaled() -> None:
     model = Model(geometry(**KINDS["transformer_xl"]))
     params = random_params(model)
     assert params["io"].keys() == {"embedding", "bias"}
-    io, table_VD = model.bind(params).io, params["io"]["embedding"][0]
+    io = model.bind(params).io
+    table_VD = params["io"]["embedding"][0]
     np.testing.assert_allclose(io.embed(jnp.arange(9)[None], jnp.float32)[0], 4 * table_VD[:9])
     h_BTD = jnp.ones((1, 1, 16))
     np.testing.assert_allclose(
@@ -241,13 +249,16 @@ def test_where_dropout_acts(monkeypatch: pytest.MonkeyPatch) -> None:
         return attention_package.all_attention(*arrays, **options)
 
     monkeypatch.setattr(dropout, "features", features)
-    params, tokens_BT = random_params(model), jnp.zeros((3, 5), jnp.int32)
+    params = random_params(model)
+    tokens_BT = jnp.zeros((3, 5), jnp.int32)
     with jax.disable_jit():
         seeds_X = jnp.array([7, 8, 9], jnp.uint32)
         model.bind(params).train_forward(
             tokens_BT, model.empty_cache(3, 12), seeds_X, attention=attention
         )
-    state, inner, positions = (3, 5, 16), (3, 5, 24), (1, 17, 16)
+    state = (3, 5, 16)
+    inner = (3, 5, 24)
+    positions = (1, 17, 16)
     expected = [(positions, 0.1, 8, 1), (state, 0.1, 8, 0), (state, 0.1, 7, 2), (inner, 0.1, 7, 0)]
     assert sites == [*expected, (state, 0.1, 7, 1), (state, 0.1, 9, 0)]
     assert weights == [(0.2, 7)]
@@ -256,7 +267,8 @@ def test_where_dropout_acts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_fills() -> None:
     """Cached states beyond those of this text do not exist; without `before` all of them do."""
     model = Model(geometry(**KINDS["transformer_xl"]))
-    params, tokens_BT = random_params(model), jnp.arange(5)[None]
+    params = random_params(model)
+    tokens_BT = jnp.arange(5)[None]
     cache_XBSD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 12, 16)), jnp.float32)
     forward = jax.jit(
         lambda cache, before: (

@@ -107,7 +107,8 @@ def test_reading() -> None:
     whom.
     """
     found = collectives.parse(TEXT)
-    pairs, halves = ((0, 1), (2, 3), (4, 5), (6, 7)), ((0, 4), (2, 6), (1, 5), (3, 7))
+    pairs = ((0, 1), (2, 3), (4, 5), (6, 7))
+    halves = ((0, 4), (2, 6), (1, 5), (3, 7))
 
     def of_body(times: int) -> list[collectives.Collective]:
         return [

@@ -66,7 +66,9 @@ def test_killed_and_resumed_on_other_meshes(tmp_path: Path) -> None:
 
     What 4 x 2 restore and save at once is, read by one process, what 2 x 4 saved, bit for bit.
     """
-    texts, workdir, other = prepared_texts(tmp_path), tmp_path / "run", tmp_path / "other"
+    texts = prepared_texts(tmp_path)
+    workdir = tmp_path / "run"
+    other = tmp_path / "other"
     saved = 8
     # The run that is killed.
     endless = {"train__steps": 100_000, "checkpoint__keep": 1000}
@@ -163,7 +165,8 @@ def test_a_machine_that_is_taken_away(stopped: Stopped, tmp_path: Path) -> None:
 
 
 def test_different_configurations(tmp_path: Path) -> None:
-    texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
+    texts = prepared_texts(tmp_path)
+    workdir = tmp_path / "run"
     with train(
         texts, workdir, 3, 1, each=lambda i: {"seed": int(i == 2), "train__batch": 6}
     ) as three:
@@ -220,7 +223,8 @@ def test_different_texts(tmp_path: Path) -> None:
 
 def test_a_mistake_of_one_process_alone(tmp_path: Path) -> None:
     """The others do not wait for it: all end at once, with one line."""
-    texts, nothing = prepared_texts(tmp_path), tmp_path / "nothing"
+    texts = prepared_texts(tmp_path)
+    nothing = tmp_path / "nothing"
     nothing.mkdir()
     with train(
         texts, tmp_path / "run", 2, 1, each=lambda i: {"dataset__data_dir": (texts, nothing)[i]}
@@ -237,7 +241,9 @@ def test_a_mistake_of_one_process_alone(tmp_path: Path) -> None:
 # Data that one process cannot read end in the same way: test_a_mistake_of_one_process_alone.
 @pytest.mark.slow
 def test_data_that_are_damaged_on_one_process(tmp_path: Path) -> None:
-    texts, prepared, other = prepared_texts(tmp_path), tmp_path / "prepared", tmp_path / "other"
+    texts = prepared_texts(tmp_path)
+    prepared = tmp_path / "prepared"
+    other = tmp_path / "other"
     shutil.copytree(prepared, other)
     next(other.rglob("*test*record*")).unlink()
     own = f"import os; os.environ['ALLATTN_DATA_DIR'] = '{other}'"
@@ -301,7 +307,8 @@ def test_a_mistake_unknown_to_the_others(tmp_path: Path, number: int) -> None:
         prepared_texts(tmp_path), tmp_path / "run", 2, 1, before=lambda i: before.get(i, "")
     ) as two:
         results = two.results(60)
-    alone, other = results[number], results[1 - number]
+    alone = results[number]
+    other = results[1 - number]
     assert (alone.code, alone.err.strip().splitlines()[-1]) == (2, "allattn: alone") and other.code
 
 
@@ -322,7 +329,8 @@ def test_workdir_that_is_not_shared(tmp_path: Path) -> None:
         return ["train", f"--workdir={tmp_path}/run{i}", *flags(texts), *place]
 
     with Processes(2, 1, words) as two:
-        there, here = (f"{tmp_path}/run{i}/checkpoints" for i in (1, 0))
+        there = f"{tmp_path}/run{1}/checkpoints"
+        here = f"{tmp_path}/run{0}/checkpoints"
         line = f"allattn: process 1 has another workdir than process 0: {there} instead of {here}"
         expect(two.results(), 2, line)
 

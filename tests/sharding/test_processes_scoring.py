@@ -36,7 +36,8 @@ def test_several_processes_score_a_checkpoint(trained: Path, protocol: str) -> N
     with evaluate(trained, 2, 2, *words) as both:
         results = both.results()
     assert [result.code for result in (expected, *results)] == [0, 0, 0], results[0].err[-2000:]
-    found, score = results[0].last(), expected.last()
+    found = results[0].last()
+    score = expected.last()
     assert found == score | {
         name: pytest.approx(score[name], rel=1e-6) for name in ("nll", "bpc", "ppl")
     }
@@ -147,7 +148,8 @@ def test_a_process_stopped_while_it_scores(tmp_path: Path) -> None:
 
     The state is saved without a score on dev.
     """
-    texts, workdir = prepared_texts(tmp_path), tmp_path / "run"
+    texts = prepared_texts(tmp_path)
+    workdir = tmp_path / "run"
     (texts / "valid.txt").write_bytes((texts / "valid.txt").read_bytes() * LONG)
     changes = {"train__steps": 100_000, "evaluate__every": 3, "checkpoint__every": 100_000}
     with train(texts, workdir, 1, 1, **changes) as run:

@@ -153,7 +153,8 @@ def test_a_dimension_that_no_axis_divides(tmp_path: Path, own_data_dir: None) ->
 def paths(config: Any) -> set[str]:
     """Names of all arrays of a run."""
     config.model.vocab_size = config.model.vocab_size or 96
-    model, optimizer = Model(ModelConfig.from_config(config)), optim.optimizer(config)
+    model = Model(ModelConfig.from_config(config))
+    optimizer = optim.optimizer(config)
 
     def state(key: jax.Array) -> tuple:
         params = model.init(key)

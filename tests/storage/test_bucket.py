@@ -128,7 +128,8 @@ def test_prepared_data_in_a_bucket(
     """
     new_machine()
     set_source(monkeypatch, STDLIB)
-    wanted, url = text_of("gs://bucket/data"), "gs://bucket/data"
+    wanted = text_of("gs://bucket/data")
+    url = "gs://bucket/data"
     set_source(monkeypatch, None)
     home = new_machine()
     assert text_of(url) == text_of(url + "/") == wanted

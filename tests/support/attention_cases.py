@@ -84,14 +84,21 @@ def arrays(case: Case, dtype: Any = np.float32, seed: int = 0) -> dict[str, Any]
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.normal(size=shape).astype(np.float32), dtype)
 
-    B, T, S, H, K, L, N = case.B, case.T, case.S, case.H, case.K, case.L, case.N
+    B = case.B
+    T = case.T
+    S = case.S
+    H = case.H
+    K = case.K
+    L = case.L
+    N = case.N
     found = {
         "query": case.magnitude * normal(B, T, H, K),
         "key": normal(B, S, H, K),
         "value": normal(B, S, H, K),
     }
     found["position_HLK"] = normal(case.position_heads, L, K)
-    found["persistent_key_HNK"], found["persistent_value_HNK"] = normal(H, N, K), normal(H, N, K)
+    found["persistent_key_HNK"] = normal(H, N, K)
+    found["persistent_value_HNK"] = normal(H, N, K)
     if case.two_queries:
         found["position_query_BTHK"] = normal(B, T, H, K)
     if case.spans is not None:

@@ -80,7 +80,8 @@ def flags(texts: Path, **changes: Any) -> list[str]:
 
 def trainer(texts: Path | str, **changes: Any) -> train.Trainer:
     """What trains the tiny run, on a mesh of this process's devices."""
-    c, dataset = base.get_config(), data.prepare("files", texts)
+    c = base.get_config()
+    dataset = data.prepare("files", texts)
     c.update_from_flattened_dict(settings(texts, **changes))
     return train.Trainer(config.with_vocabulary(c, dataset.vocabulary.size, dataset.name), dataset)
 
@@ -120,7 +121,8 @@ def process(*words: Any) -> Result:
 
 def write_texts(folder: Path) -> Path:
     """Texts of nine symbols in a new folder `texts`, which is returned."""
-    letters, texts = np.frombuffer(b"abcdefgh\n", np.uint8), folder / "texts"
+    letters = np.frombuffer(b"abcdefgh\n", np.uint8)
+    texts = folder / "texts"
     texts.mkdir()
     for split, length in (("train", 1200), ("valid", 300), ("test", 400)):
         text = np.random.default_rng(length).choice(letters, length).tobytes()

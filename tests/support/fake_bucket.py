@@ -26,7 +26,8 @@ class Bucket:
     """Objects by name: contents and the number of the write that made them."""
 
     def __init__(self) -> None:
-        self.lock, self.writes = threading.RLock(), 0
+        self.lock = threading.RLock()
+        self.writes = 0
         self.objects: dict[str, tuple[bytes, int]] = {}
         self.uploads: dict[str, bytes] = {}
 
@@ -55,9 +56,12 @@ class Bucket:
         return {**found, "md5Hash": base64.b64encode(hashlib.md5(data).digest()).decode()}
 
     def list(self, query: dict[str, str]) -> dict[str, Any]:
-        prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
-        first, end = query.get("startOffset", ""), query.get("endOffset") or "\U0010ffff"
-        items, prefixes = [], set()
+        prefix = query.get("prefix", "")
+        delimiter = query.get("delimiter")
+        first = query.get("startOffset", "")
+        end = query.get("endOffset") or "\U0010ffff"
+        items = []
+        prefixes = set()
         for name in sorted(n for n in self.objects if n.startswith(prefix) and first <= n < end):
             head, found, _ = name[len(prefix) :].partition(delimiter or "\0")
             if found:
@@ -100,7 +104,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path, query, _ = self.request_parts()
-        found, bucket = re.fullmatch(rf"(?:/download)?{OBJECT}(?:/(.*))?", path), self.bucket
+        found = re.fullmatch(rf"(?:/download)?{OBJECT}(?:/(.*))?", path)
+        bucket = self.bucket
         with bucket.lock:
             if path == BUCKET:
                 self.reply(200, {"kind": "storage#bucket", "name": "bucket"})
@@ -161,7 +166,8 @@ class Handler(BaseHTTPRequestHandler):
         self.continue_upload(path, data)
 
     def continue_upload(self, path: str, data: bytes) -> None:
-        name, uploads = unquote(path.removeprefix("/session/")), self.bucket.uploads
+        name = unquote(path.removeprefix("/session/"))
+        uploads = self.bucket.uploads
         uploads[name] += data
         if (self.headers.get("Content-Range") or "").endswith("/*"):
             return self.reply(308, Range=f"bytes=0-{len(uploads[name]) - 1}")

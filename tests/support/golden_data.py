@@ -144,7 +144,9 @@ def layer(
     """One layer's tensors; linear weights are (out, in) in the golden files and (in, heads, head
     width) here.
     """
-    D, H, K = config.width, config.heads, config.head_width
+    D = config.width
+    H = config.heads
+    K = config.head_width
     attn = start + attn
     ours = {}
     for short, name in (("query", "query"), ("key", "key"), ("val", "value")):
@@ -156,10 +158,8 @@ def layer(
     if f"{attn}attn.adaptive_span._mask.current_val" in take:
         ours["span"] = take[f"{attn}attn.adaptive_span._mask.current_val"][:, 0, 0]
     if f"{start}norm1.weight" in take:
-        ours["norm_scale"], ours["norm_bias"] = (
-            take[f"{start}norm1.weight"],
-            take[f"{start}norm1.bias"],
-        )
+        ours["norm_scale"] = take[f"{start}norm1.weight"]
+        ours["norm_bias"] = take[f"{start}norm1.bias"]
     if f"{start}ff.fc1.weight" in take:
         ours["feed_forward"] = feed_forward(
             take, *(f"{start}{name}" for name in ("ff.fc1", "ff.fc2", "norm2"))
@@ -218,7 +218,9 @@ def xl_params(
 
 def xl_layer(take: dict[str, np.ndarray], config: ModelConfig, attn: str) -> dict[str, Any]:
     """One layer's tensors; those of the feed-forward sublayer if the file has them."""
-    D, H, K = config.width, config.heads, config.head_width
+    D = config.width
+    H = config.heads
+    K = config.head_width
     parts = take[f"{attn}qkv_net.weight"].reshape(3, H * K, D)
     ours = {
         name: part.T.reshape(D, H, K)
@@ -227,10 +229,8 @@ def xl_layer(take: dict[str, np.ndarray], config: ModelConfig, attn: str) -> dic
     if f"{attn}r_net.weight" in take:
         ours["relative"] = take[f"{attn}r_net.weight"].T.reshape(D, H, K)
     ours["output"] = take[f"{attn}o_net.weight"].T.reshape(H, K, D)
-    ours["norm_scale"], ours["norm_bias"] = (
-        take[f"{attn}layer_norm.weight"],
-        take[f"{attn}layer_norm.bias"],
-    )
+    ours["norm_scale"] = take[f"{attn}layer_norm.weight"]
+    ours["norm_bias"] = take[f"{attn}layer_norm.bias"]
     ff = attn.replace("dec_attn", "pos_ff") if attn else "none"
     if f"{ff}CoreNet.0.weight" in take:
         ours["feed_forward"] = feed_forward(
@@ -241,7 +241,8 @@ def xl_layer(take: dict[str, np.ndarray], config: ModelConfig, attn: str) -> dic
 
 def error(ours: Any, theirs: Any) -> float:
     """Largest difference over the largest entry of theirs."""
-    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    ours = np.asarray(ours, np.float64)
+    theirs = np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, f"shape {ours.shape} against {theirs.shape}"
     return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30))
 
@@ -260,7 +261,8 @@ def authors_attention(query_BTHK, key_BSHK, value_BSHK, **options):
     if options["span_H"] is None:
         return out_BTHK, mass_BTH
     (_, T, _, K), S, R = query_BTHK.shape, key_BSHK.shape[1], options["ramp"]
-    span_H, L = options["span_H"], options["position_HLK"].shape[1]
+    span_H = options["span_H"]
+    L = options["position_HLK"].shape[1]
     size = jnp.clip(jnp.ceil(span_H.max()) + R, 0, L)
     kept = L - jnp.floor(jnp.minimum(L - 1, L - size) / 64) * 64
     distance_TS = S - T + jnp.arange(T)[:, None] - jnp.arange(S)

@@ -65,8 +65,11 @@ class Programs:
     """What one run computes, lowered for a platform."""
 
     def __init__(self, program: train.TrainProgram, platform: str) -> None:
-        self.program, self.platform = program, platform
-        self.config, self.mesh, self.model = program.config, program.mesh, program.model
+        self.program = program
+        self.platform = platform
+        self.config = program.config
+        self.mesh = program.mesh
+        self.model = program.model
         self.params = self.placed(jax.eval_shape(self.model.init, jax.random.key(0)))
         self.windowed = self.model.windowed(self.config.model.span.limit)
 
@@ -123,7 +126,8 @@ class Programs:
 
     def sampling(self) -> Iterator[tuple[str, jax.stages.Lowered]]:
         """One symbol, a block of a prompt, and the draw."""
-        model, place = self.windowed, self.shape()
+        model = self.windowed
+        place = self.shape()
         for context in self.contexts():
             cache = self.cache(model, 1, context + sampling.SLACK)
             for tokens in (1, sampling.PROMPT_BLOCK):
@@ -134,8 +138,6 @@ class Programs:
                 )
             yield f"room, context {context}", self.lower(sampling._make_room, cache, context, place)
         key = self.placed(jax.eval_shape(lambda: jax.random.key(0)))
-        logits_V, options = (
-            self.shape(int(VOCABULARY), dtype=jnp.float32),
-            sampling.Sampling(temperature=0.7),
-        )
+        logits_V = self.shape(int(VOCABULARY), dtype=jnp.float32)
+        options = sampling.Sampling(temperature=0.7)
         yield "draw", self.lower(sampling.draw, logits_V, key, options)

@@ -53,7 +53,8 @@ def random_params(model: Model, seed: int = 0) -> Params:
     """Normal numbers everywhere (norms near 1 and 0), position keys flat enough that far tokens
     count, mixed spans.
     """
-    rng, config = np.random.default_rng(seed), model.config
+    rng = np.random.default_rng(seed)
+    config = model.config
 
     def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = path[-1].key
@@ -99,7 +100,8 @@ def naive_forward(
         )
 
     cache_XBSD = model.empty_cache(len(rows_RT), model.config.limit)
-    logits, nll = [], []
+    logits = []
+    nll = []
     for begin in range(0, (rows_RT.shape[1] - 1) // block * block, block):
         window_RT = rows_RT[:, begin : begin + block + 1]
         cache_XBSD, logits_RTV, nll_RT = one_block(

@@ -25,7 +25,9 @@ Draw = Callable[
     [np.random.Generator], np.ndarray
 ]  # one batch of sequences, each one longer than the block
 
-ROWS, BLOCK, STEPS = 16, 32, 250
+ROWS = 16
+BLOCK = 32
+STEPS = 250
 
 
 def final_nll(symbols: int, depth: int, persistent: int, limit: int, draw: Draw) -> float:
@@ -39,25 +41,34 @@ def final_nll(symbols: int, depth: int, persistent: int, limit: int, draw: Draw)
       draw: makes a batch.
     """
     c = base.get_config()
-    c.model.depth, c.model.width, c.model.heads, c.model.vocab_size = depth, 32, 2, symbols
-    c.model.persistent, c.model.span.limit, c.model.span.adaptive = persistent, limit, False
-    c.model.dtype, c.model.implementation = "float32", "reference"
-    c.optimizer.name, c.optimizer.learning_rate, c.optimizer.warmup, c.optimizer.clip = (
-        "adam",
-        5e-3,
-        20,
-        1.0,
-    )
-    c.train.batch, c.train.block, c.train.steps = ROWS, BLOCK, STEPS
-    model, optimizer = Model(ModelConfig.from_config(c)), optim.optimizer(c)
-    params, key = random_params(model), jax.random.key_data(jax.random.key(0))
+    c.model.depth = depth
+    c.model.width = 32
+    c.model.heads = 2
+    c.model.vocab_size = symbols
+    c.model.persistent = persistent
+    c.model.span.limit = limit
+    c.model.span.adaptive = False
+    c.model.dtype = "float32"
+    c.model.implementation = "reference"
+    c.optimizer.name = "adam"
+    c.optimizer.learning_rate = 5e-3
+    c.optimizer.warmup = 20
+    c.optimizer.clip = 1.0
+    c.train.batch = ROWS
+    c.train.block = BLOCK
+    c.train.steps = STEPS
+    model = Model(ModelConfig.from_config(c))
+    optimizer = optim.optimizer(c)
+    params = random_params(model)
+    key = jax.random.key_data(jax.random.key(0))
     state = train.TrainState(
         jnp.int32(0), params, optimizer.init(params), model.empty_cache(ROWS, limit), key
     )
     step = jax.jit(
         train.make_train_step(model, optimizer, c, limit, all_attention), donate_argnums=0
     )
-    rng, losses = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    losses = []
     for _ in range(STEPS):
         window_BT = draw(rng)
         state, values = step(state, data.Batch(window_BT[:, :-1], window_BT[:, 1:], np.int32(0)))
@@ -87,7 +98,8 @@ def test_addition_needs_persistent_vectors() -> None:
     layers are linear up to their norms, and what takes the place of the feed-forward layer must be
     the persistent vectors.
     """
-    expected, other = 1 - NOISE * 6 / 7, NOISE / 7
+    expected = 1 - NOISE * 6 / 7
+    other = NOISE / 7
     least = -expected * math.log(expected) - 6 * other * math.log(
         other
     )  # for all but the first target of a row

@@ -111,7 +111,8 @@ def test_where_nothing_can_be_appended(tmp_path: Path) -> None:
     flush.
     """
     writer = jsonl.JsonlWriter(str(tmp_path))
-    writer._appends, writer.every = False, 3600.0
+    writer._appends = False
+    writer.every = 3600.0
     writer.write_scalars(1, {"nll": 3.0})
     assert jsonl.read_jsonl(str(tmp_path)) == []
     writer.flush()
@@ -171,10 +172,8 @@ def test_train_metrics_in_jit() -> None:
 
     @jax.jit
     def two_steps() -> metrics.TrainMetrics:
-        first, second = (
-            metrics.TrainMetrics.single_from_model_output(**step_outputs(jnp.float32(i)))
-            for i in (0, 1)
-        )
+        first = metrics.TrainMetrics.single_from_model_output(**step_outputs(jnp.float32(0)))
+        second = metrics.TrainMetrics.single_from_model_output(**step_outputs(jnp.float32(1)))
         return first.merge(second)
 
     merged = two_steps()

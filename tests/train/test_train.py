@@ -32,11 +32,15 @@ def golden_config(g: dict[str, np.ndarray], name: str) -> ml_collections.ConfigD
     for field in ("layer", "depth", "width", "heads", "persistent", "feed_forward", "vocab_size"):
         c.model[field] = getattr(geometry, field)
     c.model.span.adaptive = geometry.adaptive
-    c.model.dtype, c.model.span.limit, c.model.span.ramp = "float32", geometry.limit, geometry.ramp
+    c.model.dtype = "float32"
+    c.model.span.limit = geometry.limit
+    c.model.span.ramp = geometry.ramp
     c.model.span.loss = float(g["span_loss_coeff"])
-    c.model.adaptive_io.cutoffs, c.model.adaptive_io.division = geometry.cutoffs, geometry.division
+    c.model.adaptive_io.cutoffs = geometry.cutoffs
+    c.model.adaptive_io.division = geometry.division
     c.optimizer.name = "adam" if "adam" in name.split("_") else "adagrad"
-    c.optimizer.learning_rate, c.optimizer.warmup = float(g["base_lr"]), int(g["warmup"])
+    c.optimizer.learning_rate = float(g["base_lr"])
+    c.optimizer.warmup = int(g["warmup"])
     c.optimizer.clip = float(g["grad_clip"])
     return c
 
@@ -46,16 +50,22 @@ def follow(name: str, folder: str, attention: Callable, updates: int | None = No
     numbers and geometry.
     """
     g = golden.load(f"traj_{name}", folder)
-    c, dtype = golden_config(g, name), "float64" if folder == "golden64" else "float32"
+    c = golden_config(g, name)
+    dtype = "float64" if folder == "golden64" else "float32"
     c.model.dtype = dtype
     config = ModelConfig.from_config(c)
-    model, optimizer, M = Model(config), optim.optimizer(c), int(g["block"])
+    model = Model(config)
+    optimizer = optim.optimizer(c)
+    M = int(g["block"])
     params = jax.tree.map(jnp.asarray, golden.params(g, config, "p0.", dtype))
     cache_XBSD = model.empty_cache(g["data"].shape[0], config.limit)
     key = jax.random.key_data(jax.random.key(0))
     state = train.TrainState(jnp.int32(0), params, optimizer.init(params), cache_XBSD, key)
     step = jax.jit(train.make_train_step(model, optimizer, c, config.limit, attention))
-    last, before, losses, spans = -1, -M, [], []
+    last = -1
+    before = -M
+    losses = []
+    spans = []
     for update, position in enumerate(g["data_pos"][:updates]):
         window_BT = g["data"][:, position : position + M + 1]
         before = before + M if position > last else 0
@@ -215,7 +225,8 @@ def test_resuming_is_exact(texts: str, tmp_path: Path, monkeypatch: pytest.Monke
     c = tiny(texts, **{"model.span.init": 0.2, "model.span.loss": -2e-3})
     once = train.train_and_evaluate(c, str(tmp_path / "once"))
 
-    advance, calls = train.Trainer.step, []
+    advance = train.Trainer.step
+    calls = []
 
     def dies(self: train.Trainer, *arguments: Any) -> Any:
         calls.append(None)
@@ -281,7 +292,8 @@ def test_context_rule() -> None:
     assert train.choose_context_length(c, 1.0) == 8192
     c.model.span.limit = 100
     assert train.choose_context_length(c, 0.0) == 100
-    c.model.span.limit, c.model.span.adaptive = 8192, False
+    c.model.span.limit = 8192
+    c.model.span.adaptive = False
     assert train.choose_context_length(c, 0.0) == 8192
 
 
