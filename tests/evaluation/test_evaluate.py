@@ -86,10 +86,9 @@ def test_authors_equals_the_training_pass() -> None:
 )
 def test_full_does_not_depend_on_the_work(adaptive: bool, block: int, rows: int) -> None:
     """Every way to cut the work gives what one pass over the whole text gives."""
-    limit, implementation = (
-        (160 if adaptive else 24),
-        (None if rows == 5 else "reference"),
-    )  # None: what users run
+    limit = 160 if adaptive else 24
+    # None is what users run.
+    implementation = None if rows == 5 else "reference"
     model = Model(geometry(adaptive=adaptive, limit=limit, implementation=implementation))
     params = random_params(model)
     assert scoring.scoring_context(model, params) == (64 if adaptive else 24)

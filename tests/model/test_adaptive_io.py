@@ -104,8 +104,10 @@ def test_transformer_xl(name: str, dtype: str) -> None:
         io = made(
             params, vocab_size=int(g["vocab"]), width=g["mems_after_last.0"].shape[-1], **options
         )
-        tokens_BT, last = g["tokens"].T, slice(-M, None)  # theirs are time-major
-        embedded_BTD = g[f"mems_after_last.{0}"][last].transpose(1, 0, 2).astype(dtype)
+        # Theirs are time-major.
+        tokens_BT = g["tokens"].T
+        last = slice(-M, None)
+        embedded_BTD = g["mems_after_last.0"][last].transpose(1, 0, 2).astype(dtype)
         h_BTD = g[f"mems_after_last.{depth}"][last].transpose(1, 0, 2).astype(dtype)
         output, gradient = (1e-12, 1e-12) if dtype == "float64" else (OUTPUT, GRADIENT)
         assert (
@@ -193,7 +195,9 @@ def test_rounds_follow_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(adaptive_softmax, "_nll", spy)
     targets_BT = np.zeros((4, 256), np.int32)
-    targets_BT[0, :33], targets_BT[1, 0] = 50, 199  # 33 in tail 2, 1 in tail 3, of 1024
+    # 33 tokens in tail 2 and 1 in tail 3, of 1024.
+    targets_BT[0, :33] = 50
+    targets_BT[1, 0] = 199
     made().nll(states(targets_BT.shape), targets_BT)
     assert found == [(1024, 1), (32, 0), (32, 2), (32, 1)]
 

@@ -108,7 +108,8 @@ def head_split(
 def single_head(
     query_BHTK, logits_BHTS, mask_HTS, value_BHSK, key_HNK, pair_value_HNK, renormalised
 ):
-    (B, H, T, K), N = query_BHTK.shape, key_HNK.shape[1]
+    B, H, T, K = query_BHTK.shape
+    N = key_HNK.shape[1]
     key_ND = key_HNK.transpose(1, 0, 2).reshape(N, H * K)
     pair_value_ND = pair_value_HNK.transpose(1, 0, 2).reshape(N, H * K)
     whole_BTD = query_BHTK.transpose(0, 2, 1, 3).reshape(B, T, H * K)
@@ -158,10 +159,9 @@ def test_feed_forward_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     config = geometry(**{**KINDS["transformer"], "feed_forward": 16}, dropout=0.25)
     rate = 0.25
     layer = FeedForward(config, nnx.Rngs(0), 0.0)
-    layer.inner, layer.inner_bias = (
-        nnx.Param(jnp.zeros((16, 16))),
-        nnx.Param(jnp.ones(16)),
-    )  # every unit is 1
+    # Every unit is 1.
+    layer.inner = nnx.Param(jnp.zeros((16, 16)))
+    layer.inner_bias = nnx.Param(jnp.ones(16))
     layer.outer = nnx.Param(jnp.eye(16))
     layer.outer_bias = nnx.Param(jnp.zeros(16))
     h_BTD = jnp.zeros((30, 40, 16))

@@ -88,10 +88,8 @@ print(json.dumps([jax.device_count(), found]))
 
 def test_evaluation_on_a_mesh() -> None:
     """8 rows, and 3 rows with an idle one, on 2 x 2 x 2 devices: the scores of one device."""
-    (one, expected), (eight, found) = (
-        fresh(EVALUATE.format(parts=1), 1),
-        fresh(EVALUATE.format(parts=2), 8),
-    )
+    one, expected = fresh(EVALUATE.format(parts=1), 1)
+    eight, found = fresh(EVALUATE.format(parts=2), 8)
     assert (one, eight) == (1, 8)
     assert found == [pytest.approx(scores, rel=1e-6) for scores in expected]
 

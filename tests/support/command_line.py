@@ -98,9 +98,8 @@ def trained(by: train.Trainer, steps: int) -> tuple[train.TrainState, int, list[
 
 def call(*words: Any) -> Result:
     """One command in this process."""
-    out, err = (
-        io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2)
-    )
+    out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(word) for word in words])
     return Result(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))

@@ -260,7 +260,9 @@ def authors_attention(query_BTHK, key_BSHK, value_BSHK, **options):
     )
     if options["span_H"] is None:
         return out_BTHK, mass_BTH
-    (_, T, _, K), S, R = query_BTHK.shape, key_BSHK.shape[1], options["ramp"]
+    _, T, _, K = query_BTHK.shape
+    S = key_BSHK.shape[1]
+    R = options["ramp"]
     span_H = options["span_H"]
     L = options["position_HLK"].shape[1]
     size = jnp.clip(jnp.ceil(span_H.max()) + R, 0, L)
