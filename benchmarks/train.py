@@ -125,7 +125,7 @@ def evaluator(
     rows = protocols.AUTHORS_ROWS
     tokens = rng.integers(VOCABULARY, size=rows * (block + 1), dtype=np.int32)
     plan = protocols.authors_plan(len(tokens), block)
-    context = scoring.context_length(model, params)
+    context = scoring.scoring_context(model, params)
 
     # Everything on the mesh: cache, parameters, the block.
     cache = scoring.empty_cache(model, mesh, rows, context + block)

@@ -329,8 +329,8 @@ def test_workdir_that_is_not_shared(tmp_path: Path) -> None:
         return ["train", f"--workdir={tmp_path}/run{i}", *flags(texts), *place]
 
     with Processes(2, 1, words) as two:
-        there = f"{tmp_path}/run{1}/checkpoints"
-        here = f"{tmp_path}/run{0}/checkpoints"
+        there = f"{tmp_path}/run1/checkpoints"
+        here = f"{tmp_path}/run0/checkpoints"
         line = f"allattn: process 1 has another workdir than process 0: {there} instead of {here}"
         expect(two.results(), 2, line)
 
