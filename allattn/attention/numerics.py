@@ -40,15 +40,15 @@ class CallSizes:
     shared: bool
 
 
-def dot(x: Array, y: Array, contract: tuple[int, int] = (1, 0)) -> Array:
+def dot(x: Array, y: Array, axes: tuple[int, int] = (1, 0)) -> Array:
     """A product over one axis of each matrix, with float32 sums.
 
     Args:
       x, y: matrices.
-      contract: the axis of x and the axis of y that are summed over.
+      axes: the axis of x and the axis of y that are summed over.
     """
     return jax.lax.dot_general(
-        x, y, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32
+        x, y, (((axes[0],), (axes[1],)), ((), ())), preferred_element_type=jnp.float32
     )
 
 

@@ -32,7 +32,7 @@ from allattn.attention.gpu.forward import mask_pairs
 from allattn.attention.gpu.head_row import (
     HeadRow,
     Sizes,
-    Tiles,
+    TileRange,
     for_each_tile,
     for_head_row,
     indices,
@@ -372,7 +372,7 @@ def _query_gradients(refs: QueryRefs, head_row: HeadRow, query_tile: Array) -> N
 
     # Position keys: in the same sum, unless queries of their own asked them.
     position_sum_TK = sum_TK if static.one_query else jnp.zeros_like(sum_TK)
-    columns = Tiles(0, head_row.column_tiles - 1)
+    columns = TileRange(0, head_row.column_tiles - 1)
     unmasked = head_row.unmasked_column_tiles(query_tile)
     position_sum_TK = for_each_tile(columns, unmasked, add_positions, position_sum_TK)
 
@@ -444,7 +444,7 @@ def position_gradients(
                 query_TK = load_queries(refs.inputs.position_query, head_row, query_T1)
                 return sum_DK + dot(d_logits_TD, query_TK, TN_DIMENSIONS)
 
-            query_tiles = Tiles(0, pl.cdiv(sizes.T, sizes.query_tile) - 1)
+            query_tiles = TileRange(0, pl.cdiv(sizes.T, sizes.query_tile) - 1)
             unmasked = head_row.unmasked_query_tiles_of_columns(tile)
             return for_each_tile(query_tiles, unmasked, add_queries, sum_DK)
 

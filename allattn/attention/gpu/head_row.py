@@ -94,7 +94,7 @@ class Scalars(NamedTuple):
     seed_and_offsets: Any
 
 
-class Tiles(NamedTuple):
+class TileRange(NamedTuple):
     """Tiles from the first to the last; there are none if last < first."""
 
     first: Any
@@ -194,7 +194,7 @@ class HeadRow:
         """Numbers of the queries of a tile, as (T, 1)."""
         return indices(tile, self.sizes.query_tile, 0)
 
-    def key_tiles(self, query_tile: Any) -> Tiles:
+    def key_tiles(self, query_tile: Any) -> TileRange:
         """Tiles of keys with a pair for any query of a tile."""
         first_query = query_tile * self.sizes.query_tile
         oldest = jnp.maximum(self.oldest, self.origin + first_query)
@@ -202,7 +202,7 @@ class HeadRow:
         newest = last_key - self.static.first_distance
         return self.tiles_between(oldest, jnp.minimum(newest, self.newest))
 
-    def unmasked_key_tiles(self, query_tile: Any) -> Tiles:
+    def unmasked_key_tiles(self, query_tile: Any) -> TileRange:
         """Tiles of keys all of which every query of a tile sees, before the ramp begins."""
         first_query = query_tile * self.sizes.query_tile
         last_query = first_query + self.sizes.query_tile - 1
@@ -212,7 +212,7 @@ class HeadRow:
         newest = jnp.where(last_query < self.sizes.T, newest, -1)
         return whole_tiles(oldest, newest, self.sizes.key_tile)
 
-    def query_tiles(self, key_tile: Any) -> Tiles:
+    def query_tiles(self, key_tile: Any) -> TileRange:
         """Tiles of queries with a pair for any key of a tile that holds one."""
         first = key_tile * self.sizes.key_tile - self.query_start + self.static.first_distance
         last = first + self.sizes.key_tile - 1 + self.reach - 1
@@ -220,9 +220,9 @@ class HeadRow:
         first_tile = jax.lax.div(first, self.sizes.query_tile)
         last = jnp.clip(last, 0, self.sizes.T - 1)
         last_tile = jax.lax.div(last, self.sizes.query_tile)
-        return Tiles(first_tile, last_tile)
+        return TileRange(first_tile, last_tile)
 
-    def unmasked_query_tiles(self, key_tile: Any) -> Tiles:
+    def unmasked_query_tiles(self, key_tile: Any) -> TileRange:
         """Tiles of queries all of which see every key of a tile, before the ramp begins."""
         first_key = key_tile * self.sizes.key_tile
         last_key = first_key + self.sizes.key_tile - 1
@@ -231,7 +231,7 @@ class HeadRow:
         all_exist = (first_key >= self.oldest) & (last_key <= self.newest)
         return whole_tiles(first, jnp.where(all_exist, last, -1), self.sizes.query_tile)
 
-    def unmasked_column_tiles(self, query_tile: Any) -> Tiles:
+    def unmasked_column_tiles(self, query_tile: Any) -> TileRange:
         """Tiles of columns that hold a pair for every query of a tile."""
         first_query = query_tile * self.sizes.query_tile
         last_query = first_query + self.sizes.query_tile - 1
@@ -240,7 +240,7 @@ class HeadRow:
         last = jnp.where(last_query < self.sizes.T, last, -1)
         return whole_tiles(first, last, self.sizes.key_tile)
 
-    def unmasked_query_tiles_of_columns(self, column_tile: Any) -> Tiles:
+    def unmasked_query_tiles_of_columns(self, column_tile: Any) -> TileRange:
         """Tiles of queries all of which have a pair in every column of a tile."""
         first_column = column_tile * self.sizes.key_tile
         last_column = first_column + self.sizes.key_tile - 1
@@ -249,11 +249,11 @@ class HeadRow:
         last = jnp.where(last_column < self.reach, last, -1)
         return whole_tiles(first, last, self.sizes.query_tile)
 
-    def tiles_between(self, oldest: Array, newest: Array) -> Tiles:
+    def tiles_between(self, oldest: Array, newest: Array) -> TileRange:
         """Tiles of keys that hold any key from the oldest to the newest."""
         last = jax.lax.div(newest, self.sizes.key_tile)
         first = jax.lax.div(oldest, self.sizes.key_tile)
-        return Tiles(first, jnp.where(newest >= oldest, last, -1))
+        return TileRange(first, jnp.where(newest >= oldest, last, -1))
 
     # --- single pairs -----------------------------------------------------------------------------
     # Queries come as a column and keys as a row, or the other way round. What can be computed on
@@ -326,9 +326,9 @@ def _align(number: Array) -> Array:
     return jax.lax.div(number, ALIGNED) * ALIGNED
 
 
-def whole_tiles(first: Array, last: Array, tile: int) -> Tiles:
+def whole_tiles(first: Array, last: Array, tile: int) -> TileRange:
     """Tiles that lie wholly between two numbers, both included."""
-    return Tiles(jax.lax.div(first + tile - 1, tile), jax.lax.div(last + 1, tile) - 1)
+    return TileRange(jax.lax.div(first + tile - 1, tile), jax.lax.div(last + 1, tile) - 1)
 
 
 # --- loops of a program ---------------------------------------------------------------------------
@@ -351,7 +351,7 @@ def for_head_row(
         work(HeadRow.load(static, sizes, scalars, first + slot), part)
 
 
-def for_each_tile(tiles: Tiles, unmasked: Tiles, body: Callable, carry: Any) -> Any:
+def for_each_tile(tiles: TileRange, unmasked: TileRange, body: Callable, carry: Any) -> Any:
     """Carry a value through tiles, with a mask before and after those that need none.
 
     Args:
