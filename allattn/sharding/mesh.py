@@ -18,13 +18,13 @@ from allattn.errors import UserError
 from allattn.sharding.rules import AXES
 
 
-def make_mesh(config: ml_collections.ConfigDict, chips: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(config: ml_collections.ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh data x fsdp x tensor of a configuration.
 
     Args:
       config: the whole configuration; `mesh` has the size of every axis, and one of them may be
         -1, which takes the devices that the others leave.
-      chips: devices of the mesh, which need not be here; None: all that JAX sees.
+      devices: those of the mesh, which need not be here; None: all that JAX sees.
 
     Returns:
       The mesh.
@@ -33,12 +33,12 @@ def make_mesh(config: ml_collections.ConfigDict, chips: Sequence[Any] | None = N
       UserError: the product does not fit the devices, or an axis the rows, the heads or the slices.
     """
     # `allattn compile` passes descriptions of devices that are elsewhere.
-    if chips is None:
-        chips = jax.devices()
-    data, fsdp, tensor = _resolve_sizes(config, len(chips))
+    if devices is None:
+        devices = jax.devices()
+    data, fsdp, tensor = _resolve_sizes(config, len(devices))
     _check_rows(config, data * fsdp)
     _check_heads(config, tensor)
-    return _arrange((data, fsdp, tensor), chips)
+    return _arrange((data, fsdp, tensor), devices)
 
 
 def mesh_over_rows() -> Mesh:

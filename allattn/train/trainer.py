@@ -1,5 +1,6 @@
 """The pieces of one run: its data, its step, its evaluation; loop.py drives them."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -89,7 +90,8 @@ class Trainer(TrainProgram):
             )
         chosen = choose_context_length(self.config, longest, context_length)
         if chosen > context_length:
-            state.cache = grow_cache(state.cache, chosen, self.config.model.span.limit)
+            cache_XBSD = grow_cache(state.cache, chosen, self.config.model.span.limit)
+            state = dataclasses.replace(state, cache=cache_XBSD)
         return state, chosen
 
     # --- evaluations and checkpoints
