@@ -159,21 +159,38 @@ def all_attention(
     }
 
     # Run the implementation.
+    inputs = (query_BTHK, key_BSHK, value_BSHK)
     if implementation == "reference":
-        out_BTHK, mass_BTH = reference.all_attention(query_BTHK, key_BSHK, value_BSHK, **arguments)
-    elif implementation in _FUSED:
-        N = arguments["persistent_key_HNK"].shape[1]
-        tiles = tuning.tiles(implementation, T=T, L=L, N=N, K=K)
-        arguments |= {"whole_context": whole_context, "one_query": one_query, "tiles": tiles}
-        packed = pack(query_BTHK, key_BSHK, value_BSHK, **arguments)
-        out_BTHK, mass_BTH = _FUSED[implementation].all_attention(*packed)
+        out_BTHK, mass_BTH = reference.all_attention(*inputs, **arguments)
     else:
-        raise NotImplementedError(
-            f"implementation: expected one of {IMPLEMENTATIONS}, found {implementation!r}"
-        )
+        hints = {"whole_context": whole_context, "one_query": one_query}
+        out_BTHK, mass_BTH = _fused(implementation, inputs, {**arguments, **hints})
     if return_persistent_mass:
         return out_BTHK, mass_BTH
     return out_BTHK
+
+
+def _fused(
+    implementation: str, inputs: tuple[Array, Array, Array], arguments: dict[str, Any]
+) -> tuple[Array, Array]:
+    """Output and persistent mass of a fused implementation.
+
+    Raises:
+      NotImplementedError: there is no such implementation.
+    """
+    # The name comes from a configuration or a caller.
+    if implementation not in _FUSED:
+        raise NotImplementedError(
+            f"implementation: expected one of {IMPLEMENTATIONS}, found {implementation!r}"
+        )
+    # Tile sizes follow from the sizes of the call.
+    query_BTHK, _, _ = inputs
+    _, T, _, K = query_BTHK.shape
+    L = arguments["position_HLK"].shape[1]
+    N = arguments["persistent_key_HNK"].shape[1]
+    tiles = tuning.tiles(implementation, T=T, L=L, N=N, K=K)
+    packed = pack(*inputs, **arguments, tiles=tiles)
+    return _FUSED[implementation].all_attention(*packed)
 
 
 def best_here(dtype: Any) -> str:

@@ -68,20 +68,23 @@ def test_equals_reference(name: str, implementation: str) -> None:
 
 
 def test_nothing_to_attend() -> None:
-    """A query without any key, and N = 0: its output is exactly 0, and so is its gradient.
+    """A query without any key, and N = 0: output and gradients are exactly 0; the other queries are
+    not touched.
 
-    Which `test_equals_reference` then asks of the others, in the same case.
+    `test_equals_reference` asks the same of the other implementations, in the same case.
     """
-    expected = exact(CASES["nothing but ties"])
-    for name in ("out", "query"):
-        assert not expected[name][:, :3].any() and expected[name][:, 5:].any()
-    assert all(np.isfinite(x).all() for x in expected.values())
+    case = CASES["nothing to attend"]
+    for found in (results(case, arrays(case), "reference"), exact(case)):
+        assert not found["out"][:, :4].any() and found["out"][:, 4].any()
+        assert not found["query"][:, :4].any() and not found["key"][:, :3].any()
+        assert all(np.isfinite(x).all() for x in found.values())
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16(implementation: str) -> None:
     """Products in bfloat16, sums in float32: near the float32 results."""
-    case = dataclasses.replace(CASES["ties and full"], query_start=(2, 11), dropout=0.3)
+    starts = {"query_start": (2, 11), "key_start": (1, 9)}
+    case = dataclasses.replace(CASES["ties and full"], **starts, dropout=0.3)
     inputs = arrays(case, jnp.bfloat16)
     same = jax.tree.map(lambda x: x.astype(jnp.float32), inputs)
     expected = results(case, same, "reference")
@@ -182,8 +185,19 @@ def test_float64(case: Case) -> None:
                 call(inputs, implementation=name)
 
 
-# An implementation that equals the definition, gradients too, is as causal as it is.
+# Of the kernels `test_equals_reference` asks the same more quickly: one that equals the definition,
+# gradients too, is as causal as it is.
 KERNELS = [pytest.param(name, marks=pytest.mark.slow) for name in ("pallas_tpu", "pallas_gpu")]
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", *KERNELS])
+def test_deterministic(implementation: str) -> None:
+    """Two programs, each traced anew; `test_equals_reference` runs one program twice."""
+    case = CASES["dropout"]
+    first = results(case, arrays(case), implementation)
+    second = results(case, arrays(case), implementation)
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name])
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla", *KERNELS])
@@ -447,7 +461,7 @@ def test_many_cases(draw: st.DataObject) -> None:
 MESH = """
 import dataclasses, jax, numpy as np
 from attention_cases import *
-from allattn import attention
+from allattn.attention import IMPLEMENTATIONS
 from allattn.sharding import attention_over, make_mesh
 from configs import base
 c = base.get_config(); c.mesh.fsdp = c.mesh.tensor = 2; c.train.batch = 8
@@ -464,7 +478,7 @@ def run(operation, implementation):
             return (operation(*first, **rest, **settings) ** 2).sum()
         return jax.value_and_grad(loss)(inputs)
     return value_and_gradients(inputs)
-for implementation in ("xla", "pallas_tpu", "pallas_gpu"):
+for implementation in IMPLEMENTATIONS[1:]:  # all but the definition
     single = run(all_attention, implementation)
     spread = run(attention_over(mesh, 8), implementation)
     for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(spread), strict=True):

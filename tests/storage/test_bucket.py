@@ -279,8 +279,10 @@ def command(server: None, tmp_path_factory: pytest.TempPathFactory) -> Command:
             patch.chdir(ROOT)
             patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
             patch.setenv("ALLATTN_DATA_DIR", "gs://bucket/prepared")
-            settings = SMALL if name == "train" else ()
-            return call(name, "--workdir=gs://bucket/run", *words, *settings)
+            line = [name, "--workdir=gs://bucket/run", *words]
+            if name == "train":
+                line += SMALL
+            return call(*line)
 
     return run
 

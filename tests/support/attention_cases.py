@@ -49,6 +49,7 @@ CASES = {
     "spans that hide large logits": Case(
         H=4, spans=(0.0, 3.0, 5.0, 3e-4), magnitude=8.0, dropout=0.3, two_queries=True
     ),
+    "nothing to attend": Case(N=0, query_start=0, key_start=3, spans=None),
     "nothing but ties": Case(T=8, N=0, spans=(0.0, 1.0), ramp=1, query_start=0, key_start=3),
     "one query": Case(T=1),
     "one head": Case(H=1, spans=(5.5,), ramp=4.0),
@@ -73,7 +74,7 @@ CASES = {
     ),
     "starts by row": Case(query_start=(2, 11), key_start=(1, 9)),
     "dropout": Case(T=21, S=60, L=30, spans=(9.0, 30.0), dropout=0.3),
-    "dropout with starts": Case(query_start=(2, 11), key_start=3, dropout=0.3),
+    "dropout with starts": Case(query_start=(2, 11), key_start=(1, 9), dropout=0.3),
 }
 
 

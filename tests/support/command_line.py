@@ -19,33 +19,28 @@ ROOT = Path(__file__).resolve().parents[2]
 # What a test's own process needs in PYTHONPATH: the repository, and the helpers of all tests.
 TEST_PATH = os.pathsep.join(map(str, [ROOT, ROOT / "tests" / "support"]))
 TINY = {
-    **{
-        "dataset.name": "files",
-        "model.depth": 1,
-        "model.width": 16,
-        "model.heads": 2,
-        "model.persistent": 8,
-    },
-    **{
-        "model.vocab_size": 0,
-        "model.dtype": "float32",
-        "model.implementation": "reference",
-        "model.span.limit": 32,
-    },
-    **{
-        "model.span.ramp": 4,
-        "model.span.check_every": 4,
-        "optimizer.name": "adam",
-        "optimizer.learning_rate": 1e-2,
-    },
-    **{
-        "optimizer.warmup": 4,
-        "optimizer.clip": 1.0,
-        "train.batch": 4,
-        "train.block": 16,
-        "train.steps": 10,
-    },
-    **{"train.finetune_steps": 2, "train.log_every": 1, "checkpoint.every": 4, "evaluate.every": 4},
+    "dataset.name": "files",
+    "model.depth": 1,
+    "model.width": 16,
+    "model.heads": 2,
+    "model.persistent": 8,
+    "model.vocab_size": 0,
+    "model.dtype": "float32",
+    "model.implementation": "reference",
+    "model.span.limit": 32,
+    "model.span.ramp": 4,
+    "model.span.check_every": 4,
+    "optimizer.name": "adam",
+    "optimizer.learning_rate": 0.01,
+    "optimizer.warmup": 4,
+    "optimizer.clip": 1.0,
+    "train.batch": 4,
+    "train.block": 16,
+    "train.steps": 10,
+    "train.finetune_steps": 2,
+    "train.log_every": 1,
+    "checkpoint.every": 4,
+    "evaluate.every": 4,
 }
 
 

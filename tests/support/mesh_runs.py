@@ -21,14 +21,14 @@ XL = {
 }
 WHOLE = {"mesh__tensor": 1, "train__accumulation": 1}  # 4 x 2 x 1 devices, as many as rows
 KINDS: dict[str, dict[str, Any]] = {
-    "joint": {
-        "model__embedding_dropout": 0.2,
+    "joint": {"model__embedding_dropout": 0.2},
+    "adaptive_io": {
         "model__adaptive_io__cutoffs": (4, 7),
         "model__adaptive_io__division": 2,
         **ADAGRAD,
     },
     "head_split": {"model__integration": "head_split", **WHOLE},
     "single_head": {"model__integration": "single_head", **WHOLE, **ADAGRAD},
-    "transformer": {"model__layer": "transformer", "model__embedding_dropout": 0.2, **FEEDS},
+    "transformer": {"model__layer": "transformer", **FEEDS},
     "transformer_xl": {**XL, **FEEDS},
 }

@@ -2,7 +2,8 @@
 
 They are copies of one process, which has imported the package and has used no device: a test does
 not wait for imports, which take longer than most of what it runs. Commands that start anew, with
-every import of their own, are in tests/launch/ and test_cli.py.
+every import of their own, are in tests/launch/, test_cli.py and, two that train together, in
+`test_work_per_process`.
 """
 
 import atexit

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-from command_line import trained
+from command_line import settings, trained, trainer
 
 from allattn import data, train
 from allattn.attention import all_attention
@@ -158,50 +158,32 @@ def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 # Compiles in a fraction of the time; not what these tests are about.
 QUICK = {"model.implementation": "reference"}
-TINY = {
-    "dataset.name": "files",
+# The tiny run with two layers, dropout, learned spans that reach further, and more steps.
+RUN = {
     "model.depth": 2,
-    "model.width": 16,
-    "model.heads": 2,
-    "model.persistent": 8,
-    "model.vocab_size": 0,
-    "model.dtype": "float32",
+    "model.implementation": "",
     "model.dropout": 0.2,
     "model.embedding_dropout": 0.1,
     "model.span.limit": 256,
-    "model.span.ramp": 4,
     "model.span.check_every": 16,
     "model.span.loss": 0.0,
-    "optimizer.name": "adam",
-    "optimizer.learning_rate": 1e-2,
-    "optimizer.warmup": 4,
-    "optimizer.clip": 1.0,
-    "train.batch": 4,
-    "train.block": 16,
     "train.steps": 40,
     "train.finetune_steps": 8,
-    "train.log_every": 1,
     "checkpoint.every": 24,
     "evaluate.every": 48,
 }
 
 
 def tiny(texts: str, **changes: Any) -> ml_collections.ConfigDict:
-    """A model that trains in seconds, with dropout, learned spans and a stream that wraps within
-    the run.
-    """
+    """A model that trains in seconds, on a stream that wraps within the run."""
     c = base.get_config()
-    with c.unlocked():
-        c.update_from_flattened_dict({**TINY, "dataset.data_dir": texts, **changes})
+    c.update_from_flattened_dict(settings(texts, **{**RUN, **changes}))
     return c
 
 
 def losses(texts: str, steps: int, **changes: Any) -> list[float]:
     """Of the first steps, without a working directory."""
-    dataset = data.prepare("files", texts)
-    c = tiny(texts, **changes, **QUICK)
-    c.model.vocab_size = dataset.vocabulary.size
-    _, _, found = trained(train.Trainer(c, dataset), steps)
+    _, _, found = trained(trainer(texts, **{**RUN, **changes, **QUICK}), steps)
     return found
 
 
