@@ -226,6 +226,17 @@ def test_the_gpu_table(
     assert str(path) in said and "paper-like spans take 1.00 x" in said
 
 
+@pytest.mark.slow
+def test_every_line_of_the_gpu_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every line measures; `test_the_gpu_table` asks the same of one, and parses the others."""
+    monkeypatch.setattr(sys, "argv", [*GPU_WORDS, f"--results={tmp_path}"])
+    gpu.main()
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    assert [row["name"] for row in found] == [line.name for line in gpu.LINES]
+    assert all(0 < row["share"] < 1 for row in found[:-1])
+
+
 def test_lines_that_fail() -> None:
     """A mistake is a row of the table, and a line is stopped when the time is over."""
     mistake = gpu.run("data", ["--steps=few"], 60)
