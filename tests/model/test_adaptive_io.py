@@ -255,7 +255,7 @@ def test_lowers_for_a_tpu() -> None:
 
 
 def test_initialisation() -> None:
-    """Method page, "Initialisation"; projections as the golden parameters are."""
+    """docs/method.md, "Initialisation"; projections as the golden parameters are."""
     sizes = {"vocab_size": 2000, "cutoffs": (500, 1000), "width": 256}
     params = pure(made(tied=False, **sizes))
     for i, d in enumerate((256, 128, 64)):

@@ -138,8 +138,7 @@ def test_layer_float64(name: str) -> None:
             return jnp.sum(out * g["cot"]), out
 
         (d_h, d_params), out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(h, params)
-        # Their trimming changes the normaliser that the 1e-8 is added to; golden/README.md: 2e-8
-        # for these files.
+        # Their trimming changes the normaliser that the 1e-8 is added to (docs/exactness.md).
         tolerance = 2e-8 if "trim" in name else 1e-9
         assert golden.error(out, g["out"]) <= tolerance
         assert golden.error(d_h, g["grad_h"]) <= tolerance

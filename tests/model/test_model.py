@@ -49,9 +49,7 @@ PARAMETERS = {
 
 
 def test_parameter_counts() -> None:
-    """Every file states its own in its docstring, and they are the method page's exact figures
-    where that has one.
-    """
+    """Every file states its own in its docstring, and those of published models are exact."""
     stated = {}
     counted = {}
     for path in sorted(
@@ -79,7 +77,7 @@ def fresh() -> tuple[ModelConfig, Params]:
 
 
 def test_initialisation(fresh: tuple[ModelConfig, Params]) -> None:
-    """Method page, "Initialisation" and the deviations of the persistent pairs."""
+    """docs/method.md, "Initialisation", with the deviations of the persistent pairs."""
     config, params = fresh
     layers = params["layers"]
     K = config.head_width
