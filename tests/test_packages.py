@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # direction.
 ORDER = [
     {"__main__"},
+    {"commands"},
     {"planning", "interchange", "sweep"},
     {"train", "run"},
     {"evaluation"},

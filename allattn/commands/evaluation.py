@@ -1,0 +1,59 @@
+"""`allattn evaluate`: score a checkpoint; prints one JSON line last."""
+
+import argparse
+import json
+
+from allattn.commands import flags, session
+from allattn.commands.command import Command
+
+
+def _flags(parser: argparse.ArgumentParser) -> None:
+    flags.add_checkpoint(parser)
+    # How, and on which text of the run's data set.
+    parser.add_argument("--split", default="test", choices=("train", "valid", "test"))
+    parser.add_argument(
+        "--protocol", choices=("authors", "full", "xl"), help="the configuration's if left out"
+    )
+    # Text from elsewhere.
+    parser.add_argument(
+        "--text",
+        type=flags.PATH,
+        help="score this file, which may lie in a bucket, instead of a split",
+    )
+    parser.add_argument(
+        "--data_dir", help="folder or bucket URL of prepared data, if not where training had it"
+    )
+    # Of several processes each scores its rows.
+    flags.add_processes(parser)
+
+
+def _run(arguments: argparse.Namespace, _: dict[str, str]) -> None:
+    from allattn import run, sharding
+    from allattn.evaluation import protocols
+    from allattn.sharding import processes
+
+    # Before JAX is first used: the other processes, and a device per core on a CPU.
+    session.enable_compilation_cache()
+    session.join(arguments)
+    sharding.use_cores(protocols.AUTHORS_ROWS, processes=processes.count())
+    scores = run.evaluate(
+        arguments.workdir,
+        arguments.split,
+        arguments.protocol,
+        arguments.text,
+        arguments.data_dir,
+        arguments.step,
+    )
+    # All processes have the scores; the first prints them.
+    if processes.index() == 0:
+        print(json.dumps(scores), flush=True)
+
+
+COMMAND = Command(
+    name="evaluate",
+    summary="score a checkpoint; prints one JSON line last",
+    example="allattn evaluate --workdir=runs/demo --split=test",
+    add_flags=_flags,
+    run=_run,
+    takes_settings=False,
+)

@@ -1,0 +1,54 @@
+"""What several commands do before their own work."""
+
+import argparse
+import os
+import sys
+
+
+def quiet() -> None:
+    """Keep the libraries' remarks on ordinary uses off the screen; their errors still show."""
+    import logging
+
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.ERROR)
+    # It logs a traceback of what it raises as well.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+
+
+def enable_compilation_cache() -> None:
+    """Keep compiled programs beside the prepared data, for the next start."""
+    from allattn import data
+    from allattn.sharding import compilation_cache
+
+    compilation_cache.enable(data.cache_dir())
+
+
+def join(arguments: argparse.Namespace) -> None:
+    """Find the other processes of the run, if there are any."""
+    from allattn.sharding import processes
+
+    processes.start(arguments.coordinator, arguments.processes, arguments.process, arguments.wait)
+    if processes.count() == 1:
+        return
+    _keep_output()
+    # Processes of two commands would ask each other different questions, and wait for answers that
+    # never come. So they compare their commands before anything else.
+    command = arguments.command
+    if getattr(arguments, "text", None) is not None:
+        command += " of a text"
+    processes.require_same_text("command", f"{command} by {processes.count()} processes")
+
+
+def _keep_output() -> None:
+    """Leave standard output to this program's own lines: gloo reports its connections there.
+
+    What this process prints goes to a copy of standard output. File descriptor 1, which gloo
+    writes to, becomes standard error.
+    """
+    sys.stdout.flush()
+    copy = os.dup(sys.stdout.fileno())
+    sys.stdout = os.fdopen(
+        copy, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors
+    )
+    os.dup2(sys.stderr.fileno(), 1)
