@@ -37,7 +37,8 @@ setup(
         "array_record>=0.8.6,<0.9",
         "ml-collections>=1.1,<2",
         "clu>=0.0.12,<0.1",
-        "tensorboard>=2.20,<3",
+        "tensorboard>=2.20,<3",  # shows the event files
+        "tensorboardX>=2.6,<3",  # writes them
         "etils[epath]>=1.12,<2",
         "rich>=14,<16",
         "matplotlib>=3.9,<4",

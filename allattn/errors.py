@@ -13,6 +13,10 @@ class RunError(RuntimeError):
     """A run that failed by itself, such as a loss that is not a number: exit code 1."""
 
 
+class NotANumberError(RunError):
+    """The loss, the gradient or a span of a training step is not a number."""
+
+
 class PreemptedError(RunError):
     """A run that was stopped from outside and has saved its state: exit code 75.
 

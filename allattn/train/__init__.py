@@ -9,7 +9,7 @@ its start to its scores. The rest, in the order in which a run needs it:
     accumulation.py optim.py gradients of a batch in parts, and the papers' update rules
     trainer.py               the pieces of a run: data, step, evaluation
     recorder.py metrics.py   what is measured, and what the logs and the screen show of it
-    jsonl.py progress.py clu_without_tensorflow.py   the writers
+    logs.py event_files.py jsonl.py progress.py   the writers
 """
 
 from allattn.train.context import (

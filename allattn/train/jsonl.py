@@ -3,12 +3,15 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
 
 from allattn.storage import paths
+
+# Marks the row of a start that resumed: rows of later steps above it were lost with their process.
+RESUMED = "resumed"
 
 
 class JsonlWriter:
@@ -19,12 +22,14 @@ class JsonlWriter:
 
     Args:
       workdir: folder or bucket URL; it exists.
+      first_step: updates made before this start. After an earlier start a row of its own says so,
+        and takes back what that one has written of later steps.
     """
 
     # Seconds between writes into a bucket.
     every = 60.0
 
-    def __init__(self, workdir: str) -> None:
+    def __init__(self, workdir: str, first_step: int) -> None:
         self._appends = not paths.is_url(workdir)
         # Rows that are not written yet; in a bucket, all rows of this start.
         self._rows: list[str] = []
@@ -38,6 +43,9 @@ class JsonlWriter:
         # A kill cut the last row short; the next one must not continue it.
         if self._appends and self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
             self._rows.append("\n")
+        # In a workdir where nothing was logged before, there is nothing to take back.
+        if any(epath.Path(workdir).glob("metrics*.jsonl")):
+            self._add(first_step, {RESUMED: True})
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Write the numbers of a step; JSON has no word for NaN or infinity, which become null."""
@@ -77,21 +85,40 @@ class JsonlWriter:
 def read_jsonl(workdir: str) -> list[dict[str, Any]]:
     """The rows of a run in the order of their steps.
 
-    What a resumed run did again replaces the older row: of rows of one step that begin with the
-    same name (nll, dev_nll), the newest counts. A row that a kill cut short is passed over.
+    What a resumed run did again replaces what was written before: its start takes back the rows of
+    all later steps, and of rows of one step that begin with the same name (nll, dev_nll), the
+    newest counts. Lines that are no rows are passed over, such as one that a kill cut short.
 
     Args:
       workdir: folder or bucket URL of the run.
+
+    Returns:
+      One dictionary per row, "step" and numbers or texts by name; empty where there is no log.
     """
     rows: dict[tuple[int, str | None], dict[str, Any]] = {}
     # The names of part files hold their times, so sorted they are in the order of the starts.
     for path in sorted(epath.Path(workdir).glob("metrics*.jsonl")):
-        for line in path.read_text().splitlines():
+        for row in _rows(path):
             # Of a later start the row stands later, and replaces the older one here.
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
             first_name = next((name for name in row if name != "step"), None)
-            rows[row["step"], first_name] = row
+            if first_name == RESUMED:
+                rows = {key: kept for key, kept in rows.items() if key[0] <= row["step"]}
+            else:
+                rows[row["step"], first_name] = row
     return sorted(rows.values(), key=lambda row: row["step"])
+
+
+def _rows(path: epath.Path) -> Iterator[dict[str, Any]]:
+    """The rows of one file; lines of another kind are passed over."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except IsADirectoryError:
+        return
+    for line in lines:
+        # Errors of JSON and of Unicode are both ValueErrors.
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            yield row

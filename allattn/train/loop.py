@@ -10,7 +10,7 @@ from etils import epath
 
 from allattn import data
 from allattn.config import changed_fields, from_json, to_json, with_vocabulary
-from allattn.errors import PreemptedError
+from allattn.errors import NotANumberError, PreemptedError, RunError
 from allattn.model.parameters import parameter_count
 from allattn.sharding import processes
 from allattn.storage import checkpoint
@@ -69,11 +69,23 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
                 initial = initial or start.warm_start(trainer, trainer.dataset)
                 restored = trainer.fresh_state(initial)
             state, context_length = restored
-            state = _run(trainer, checkpoints, state, context_length, workdir, preemption)
+            # Only here it is known what a failure leaves.
+            try:
+                state = _run(trainer, checkpoints, state, context_length, workdir, preemption)
+            except NotANumberError as error:
+                raise RunError(f"{error}; {_last_good(checkpoints)}") from error
         scores = {"split": "test", "protocol": config.evaluate.protocol, "step": int(state.step)}
         scores |= trainer.evaluate(state.params, "test", preemption)
     _keep_scores(trainer, state, workdir, scores)
     return scores
+
+
+def _last_good(checkpoints: checkpoint.Checkpointer) -> str:
+    """What a run that failed has left."""
+    steps = checkpoints.steps()
+    if not steps:
+        return "there is no checkpoint from before"
+    return f"the last good checkpoint is that of step {steps[-1]}"
 
 
 def _differences(leader: str, own: str) -> str:
@@ -118,6 +130,8 @@ def _run(
             if not (preemption() or evaluates or done % c.checkpoint.every == 0):
                 continue
             recorder.flush()  # refuses a loss that is not a number, before it reaches a checkpoint
+            if done == total or preemption.reached:
+                recorder.log_rest()
 
             # A machine that is taken away has no time for an evaluation, only for a checkpoint.
             dev_nll = None

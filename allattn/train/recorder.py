@@ -18,10 +18,10 @@ import ml_collections
 from jax.sharding import Mesh
 
 from allattn.attention import best_here
-from allattn.errors import RunError
+from allattn.errors import NotANumberError
 from allattn.model import ModelConfig, Params, forward_flops
 from allattn.train import metrics
-from allattn.train.clu_without_tensorflow import create_writer
+from allattn.train.logs import Logs
 from allattn.train.progress import RunProgress
 
 # Steps that `train.profile` watches.
@@ -69,7 +69,7 @@ class Recorder:
         self._start_message = start_message
 
         # Where rows and lines go.
-        self._writer = create_writer(workdir)
+        self._logs = Logs(workdir, first_step)
         unit = "ppl" if words else "bpc"
         self._progress = RunProgress(total_steps, unit=unit)
         self._profiling = False
@@ -91,14 +91,16 @@ class Recorder:
 
     def __exit__(self, *error: Any) -> None:
         self._stop_profile()
-        self._writer.flush()
+        # What was read before an end of any kind is in the logs.
+        self.log_rest()
+        self._logs.close()
         self._progress.__exit__(*error)
 
     def record(self, step: int, values: metrics.TrainMetrics) -> None:
         """Take the metrics of a step and read those of the step before.
 
         Raises:
-          RunError: as `flush`.
+          NotANumberError: as `flush`.
         """
         self.flush()
         self._pending = (step, values)
@@ -125,23 +127,20 @@ class Recorder:
         """Read the metrics that are still on the device.
 
         Raises:
-          RunError: the loss or the gradient of that step is not a number.
+          NotANumberError: the loss or the gradient of that step is not a number.
         """
         if self._pending is None:
             return
         step, on_device = self._pending
         self._pending = None
-        self._step = step
 
         # All of them in one transfer.
         step_metrics = jax.device_get(on_device)
         values = step_metrics.compute()
         for name, description in WATCHED.items():
             if not math.isfinite(float(values[name])):
-                raise RunError(
-                    f"the {description} of step {step} is not a number; "
-                    f"the last good checkpoint is kept"
-                )
+                raise NotANumberError(f"the {description} of step {step} is not a number")
+        self._step = step
 
         # A row tells of all steps since the last one.
         if self._sum is None:
@@ -149,11 +148,13 @@ class Recorder:
         else:
             self._sum = self._sum.merge(step_metrics)
         if step % self._config.train.log_every == 0:
-            self._log(step)
+            self.log_rest()
 
-    def _log(self, step: int) -> None:
-        """Write a row of the steps since the last one."""
-        assert self._sum is not None
+    def log_rest(self) -> None:
+        """Write a row of the steps that were read since the last one, if there are any."""
+        if self._sum is None:
+            return
+        step = self._step
         train = self._config.train
         now = time.perf_counter()
         values = self._sum.compute()
@@ -169,7 +170,7 @@ class Recorder:
             flops=3 * tokens * forward,
             peak_flops=train.peak_flops * self._devices,
         )
-        self._writer.write_scalars(step, row)
+        self._logs.write_scalars(step, row)
         self._progress.update(step, {**row, **self._dev})
 
         self._sum = None
@@ -193,7 +194,7 @@ class Recorder:
         scores = self._evaluate(params, stop)
         # Shown beside every training score from now on, until the next evaluation.
         self._dev = {f"dev_{name}": scores[name] for name in DEV_SCORES if name in scores}
-        self._writer.write_scalars(self._step, self._dev)
+        self._logs.write_scalars(self._step, self._dev)
 
         # The line on the screen.
         score = f"{scores['bpc']:.4f} bpc"

@@ -11,7 +11,7 @@ import numpy as np
 
 from allattn import data, sharding
 from allattn.config_checks import check_training
-from allattn.errors import RunError
+from allattn.errors import NotANumberError
 from allattn.evaluation import protocols, scoring
 from allattn.model import Params
 from allattn.storage import checkpoint
@@ -76,7 +76,7 @@ class Trainer(TrainProgram):
         """Choose the context length again from the spans, and make room in the cache if it grew.
 
         Raises:
-          RunError: a span is not a number.
+          NotANumberError: a span is not a number.
         """
         if not self.config.model.span.adaptive:
             return state, context_length
@@ -84,10 +84,7 @@ class Trainer(TrainProgram):
         # A NaN would compare as shorter than everything and go unseen.
         longest = float(jnp.max(state.params["layers"]["span"]))
         if not math.isfinite(longest):
-            raise RunError(
-                f"a span of step {int(state.step)} is not a number; "
-                f"the last good checkpoint is kept"
-            )
+            raise NotANumberError(f"a span of step {int(state.step)} is not a number")
         chosen = choose_context_length(self.config, longest, context_length)
         if chosen > context_length:
             cache_XBSD = grow_cache(state.cache, chosen, self.config.model.span.limit)

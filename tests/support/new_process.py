@@ -26,7 +26,7 @@ from jax._src import compiler
 
 # The package, and what it imports where it is needed.
 IMPORTED = ["allattn.__main__", "allattn.train", "allattn.run", "allattn.data.builders"]
-IMPORTED += ["tensorboard.summary.writer.event_file_writer", "command_line", "tiny_model"]
+IMPORTED += ["tensorboardX.event_file_writer", "command_line", "tiny_model"]
 # What JAX reads when it is imported, for all copies.
 SURROUNDINGS = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": TEST_PATH}
 _originals = multiprocessing.get_context("forkserver")

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from allattn.train import clu_without_tensorflow, jsonl, metrics
+from allattn.train import jsonl, metrics
+from allattn.train.logs import Logs
 from allattn.train.progress import RunProgress
 
 ROOT = Path(__file__).parents[2]
 
 
-def write(workdir: Path, rows: dict[int, dict[str, float]]) -> None:
-    writer = clu_without_tensorflow.create_writer(str(workdir))
+def write(workdir: Path, rows: dict[int, dict[str, float]], first_step: int = 0) -> None:
+    writer = Logs(str(workdir), first_step)
     for step, scalars in rows.items():
         writer.write_scalars(step, scalars)
     writer.close()
@@ -29,7 +30,7 @@ def write(workdir: Path, rows: dict[int, dict[str, float]]) -> None:
 
 def test_event_files(tmp_path: Path) -> None:
     """TensorBoard itself reads back the numbers and the texts."""
-    writer = clu_without_tensorflow.create_writer(str(tmp_path))
+    writer = Logs(str(tmp_path), 0)
     writer.write_scalars(1, {"nll": 2.5, "mean_span": np.float32(17)})
     writer.write_scalars(2, {"nll": jnp.float32(2.25)})
     writer.write_texts(2, {"sample": "été, 3 < 4\nnext line"})
@@ -46,15 +47,50 @@ def test_event_files(tmp_path: Path) -> None:
 
 def test_a_second_start_adds_to_the_event_files(tmp_path: Path) -> None:
     write(tmp_path, {1: {"nll": 3.0}})
-    write(tmp_path, {2: {"nll": 2.0}})
+    write(tmp_path, {2: {"nll": 2.0}}, first_step=1)
     events = EventAccumulator(str(tmp_path)).Reload()
-    # Files of one second are read in the order of their names, which is not that of the steps.
-    assert {event.step: event.value for event in events.Scalars("nll")} == {1: 3.0, 2: 2.0}
+    # Also within one second: files are read in the order of their names.
+    assert [(event.step, event.value) for event in events.Scalars("nll")] == [(1, 3.0), (2, 2.0)]
+
+
+def test_resuming_hides_what_was_lost(tmp_path: Path) -> None:
+    """After a kill at step 35 and a resume at 20, both logs have every step once.
+
+    What a row of a partial interval told of is among what was lost.
+    """
+    write(tmp_path, {10: {"nll": 4.0}, 20: {"nll": 3.0}, 30: {"nll": 9.0}, 35: {"nll": 9.0}})
+    write(tmp_path, {20: {"dev_nll": 5.0}, 30: {"nll": 2.0}, 40: {"nll": 1.0}}, first_step=20)
+    expected = [(10, 4.0), (20, 3.0), (30, 2.0), (40, 1.0)]
+    rows = jsonl.read_jsonl(str(tmp_path))
+    assert [(row["step"], row["nll"]) for row in rows if "nll" in row] == expected
+    assert [row["step"] for row in rows if "dev_nll" in row] == [20]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("nll")] == expected
+    assert [event.step for event in events.Scalars("dev_nll")] == [20]
+
+
+def test_lines_that_are_no_rows(tmp_path: Path) -> None:
+    """They are passed over; so is a folder of that name."""
+    write(tmp_path, {10: {"nll": 3.0}})
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'not JSON\n\xff\n[1]\n3\nnull\n{"nll": 1}\n{"step": "ten"}\n\n')
+    (tmp_path / "metrics-1.jsonl").mkdir()
+    assert jsonl.read_jsonl(str(tmp_path)) == [{"step": 10, "nll": 3.0}]
+    assert jsonl.read_jsonl(str(tmp_path / "nowhere")) == []
+
+
+def test_beginning_again(tmp_path: Path) -> None:
+    """A run that left rows and no checkpoint begins again at step 0: those rows count no longer."""
+    write(tmp_path, {3: {"nll": 9.0}})
+    write(tmp_path, {5: {"nll": 1.0}})
+    assert jsonl.read_jsonl(str(tmp_path)) == [{"step": 5, "nll": 1.0}]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("nll")] == [5]
 
 
 def test_jsonl(tmp_path: Path) -> None:
     """A row is in the file as soon as it is written: a kill loses nothing."""
-    writer = clu_without_tensorflow.create_writer(str(tmp_path))
+    writer = Logs(str(tmp_path), 0)
     writer.write_scalars(1, {"nll": np.float64(2.5), "max_span": jnp.int32(8)})
     writer.write_texts(1, {"sample": "été\u2028"})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -76,8 +112,8 @@ def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
 def test_steps_done_again_replace_the_older_rows(tmp_path: Path) -> None:
     """Also when the second start logs one number more; a row of another kind stays."""
     write(tmp_path, {10: {"nll": 3.0}, 20: {"nll": 2.0}, 30: {"nll": 1.0}})
-    write(tmp_path, {20: {"dev_nll": 9.0}})
-    write(tmp_path, {20: {"nll": 2.5, "mfu": 0.1}, 30: {"nll": 1.5, "mfu": 0.1}})
+    write(tmp_path, {20: {"dev_nll": 9.0}}, first_step=30)
+    write(tmp_path, {20: {"nll": 2.5, "mfu": 0.1}, 30: {"nll": 1.5, "mfu": 0.1}}, first_step=30)
     assert jsonl.read_jsonl(str(tmp_path)) == [
         {"step": 10, "nll": 3.0},
         {"step": 20, "nll": 2.5, "mfu": 0.1},
@@ -91,7 +127,7 @@ def test_a_row_that_a_kill_cut_short(tmp_path: Path) -> None:
     write(tmp_path, {10: {"nll": 3.0}, 20: {"nll": 2.0}})
     path = tmp_path / "metrics.jsonl"
     os.truncate(path, path.stat().st_size - 4)
-    write(tmp_path, {20: {"nll": 2.5}, 30: {"nll": 1.0}})
+    write(tmp_path, {20: {"nll": 2.5}, 30: {"nll": 1.0}}, first_step=10)
     rows = jsonl.read_jsonl(str(tmp_path))
     assert [(row["step"], row["nll"]) for row in rows] == [(10, 3.0), (20, 2.5), (30, 1.0)]
 
@@ -110,7 +146,7 @@ def test_where_nothing_can_be_appended(tmp_path: Path) -> None:
     """The file is written whole, at once if the last time is long ago and otherwise at the next
     flush.
     """
-    writer = jsonl.JsonlWriter(str(tmp_path))
+    writer = jsonl.JsonlWriter(str(tmp_path), 0)
     writer._appends = False
     writer.every = 3600.0
     writer.write_scalars(1, {"nll": 3.0})
@@ -134,19 +170,29 @@ def test_other_processes_write_nothing(
     assert capsys.readouterr().out == ""
 
 
-def test_no_tensorflow(tmp_path: Path) -> None:
-    """Not even where it is installed: importing it takes seconds and the accelerator's memory."""
+def test_importing_changes_nothing(tmp_path: Path) -> None:
+    """No module of another name is ours, none is replaced, and TensorFlow stays away, even where it
+    is installed: importing it takes seconds and the accelerator's memory.
+    """
     (tmp_path / "tensorflow").mkdir()
     (tmp_path / "tensorflow" / "__init__.py").write_text("")
     code = f"""
 import sys
 from allattn import train
-from allattn.train import clu_without_tensorflow
-writer = clu_without_tensorflow.create_writer({str(tmp_path)!r})
-writer.write_scalars(1, {{"nll": 1.0}})
-writer.write_texts(1, {{"sample": "x"}})
-writer.close()
+from allattn.train.logs import Logs
+logs = Logs({str(tmp_path)!r}, 1)
+logs.write_scalars(1, {{"nll": 1.0}})
+logs.write_texts(1, {{"sample": "x"}})
+logs.close()
 assert "tensorflow" not in sys.modules
+assert "tensorboard.compat.notf" not in sys.modules
+for name, module in sys.modules.items():
+    # What was imported from a file or is built in has a specification; what is put there has none.
+    foreign = name.split(".")[0] not in ("__main__", "allattn")
+    home = getattr(getattr(module, "__spec__", None), "origin", None) or ""
+    assert not (foreign and "/allattn/" in home), name
+    if name.startswith(("clu", "tensorboard", "tensorflow")):
+        assert module.__spec__ is not None and module.__spec__.name == name, name
 """
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}

@@ -294,12 +294,52 @@ def test_loss_that_is_not_a_number(texts: str, tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Trainer, "step", poison)
-        with pytest.raises(RunError, match="step 16 is not a number"):
+        with pytest.raises(
+            RunError, match="step 16 .* the last good checkpoint is that of step 10$"
+        ):
             train.train_and_evaluate(c, str(tmp_path / "run"))
     with Checkpointer(str(tmp_path / "run"), create=False) as checkpoints:
         assert checkpoints.steps() == [10]
     rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert max(json.loads(row)["step"] for row in rows) == 15
+
+
+def test_rows_of_partial_intervals(
+    texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies between the last multiple of log_every and an end is logged, and once: of a failure
+    before the first multiple, of a run that resumes, of a last interval that is shorter.
+    """
+    c = base.get_config()
+    c.update_from_flattened_dict(settings(texts, train__steps=13, train__finetune_steps=0))
+    c.train.log_every = 5
+    c.checkpoint.every = 100
+    workdir = str(tmp_path / "run")
+    scores = {"nll": 1.0, "bpc": 1.4, "tokens": 9}
+    monkeypatch.setattr(train.Trainer, "evaluate", lambda *_: scores)
+    advance = train.Trainer.step
+
+    def poison(self: train.Trainer, state: train.TrainState, *rest: Any) -> Any:
+        state, values = advance(self, state, *rest)
+        if int(state.step) == 4:
+            values = values.replace(nll=values.nll.replace(total=jnp.nan))
+        return state, values
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Trainer, "step", poison)
+        message = "the loss of step 4 is not a number; there is no checkpoint from before$"
+        with pytest.raises(RunError, match=message):
+            train.train_and_evaluate(c, workdir)
+    assert [row["step"] for row in read_jsonl(workdir)] == [3]
+
+    # The rows before the failure were lost with it, and are written again.
+    train.train_and_evaluate(c, workdir)
+    c.train.steps = 14
+    train.train_and_evaluate(c, workdir)
+    rows = [row for row in read_jsonl(workdir) if "nll" in row]
+    assert [row["step"] for row in rows] == [5, 10, 13, 14]
+    for row in rows:
+        assert row["tokens_per_s"] > 0
 
 
 def test_gradient_that_is_not_a_number(
