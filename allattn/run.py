@@ -24,6 +24,7 @@ from allattn.evaluation import protocols, scoring
 from allattn.evaluation import sampling as sampler
 from allattn.evaluation.sampling import Sampling
 from allattn.model import Model, ModelConfig, Params
+from allattn.model.parameters import check_spans
 from allattn.sharding import processes
 from allattn.storage import checkpoint, paths
 
@@ -191,6 +192,7 @@ def load(workdir: str | os.PathLike[str], step: int | str | None = None) -> Run:
         model = Model(ModelConfig.from_config(config))
         abstract = jax.eval_shape(model.init, jax.random.key(0))
         params = checkpoints.restore_params(checkpoint.on_one_device(abstract), number)
+    check_spans(params, f"checkpoint {number} in {checkpoints.workdir}")
     vocabulary = data.Vocabulary.from_json(meta["vocabulary"])
     return Run(model, params, config, vocabulary, number)
 

@@ -50,7 +50,7 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         raise UserError(
             "expected --checkpoint and --config to import, or --export (and --step) to export"
         )
-    print(json.dumps(summary), flush=True)
+    print(json.dumps(summary, allow_nan=False), flush=True)
 
 
 COMMAND = Command(

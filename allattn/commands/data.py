@@ -25,7 +25,7 @@ def _run(arguments: argparse.Namespace, _: dict[str, str]) -> None:
     dataset = data.prepare(
         arguments.dataset, arguments.data_dir, arguments.manual_dir, arguments.unit
     )
-    print(json.dumps(dataset.summary()), flush=True)
+    print(json.dumps(dataset.summary(), allow_nan=False), flush=True)
 
 
 COMMAND = Command(

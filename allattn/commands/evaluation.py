@@ -1,7 +1,6 @@
 """`allattn evaluate`: score a checkpoint; prints one JSON line last."""
 
 import argparse
-import json
 
 from allattn.commands import flags, session
 from allattn.commands.command import Command
@@ -30,6 +29,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace, _: dict[str, str]) -> None:
     from allattn import run, sharding
     from allattn.evaluation import protocols
+    from allattn.evaluation import scores as reported
     from allattn.sharding import processes
 
     # Before JAX is first used: the other processes, and a device per core on a CPU.
@@ -46,7 +46,8 @@ def _run(arguments: argparse.Namespace, _: dict[str, str]) -> None:
     )
     # All processes have the scores; the first prints them.
     if processes.index() == 0:
-        print(json.dumps(scores), flush=True)
+        print(reported.to_json(scores), flush=True)
+    reported.require_finite(scores)
 
 
 COMMAND = Command(

@@ -1,7 +1,6 @@
 """`allattn train`: train or resume; ends with an evaluation of the test split."""
 
 import argparse
-import json
 
 from allattn.commands import flags, session
 from allattn.commands.command import Command
@@ -17,6 +16,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from allattn import config, config_checks, sharding, train
+    from allattn.evaluation import scores as reported
     from allattn.sharding import processes
 
     # Mistakes in the configuration first, then what must precede the first use of JAX.
@@ -30,7 +30,8 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     scores = train.train_and_evaluate(c, arguments.workdir)
     if processes.index() == 0:
         print(f"checkpoints: {arguments.workdir}/checkpoints", flush=True)
-        print(json.dumps(scores), flush=True)
+        print(reported.to_json(scores), flush=True)
+    reported.require_finite(scores)
 
 
 COMMAND = Command(

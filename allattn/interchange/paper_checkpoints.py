@@ -1,12 +1,12 @@
 """Checkpoints of the papers' own code, imported and exported.
 
-`paper_state_dicts.py` has the names and axes of their tensors. Both directions only move numbers: a
-checkpoint that is imported and exported again is the same bit by bit. Ids are not renumbered: a
-checkpoint's vocabulary must have the order of ours, which for adaptive-span is theirs.
+`paper_state_dicts.py` has the names and axes of their tensors, `state_files.py` reads their files.
+Both directions only move numbers: a float32 checkpoint that is imported and exported again is the
+same bit by bit. Ids are not renumbered: a checkpoint's vocabulary must have the order of ours,
+which for adaptive-span is theirs.
 """
 
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,16 @@ import numpy as np
 from allattn import data
 from allattn.config import with_vocabulary
 from allattn.errors import UserError
+from allattn.interchange import state_files
 from allattn.interchange.paper_state_dicts import SOURCES, Entry, Source, State
 from allattn.model import Model, ModelConfig, Params
-from allattn.model.parameters import parameter_count
+from allattn.model.parameters import check_spans, parameter_count
 from allattn.run import load
 from allattn.storage import checkpoint
+
+# Of names that do not fit, as many of a kind are in the message.
+SHOWN_NAMES = 3
+
 
 # --- parameters --------------------------------------------------------------------------------
 
@@ -58,8 +63,8 @@ def to_ours(state: State, abstract: Params, entries: list[Entry]) -> Params:
       The parameters, nested as `abstract`.
 
     Raises:
-      UserError: lists the keys that are missing, those that have no place here and those of another
-        shape.
+      UserError: counts the keys that are missing, those that have no place here and those of
+        another shape, and names the first of each.
     """
     _check_keys(state, abstract, entries)
     params = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), abstract)
@@ -74,23 +79,39 @@ def to_ours(state: State, abstract: Params, entries: list[Entry]) -> Params:
     return params
 
 
-def _check_keys(state: State, abstract: Params, entries: list[Entry]) -> None:
-    """Refuse a state dict whose keys or shapes are not those of the configuration."""
-    # What would be exported says what is expected. The zeros are views of one number, so that no
-    # memory is needed.
-    zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), abstract)
-    expected = {name: x.shape for name, x in to_theirs(zeros, entries).items()}
+def _check_keys(state: Mapping[str, Any], abstract: Params, entries: list[Entry]) -> None:
+    """Refuse a state dict whose names or shapes are not those of the configuration."""
+    expected = _expected_shapes(abstract, entries)
+    missing = [name for name in expected if name not in state]
+    homeless = [name for name in state if name not in expected]
+    misshapen = [
+        f"{name}: expected shape {shape}, found {state[name].shape}"
+        for name, shape in expected.items()
+        if name in state and state[name].shape != shape
+    ]
+    # All that is wrong in one message, the first of every kind by name.
+    wrong = {
+        "missing": missing,
+        "with no place in this configuration": homeless,
+        "of another shape": misshapen,
+    }
+    parts = [f"{len(x)} {kind} ({_first(x)})" for kind, x in wrong.items() if x]
+    if parts:
+        count = sum(map(len, wrong.values()))
+        raise UserError(f"{count} keys do not fit the configuration: {'; '.join(parts)}")
 
-    # All that is wrong in one message: what is missing, what is too much, what has another shape.
-    wrong = [f"{name} missing" for name in expected if name not in state]
-    for name in state:
-        if name not in expected:
-            wrong.append(f"{name} has no place in this configuration")
-    for name, shape in expected.items():
-        if name in state and state[name].shape != shape:
-            wrong.append(f"{name}: expected shape {shape}, found {state[name].shape}")
-    if wrong:
-        raise UserError(f"{len(wrong)} keys do not fit the configuration: {'; '.join(wrong)}")
+
+def _expected_shapes(abstract: Params, entries: list[Entry]) -> dict[str, tuple[int, ...]]:
+    """Shapes of their tensors, by name: those of what would be exported."""
+    # The zeros are views of one number, so that no memory is needed.
+    zeros = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), abstract)
+    return {name: x.shape for name, x in to_theirs(zeros, entries).items()}
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
+    text = ", ".join(names[:SHOWN_NAMES])
+    return f"{text}, ..." if len(names) > SHOWN_NAMES else text
 
 
 def _at(params: Params, path: str) -> Any:
@@ -119,7 +140,8 @@ def convert(
       parameters (their number) and tensors (of the state dict).
 
     Raises:
-      UserError: file, configuration, data and workdir do not fit each other.
+      UserError: file, configuration, data and workdir do not fit each other, or the numbers are
+        none that a trained network has.
     """
     # The network that the configuration and its data set describe.
     dataset = data.prepare(
@@ -130,10 +152,10 @@ def convert(
     table = _source(source, config)
 
     # Their parameters, each once, in our arrangement.
-    state = _read(file)
-    _drop_extras(state, table, model.config, file)
+    state = _read(file, table, model)
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     params = to_ours(state, abstract, table.entries(model.config))
+    check_spans(params, file)
 
     # A checkpoint of step 0 without optimizer and cache.
     with checkpoint.Checkpointer(workdir) as checkpoints:
@@ -147,20 +169,42 @@ def convert(
     return {"parameters": parameter_count(params), "tensors": len(state)}
 
 
-def _drop_extras(state: State, table: Source, config: ModelConfig, file: str) -> None:
-    """Remove from a state dict what is no parameter, and what is stored a second time."""
-    for name in table.constants(config):
-        state.pop(name, None)
-    for copy, original in table.copies(config).items():
-        # Where one of the two is missing, the check of the keys names it.
-        if copy not in state or original not in state:
-            continue
-        value = state.pop(copy)
-        if not np.array_equal(value, state[original]):
-            raise UserError(
-                f"{file}: expected {copy} to equal {original}, with which it is shared, "
-                "found another"
-            )
+def _read(file: str, table: Source, model: Model) -> State:
+    """The parameters of a state dict, each once; nothing is read that the model does not have."""
+    # Names as the table has them.
+    entries = table.entries(model.config)
+    tensors, prefix = state_files.without_prefix(
+        state_files.read(file), [entry.theirs for entry in entries]
+    )
+    if prefix not in ("", table.prefix):
+        print(f"{file}: names are read without their prefix {prefix!r}", flush=True)
+
+    # What is no parameter is not read, and a copy only where its original is there. Where one of
+    # the two is missing, the check of the keys names it.
+    for name in table.constants(model.config):
+        tensors.pop(name, None)
+    copies = {}
+    for copy, original in table.copies(model.config).items():
+        if copy in tensors and original in tensors:
+            copies[copy] = tensors.pop(copy)
+            _check_copy(file, copy, original, copies[copy].shape == tensors[original].shape)
+    _check_keys(tensors, jax.eval_shape(model.init, jax.random.key(0)), entries)
+
+    # The numbers, now that every shape is one of the model's.
+    state = {name: state_files.numbers(file, name, x) for name, x in tensors.items()}
+    for copy, tensor in copies.items():
+        original = table.copies(model.config)[copy]
+        value = state_files.numbers(file, copy, tensor)
+        _check_copy(file, copy, original, np.array_equal(value, state[original]))
+    return state
+
+
+def _check_copy(file: str, copy: str, original: str, equal: bool) -> None:
+    """Refuse a tensor that is stored a second time and differs."""
+    if not equal:
+        raise UserError(
+            f"{file}: expected {copy} to equal {original}, with which it is shared, found another"
+        )
 
 
 def export(source: str, workdir: str, file: str, step: int | str | None = None) -> dict[str, Any]:
@@ -216,58 +260,3 @@ def _source(name: str, config: ml_collections.ConfigDict) -> Source:
             f"joint, found {model.layer} and {model.integration}"
         )
     return source
-
-
-# --- reading -----------------------------------------------------------------------------------
-
-
-def _read(file: str) -> State:
-    """A state dict from a file, its names without what a data-parallel wrapper puts before them."""
-    if not Path(file).is_file():
-        raise UserError(f"--checkpoint: expected a file, found none at {file}")
-    state = _read_npz(file) if file.endswith(".npz") else _read_torch(file)
-    return {name.removeprefix("module."): x for name, x in state.items()}
-
-
-def _read_npz(file: str) -> State:
-    # Another kind of file, or one that was cut short, raises one of many kinds of errors.
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            return dict(arrays)
-    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"--checkpoint: {file} cannot be read as arrays by name: {error}"
-        ) from error
-
-
-def _read_torch(file: str) -> State:
-    """The state dict of a .pt file: the whole of it, or its entry "model"."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            f"--checkpoint: {file} needs PyTorch: pip install 'allattn[torch]', or give an .npz"
-        ) from None
-    # A pickle can run any code when it is read: nothing but tensors is unpickled.
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle's errors are of many kinds
-        raise UserError(
-            f"--checkpoint: {file} holds no state dict (save `model.state_dict()`): "
-            f"{str(error)[:200]}"
-        ) from error
-    # Their training code saves more beside it.
-    if isinstance(content, Mapping):
-        content = content.get("model", content)
-    if not _is_state_dict(content, torch.Tensor):
-        raise UserError(
-            f"--checkpoint: {file}: expected a state dict of tensors, or one under `model`, "
-            "found another"
-        )
-    return {name: x.numpy() for name, x in content.items()}
-
-
-def _is_state_dict(content: Any, tensor: type) -> bool:
-    if not isinstance(content, Mapping):
-        return False
-    return all(isinstance(x, tensor) for x in content.values())

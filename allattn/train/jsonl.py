@@ -61,7 +61,7 @@ class JsonlWriter:
 
     def _add(self, step: int, row: Mapping[str, Any]) -> None:
         # The step first, which `read_jsonl` skips to find the kind of the row.
-        self._rows.append(json.dumps({"step": int(step), **row}) + "\n")
+        self._rows.append(json.dumps({"step": int(step), **row}, allow_nan=False) + "\n")
         if self._appends or time.monotonic() - self._write_time >= self.every:
             self.flush()
 

@@ -1,7 +1,6 @@
 """A run from its start to its scores, and the loop between."""
 
 import contextlib
-import json
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from etils import epath
 from allattn import data
 from allattn.config import changed_fields, from_json, to_json, with_vocabulary
 from allattn.errors import NotANumberError, PreemptedError, RunError
+from allattn.evaluation import scores as reported
 from allattn.model.parameters import parameter_count
 from allattn.sharding import processes
 from allattn.storage import checkpoint
@@ -171,7 +171,7 @@ def _keep_scores(trainer: Trainer, state: TrainState, workdir: str, scores: dict
         "parameters": parameter_count(state.params),
         "trained_tokens": int(state.step) * train.batch * train.block,
     }
-    text = json.dumps({**scores, **size}) + "\n"
+    text = reported.to_json({**scores, **size}) + "\n"
 
     # A run that is complete leaves the file as it is when it is started again.
     path = epath.Path(workdir) / "scores.json"

@@ -7,6 +7,7 @@ from allattn.config_checks import MAY_CHANGE_ON_RESUMING, MAY_CHANGE_ON_WARM_STA
 from allattn.data import Dataset
 from allattn.errors import UserError
 from allattn.model import Params
+from allattn.model.parameters import check_spans
 from allattn.storage import checkpoint
 from allattn.train.program import TrainProgram
 from allattn.train.state import TrainState
@@ -51,6 +52,7 @@ def restore(
 
     # Parameters that were converted from another implementation start a run at step 0.
     params, optimizer, cache_XBSD, meta = restored
+    check_spans(params, f"the checkpoint of step {meta['step']} in {checkpoints.workdir}")
     if meta.get("params_only"):
         return program.fresh_state(params)
     return program.restored_state((params, optimizer, cache_XBSD), meta)
@@ -89,4 +91,6 @@ def warm_start(program: TrainProgram, dataset: Dataset) -> Params | None:
             )
 
         # Parameters are the same for every context length.
-        return checkpoints.restore_params(program.abstract_state(1).params)
+        params = checkpoints.restore_params(program.abstract_state(1).params)
+    check_spans(params, f"train.init_from: {source}")
+    return params

@@ -17,6 +17,7 @@ import allattn
 from allattn.interchange.paper_checkpoints import to_ours, to_theirs
 from allattn.interchange.paper_state_dicts import SOURCES
 from allattn.model import Model
+from allattn.storage import checkpoint
 
 RECORDED = {
     "model_pers_span": "adaptive-span",
@@ -150,10 +151,10 @@ def test_a_converted_workdir_is_an_ordinary_one(trained: tuple[Path, Path], tmp_
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda state: state.pop("module.key_pe"), "key_pe missing"),
+        (lambda state: state.pop("module.key_pe"), "1 missing (key_pe)"),
         (
             lambda state: state.update({"module.extra": np.zeros(1)}),
-            "extra has no place in this configuration",
+            "1 with no place in this configuration (extra)",
         ),
         (
             lambda state: state.update({"module.in_emb.weight": np.zeros((3, 16))}),
@@ -277,3 +278,54 @@ def test_recorded_state_dicts(name: str) -> None:
     assert back.keys() == state.keys()
     for key in state:
         np.testing.assert_array_equal(back[key], state[key])
+
+
+# --- numbers that are none ------------------------------------------------------------------------
+
+
+def overwritten(run: Path, workdir: Path, leaf: str, value: float) -> Path:
+    """The run's parameters as those of a new workdir, with one number changed."""
+    with checkpoint.Checkpointer(run, create=False) as checkpoints:
+        meta = checkpoints.restore_meta()
+    params = jax.tree.map(np.array, allattn.load(run).params)
+    part = params[leaf.split("/")[0]]
+    part[leaf.split("/")[1]].flat[0] = value
+    with checkpoint.Checkpointer(workdir) as checkpoints:
+        checkpoints.save_params(0, params, {**meta, "step": 0, "params_only": True})
+    return workdir
+
+
+def strict(text: str) -> Any:
+    """JSON without the words that only Python knows."""
+    return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+
+def test_scores_that_are_not_numbers(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """JSON says null, and one line says why the command has failed."""
+    broken = overwritten(trained[0], tmp_path / "broken", "io/bias", np.nan)
+    found = call("evaluate", f"--workdir={broken}")
+    scores = strict(found.out.splitlines()[-1])
+    assert found.code == 1 and scores["nll"] is scores["bpc"] is None and scores["tokens"] > 100
+    assert (
+        found.err.startswith("allattn: nll, bpc, ppl: expected finite")
+        and len(found.err.splitlines()) == 1
+    )
+    # Training that has nothing left to do ends in the same way.
+    words = flags(trained[1], train__steps=0, train__finetune_steps=0)
+    again = call("train", *words, f"--workdir={broken}")
+    assert again.code == 1 and strict(again.out.splitlines()[-1])["nll"] is None
+    assert strict((broken / "scores.json").read_text())["nll"] is None
+
+
+@pytest.mark.parametrize("span", [-7.0, 1.5, np.nan])
+def test_a_checkpoint_with_no_span(trained: tuple[Path, Path], tmp_path: Path, span: float) -> None:
+    broken = overwritten(trained[0], tmp_path / "broken", "layers/span", span)
+    words = flags(trained[1])
+    for command, *rest in (("evaluate",), ("generate", "--prompt=a"), ("train", *words)):
+        found = call(command, *rest, f"--workdir={broken}")
+        assert found.code == 2 and found.err.count("\n") == 1
+        assert "expected spans from 0 to 1" in found.err and f"{span:g}" in found.err
+    begun = call(
+        "train", *flags(trained[1], train__init_from=broken), f"--workdir={tmp_path / 'x'}"
+    )
+    assert begun.code == 2 and "train.init_from: " in begun.err and "spans from 0" in begun.err
