@@ -18,8 +18,8 @@ help:  ## this list
 install: $(STAMP)  ## the package and its tests into .venv
 
 $(STAMP): setup.py
-	$(if $(filter 3.11 3.12,$(VERSION)),,$(error \
-	    expected Python 3.11 or 3.12, found $(or $(VERSION),no $(PYTHON)); name one, as in make PYTHON=python3.12))
+	$(if $(filter 3.11 3.12 3.13,$(VERSION)),,$(error \
+	    expected Python 3.11 to 3.13, found $(or $(VERSION),no $(PYTHON)); name one, as in make PYTHON=python3.12))
 	@echo "installing into .venv with Python $(VERSION) (about a minute)"
 	@$(PYTHON) -m venv $(FRESH) .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[test]'

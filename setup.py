@@ -1,14 +1,29 @@
 """Installation. Versions are bounded: below is what was tried, above what is not known yet."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+# Stated once, in the package.
+VERSION = re.findall(r'^__version__ = "(.*)"$', (ROOT / "allattn/__init__.py").read_text(), re.M)
+
+
+class BuildModules(build_py):
+    """Leaves out allattn/configs.py, which in a checkout stands for the package of that name."""
+
+    def find_package_modules(self, package, package_dir):
+        modules = super().find_package_modules(package, package_dir)
+        return [module for module in modules if module[:2] != ("allattn", "configs")]
+
 
 setup(
     name="allattn",
-    version="0.1.0",
+    version=VERSION[0],
     description="The all-attention network in JAX: persistent vectors, adaptive attention spans",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf8"),
     long_description_content_type="text/markdown",
     author="The allattn authors",
     license="Apache-2.0",
@@ -20,12 +35,26 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    python_requires=">=3.11,<3.13",
-    packages=find_packages(include=["allattn", "allattn.*"]),
-    package_data={"allattn": ["py.typed"], "allattn.attention": ["tuned.json"]},
+    python_requires=">=3.11,<3.14",
+    # The experiments and the launchers stand at the top level; they are installed in the package.
+    packages=[
+        *find_packages(include=["allattn", "allattn.*"]),
+        "allattn.configs",
+        "allattn.configs.ablations",
+        "allattn.launch",
+    ],
+    package_dir={"allattn.configs": "configs", "allattn.launch": "launch"},
+    package_data={
+        "allattn": ["py.typed"],
+        "allattn.attention": ["tuned.json"],
+        "allattn.launch": ["*.sh", "*.sbatch", "*.md", "*.ipynb"],
+    },
+    include_package_data=False,
+    cmdclass={"build_py": BuildModules},
     install_requires=[
         # 0.11.2 crashes on arrays of no elements, as of no pairs, within a mesh
         "jax>=0.10.2,!=0.11.2,<0.13",
@@ -57,6 +86,8 @@ setup(
             "nbclient>=0.10,<0.12",  # executes launch/colab.ipynb
             "nbformat>=5.10,<6",
             "ipykernel>=6.29,<8",
+            "build>=1.2,<2",  # the wheel that a test installs
+            "setuptools>=77,<100",  # which builds it where nothing can be fetched
             "etils[epath-gcs]>=1.12,<2",  # against a bucket that a test serves itself
         ],
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],

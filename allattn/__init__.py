@@ -9,6 +9,8 @@ from typing import Any
 
 from allattn.errors import RunError, UserError
 
+__version__ = "0.1.0"
+
 # Module and attribute behind each public name.
 _HOMES = {
     "all_attention": ("allattn.attention", "all_attention"),

@@ -1,27 +1,18 @@
 """Reading, overriding, comparing and storing configurations."""
 
-import contextlib
 import difflib
-import importlib.machinery
-import importlib.util
 import json
 import re
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import ml_collections
 
+from allattn import experiments
 from allattn.config_checks import FIELDS, MAY_CHANGE_ON_RESUMING
 from allattn.errors import UserError
-from allattn.urls import is_url
 
-# The folder of our package `configs`: the repository, in a checkout and where it is installed as
-# one (pip install -e).
-REPOSITORY = Path(__file__).resolve().parents[1]
-BASE = REPOSITORY / "configs" / "base.py"
+BASE = experiments.FOLDER / "base.py"
 
 # A field in configs/base.py: `c.model.depth = 18  # layers`.
 _FIELD_LINE = re.compile(r"c\.(?P<name>[\w.]+) = .*?(  # (?P<comment>.*))?")
@@ -34,7 +25,8 @@ def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.C
     """The configuration of an experiment file, with overrides.
 
     Args:
-      path: a Python file with `get_config()`.
+      path: a Python file with `get_config()`, or the name of one of ours, such as `demo` or
+        `ablations/joint_tiny`; `:ARGUMENT` behind it goes to get_config().
       overrides: values as text, by dotted name; each is read in the type of the field.
 
     Returns:
@@ -44,82 +36,11 @@ def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.C
       UserError: no such file, it fails or has no get_config(), an unknown field (the nearest is
         named) or a value of the wrong type.
     """
-    if is_url(path):
-        raise UserError(
-            "--config: expected a file on this machine, as it imports those beside it; "
-            f"found {path}"
-        )
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"--config: expected a Python file with get_config(), found no file {path}")
-    config = _read(file)
+    config = experiments.read(*experiments.find(path))
     # The command line has the last word.
     for name, text in (overrides or {}).items():
         set_field(config, name, text)
     return config.lock()
-
-
-def _read(file: Path) -> ml_collections.ConfigDict:
-    """Run an experiment file and call its get_config()."""
-    try:
-        with _configs_of(file):
-            module = _import(file)
-            config = module.get_config() if hasattr(module, "get_config") else None
-    # The file is the user's program, and may fail in any way.
-    except Exception as error:
-        raise UserError(f"--config: {file}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UserError(
-            f"--config: expected get_config() in {file} that returns a ConfigDict, found none"
-        )
-    return config
-
-
-@contextlib.contextmanager
-def _configs_of(file: Path) -> Iterator[None]:
-    """Within, `from configs import demo` finds a file beside `file` first, and ours second.
-
-    An experiment file may lie anywhere and build on ours. If it lies in a folder `configs` of its
-    own, it may build on those beside it too, and they hide ours of the same name. Two things make
-    that work:
-    - The folder around the file's `configs`, and then this repository, come first on Python's
-      search path. configs/__init__.py makes one package of all folders of that name on the path.
-    - Python keeps a module that it has imported under its name, but the same name means another
-      file for an experiment in another folder. So what an earlier experiment file has imported
-      as `configs...` is forgotten.
-    """
-    # Where Python looks first.
-    folders = [str(_folder_around_configs(file)), str(REPOSITORY)]
-    sys.path[:0] = folders
-    # What an earlier experiment file has imported.
-    imported = [name for name in sys.modules if name.split(".")[0] == "configs"]
-    for name in imported:
-        del sys.modules[name]
-    try:
-        yield
-    finally:
-        # One by one, since the experiment file may have changed the path too.
-        for folder in folders:
-            sys.path.remove(folder)
-
-
-def _folder_around_configs(file: Path) -> Path:
-    """The folder that holds the `configs` which a file lies in, otherwise the file's own folder."""
-    for parent in file.resolve().parents:
-        if parent.name == "configs":
-            return parent.parent
-    return file.resolve().parent
-
-
-def _import(file: Path) -> ModuleType:
-    """Run a file as a module, whatever its name ends in."""
-    # A loader of its own, since Python finds one by the ending of the name alone.
-    loader = importlib.machinery.SourceFileLoader(f"experiment_{file.stem}", str(file))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec is not None  # a loader always gives one
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
 
 
 # --- fields

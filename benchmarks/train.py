@@ -25,12 +25,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from allattn import data, sharding, train
+from allattn.configs import base
 from allattn.evaluation import protocols, scoring
 from allattn.model import Model, ModelConfig, forward_flops
 from allattn.train import optim
 from benchmarks import machine
 from benchmarks.geometries import GEOMETRIES, NETWORKS
-from configs import base
 
 VOCABULARY = 205  # symbols of enwik8
 

@@ -4,7 +4,7 @@ Command:   make demo    (or: allattn train --config=configs/demo.py --workdir=ru
 Hardware:  2 CPU cores; about three minutes.
 """
 
-from configs import base
+from allattn.configs import base
 
 
 def get_config():

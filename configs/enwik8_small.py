@@ -5,7 +5,7 @@ Hardware:  8 accelerators of 32 GB or more (the paper's setting: 8 V100); time n
 Published: 1.03 dev, 1.01 test bpc, protocol `authors` (arXiv 1907.01470, table 2).
 """
 
-from configs import base
+from allattn.configs import base
 
 
 def get_config():

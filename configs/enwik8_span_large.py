@@ -7,7 +7,7 @@ Hardware:  8 accelerators of 32 GB or more (the paper's setting: 8 V100); time n
 Published: 1.00 dev, 0.98 test bpc, protocol `authors` (arXiv 1905.07799, table 2).
 """
 
-from configs import base
+from allattn.configs import base
 
 
 def get_config():

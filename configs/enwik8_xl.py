@@ -6,7 +6,7 @@ Published: 1.06 test bpc, protocol `xl`, over a symbol stream without newlines (
            1901.02860, table 2), so not quite comparable with ours.
 """
 
-from configs import base
+from allattn.configs import base
 
 
 def get_config():

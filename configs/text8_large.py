@@ -6,7 +6,7 @@ Published: 1.02 dev, 1.08 test bpc, protocol `authors` (arXiv 1907.01470, table 
            not published.
 """
 
-from configs import base
+from allattn.configs import base
 
 
 def get_config():

@@ -6,7 +6,7 @@ Published: 1.05 dev, 1.11 test bpc, protocol `authors` (arXiv 1907.01470, table 
            not published.
 """
 
-from configs import base
+from allattn.configs import base
 
 
 def get_config():

@@ -5,7 +5,7 @@ Hardware:  16 accelerators of 32 GB or more; not yet run.
 Published: 1.08 test bpc, protocol `xl` (arXiv 1901.02860, table 3).
 """
 
-from configs import base
+from allattn.configs import base
 
 
 def get_config():

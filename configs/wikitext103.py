@@ -8,7 +8,7 @@ Published: 19.7 dev, 20.6 test ppl over words; 18.8 and 19.7 where the end of a 
            a token; protocol `authors` (arXiv 1907.01470).
 """
 
-from configs import base
+from allattn.configs import base
 
 
 def get_config():

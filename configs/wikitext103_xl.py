@@ -7,7 +7,7 @@ Hardware:  4 accelerators of 16 GB or more (60 rows must divide by them); not ye
 Published: 23.1 dev, 24.0 test ppl, protocol `xl` (arXiv 1901.02860, table 1).
 """
 
-from configs import base
+from allattn.configs import base
 
 
 def get_config():

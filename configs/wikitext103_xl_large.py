@@ -10,7 +10,7 @@ Hardware:  64 accelerators of 16 GB or more; not yet run.
 Published: 17.7 dev, 18.3 test ppl, protocol `xl` (arXiv 1901.02860, table 1).
 """
 
-from configs import base
+from allattn.configs import base
 
 
 def get_config():

@@ -24,7 +24,7 @@ ORDER = [
     {"evaluation"},
     {"data"},
     {"model", "storage"},
-    {"sharding", "config", "config_checks"},
+    {"sharding", "config", "config_checks", "experiments"},
     {"attention", "configs", "errors", "urls"},
 ]
 LEVEL = {package: level for level, packages in enumerate(reversed(ORDER)) for package in packages}
@@ -35,6 +35,9 @@ Arrows = dict[str, set[str]]
 def module_of(file: Path) -> str:
     """Dotted name of the module or package that a file is."""
     parts = file.relative_to(ROOT).with_suffix("").parts
+    # The experiments are installed within the package.
+    if parts[0] == "configs":
+        parts = ("allattn", *parts)
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -64,12 +67,11 @@ def imports(source: str, module: str, is_package: bool) -> Iterator[str]:
 
 
 def file_arrows() -> Arrows:
-    """For every file of `allattn`, the files of `allattn` and `configs` that it imports."""
+    """For every file of `allattn`, `configs` included, the files of it that it imports."""
     found: Arrows = {}
     for module, file in MODULES.items():
-        if module.split(".")[0] == "allattn":
-            names = imports(file.read_text(), module, file.stem == "__init__")
-            found[module] = set(names) & MODULES.keys()
+        names = imports(file.read_text(), module, file.stem == "__init__")
+        found[module] = set(names) & MODULES.keys()
     return found
 
 
@@ -77,9 +79,7 @@ def package_of(module: str) -> str:
     """The package or single file beside `allattn/__init__.py` that holds a module; "" is that
     file.
     """
-    first, *inner = module.split(".")
-    if first == "configs":
-        return first
+    inner = module.split(".")[1:]
     return inner[0] if inner else ""
 
 

@@ -10,7 +10,7 @@ Hardware:  2 CPU cores.
 Published: nothing of this size; the scores compare the variants with each other.
 """
 
-from configs import base
+from allattn.configs import base
 
 
 def get_config():

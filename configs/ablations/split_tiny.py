@@ -5,7 +5,7 @@ Command:   allattn train --config=configs/ablations/split_tiny.py --workdir=runs
 Hardware:  2 CPU cores; the rest as in joint_tiny.py.
 """
 
-from configs.ablations import joint_tiny
+from allattn.configs.ablations import joint_tiny
 
 
 def get_config():

@@ -8,7 +8,7 @@ Hardware:  8 accelerators of 32 GB or more (the paper's setting: 8 V100); time n
 Published: compared in the ablation of arXiv 1907.01470; no exact score is known to us.
 """
 
-from configs import text8_large
+from allattn.configs import text8_large
 
 
 def get_config():
