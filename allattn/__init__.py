@@ -18,6 +18,7 @@ _HOMES = {
     "generate": ("allattn.run", "generate"),
     "load": ("allattn.run", "load"),
     "load_config": ("allattn.config", "load"),
+    "plot_curves": ("allattn.plots", "plot_curves"),
     "read_metrics": ("allattn.train.jsonl", "read_jsonl"),
     "train_and_evaluate": ("allattn.train", "train_and_evaluate"),
 }

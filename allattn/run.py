@@ -11,7 +11,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_collections
@@ -27,6 +27,9 @@ from allattn.model import Model, ModelConfig, Params
 from allattn.model.parameters import check_spans
 from allattn.sharding import processes
 from allattn.storage import checkpoint, paths
+
+if TYPE_CHECKING:
+    from allattn.plots import Figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +158,18 @@ class Run:
         # A parameter is the share of the limit.
         share_XH = np.asarray(self.params["layers"]["span"])
         return share_XH * np.float32(config.limit)
+
+    def plot_spans(self) -> "Figure":
+        """Draw how far back every head of every layer looks.
+
+        Returns:
+          A matplotlib figure, which a notebook shows and `savefig` writes.
+        """
+        # matplotlib takes a while to import.
+        from allattn import plots
+
+        config = self.model.config
+        return plots.plot_spans(self.spans_XH(), config.limit, config.ramp, config.adaptive)
 
 
 def _read(text: str) -> bytes:

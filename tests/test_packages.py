@@ -20,7 +20,7 @@ ORDER = [
     {"__main__"},
     {"commands"},
     {"planning", "interchange", "sweep"},
-    {"train", "run"},
+    {"train", "run", "plots"},
     {"evaluation"},
     {"data"},
     {"model", "storage"},
