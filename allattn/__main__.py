@@ -53,8 +53,9 @@ def _main(argv: Sequence[str] | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         print("allattn: the output was closed before the end", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("allattn: interrupted; run again to resume from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        # A run that has saved its state says so.
+        print(f"allattn: {error or 'interrupted'}", file=sys.stderr)
         return 130
 
 

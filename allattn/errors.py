@@ -21,7 +21,20 @@ class PreemptedError(RunError):
     """A run that was stopped from outside and has saved its state: exit code 75.
 
     Launchers start the same command again on this code, and it resumes.
+
+    Args:
+      what: what was stopped and where, such as "stopped at step 7".
+      advice: how to go on.
     """
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}: this machine is being taken away; {advice}")
+        self.what = what
+        self.advice = advice
+
+
+class StoppedByKeyboard(KeyboardInterrupt):
+    """A run that Ctrl-C stopped, and that has saved its state: exit code 130."""
 
 
 def first_line(error: BaseException) -> str:

@@ -68,7 +68,8 @@ class Run:
         Raises:
           UserError: a missing file, a symbol outside the vocabulary, too short a text, or processes
             that differ.
-          PreemptedError: SIGTERM came while it scored; this call replaces the handler meanwhile.
+          PreemptedError, StoppedByKeyboard: SIGTERM, SIGHUP or Ctrl-C came while it scored; this
+            call replaces their handlers meanwhile.
         """
         protocol = protocol or self.config.evaluate.protocol
 

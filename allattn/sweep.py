@@ -298,7 +298,13 @@ def _run_logged(command: Sequence[str], log: epath.Path) -> tuple[int, str]:
         local = epath.Path(tempfile.mkdtemp()) / log.name
     # Errors in the same file, in the order in which they came.
     with local.open("w") as file:
-        process = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            # The terminal has told the run as well, which saves its state.
+            process.wait()
+            raise KeyboardInterrupt("stopped by Ctrl-C; run again to resume") from None
     printed = local.read_text()
     if local != log:
         log.write_text(printed)
@@ -356,23 +362,30 @@ def _figures(ended: Sequence[Result]) -> dict[str, str]:
     first = ended[0].scores
     unit = ended[0].unit
     test = [result.scores[unit] for result in ended]
-    return {
+    dev = [score for result in ended for score in _last_dev(result)]
+    figures = {
         "parameters": f"{first['parameters']:,}",
-        "MFLOP": f"{statistics.mean(_flops(result) for result in ended) / 1e6:.3g}",
         "steps": str(first["step"]),
         "tokens": f"{first['trained_tokens']:,}",
-        "dev": _spread([_last_dev(result) for result in ended]),
+        "dev": _spread(dev),
         "test": _spread(test),
         "unit": f"{unit}, {first['protocol']}",
         "seeds": str(len(ended)),
-        "seconds": f"{statistics.mean(_seconds(result) for result in ended):.0f}",
     }
 
+    # What a log tells, of the runs that have one: it may have been lost.
+    logged = [result for result in ended if result.logged]
+    if logged:
+        figures["MFLOP"] = f"{statistics.mean(_flops(result) for result in logged) / 1e6:.3g}"
+        figures["seconds"] = f"{statistics.mean(_seconds(result) for result in logged):.0f}"
+    return figures
 
-def _last_dev(result: Result) -> float:
-    """The last score on dev, in the unit that the run reports."""
+
+def _last_dev(result: Result) -> list[float]:
+    """The last score on dev, in the unit that the run reports; none in a run without one."""
     name = f"dev_{result.unit}"
-    return [row[name] for row in result.rows if name in row][-1]
+    scores = [row[name] for row in result.rows if row.get(name) is not None]
+    return scores[-1:]
 
 
 def _flops(result: Result) -> float:
@@ -392,7 +405,9 @@ def _checkpointed(workdir: epath.Path) -> ml_collections.ConfigDict:
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Mean over the seeds, with the standard deviation of several."""
+    """Mean over the seeds, with the standard deviation of several; "" without any."""
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.4f}"
     if len(values) == 1:
         return mean

@@ -5,6 +5,7 @@
 #   0   done
 #   2   a mistake in the command or the configuration: never tried again
 #   75  stopped with the state saved: started again after DELAY seconds, however often
+#   130 stopped by Ctrl-C: somebody wants it to stop, so it is not started again
 #   *   a crash: tried again after DELAY seconds, twice as long each time, until TRIES attempts in a row have crashed
 
 tries=5
@@ -62,7 +63,7 @@ retry() {
   while true; do
     code=0
     "$@" || code=$?
-    [[ $code != 0 && $code != 2 && ! $leaving ]] || return "$code"
+    [[ $code != 0 && $code != 2 && $code != 130 && ! $leaving ]] || return "$code"
     if ((code == 75)); then
       crashes=0 wait=$delay
       say "stopped with the state saved (exit code 75); starting again in $wait s"

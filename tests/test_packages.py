@@ -25,7 +25,7 @@ ORDER = [
     {"data"},
     {"model", "storage"},
     {"sharding", "config", "config_checks", "experiments"},
-    {"attention", "configs", "errors", "urls"},
+    {"attention", "configs", "errors", "signals", "urls"},
 ]
 LEVEL = {package: level for level, packages in enumerate(reversed(ORDER)) for package in packages}
 

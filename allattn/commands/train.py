@@ -2,6 +2,7 @@
 
 import argparse
 
+from allattn import signals
 from allattn.commands import flags, session
 from allattn.commands.command import Command
 
@@ -14,6 +15,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     flags.add_processes(parser)
 
 
+@signals.ending_at_once()
 def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from allattn import config, config_checks, sharding, train
     from allattn.evaluation import scores as reported

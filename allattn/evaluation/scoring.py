@@ -184,9 +184,7 @@ def score(
     for number in range(plan.blocks):
         # A sum over part of a split is no score, so nothing is returned.
         if stop():
-            raise PreemptedError(
-                "stopped while scoring: this machine is being taken away; run again to score"
-            )
+            raise PreemptedError("stopped while scoring", "run again to score")
         arrays = [spread.place(x_RT) for x_RT in read_block(tokens, local_plan, block, number)]
         cache, sums = score_block(model, mesh, end_of_line, params, cache, number * block, *arrays)
         # Sums are fetched one block late, so that the device never waits for this loop.

@@ -37,7 +37,8 @@ import jax
 from jax._src.distributed import global_state as _state  # the key-value store has no public name
 from jax.experimental import multihost_utils
 
-from allattn.errors import RunError, UserError, first_line
+from allattn import signals
+from allattn.errors import PreemptedError, RunError, StoppedByKeyboard, UserError, first_line
 
 T = TypeVar("T")
 
@@ -375,14 +376,19 @@ def _verdict(name: str, own: Message, answers: list[Message]) -> Message:
 
 
 class Preemption:
-    """Whether this run's machines are about to be taken away (SIGTERM).
+    """Whether this run is to stop: its machines are taken away (SIGTERM, SIGHUP), or Ctrl-C.
 
-    All processes learn of it at the same call, so that all of them save at the same step. Use it as
-    a context manager around the calls; every process must make the same ones.
+    All processes learn of it at the same call, so that all of them save at the same step, whichever
+    of them the signal came to. Use it as a context manager around the calls; every process must
+    make the same ones.
 
         with Preemption() as preemption:
             while not preemption():
                 ...
+
+    The first signal is noted; a second one does what it did outside. Where the first was Ctrl-C, a
+    PreemptedError leaves the context as StoppedByKeyboard, at the process that it came to: that one
+    ends with 130, others with 75. In threads other than the main one no signal is seen.
 
     Attributes:
       reached: the last answer.
@@ -391,19 +397,21 @@ class Preemption:
     def __init__(self) -> None:
         self.reached = False
         self._alone = count() == 1
-        self._previous_handler: Any = None
+        self._first: signal.Signals | None = None
+        self._before: signals.Handlers = {}
 
     def __enter__(self) -> "Preemption":
-        # With several processes JAX handles the signal. Python allows handlers in the main thread
-        # alone.
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if self._alone and in_main_thread:
-            self._previous_handler = signal.signal(signal.SIGTERM, self._on_signal)
+        # With several processes JAX handles SIGTERM, and tells all of them.
+        numbers = [number for number in signals.STOPPING if self._alone or number != signal.SIGTERM]
+        # Python allows handlers in the main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            self._before = signals.install(self._on_signal, numbers)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGTERM, self._previous_handler)
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        signals.restore(self._before)
+        if isinstance(error, PreemptedError) and self._first == signal.SIGINT:
+            raise StoppedByKeyboard(f"{error.what} by Ctrl-C; {error.advice}") from None
 
     def __call__(self) -> bool:
         """Ask once more; once true, it stays true."""
@@ -412,8 +420,18 @@ class Preemption:
             self.reached = multihost_utils.reached_preemption_sync_point(check)
         return self.reached
 
-    def _on_signal(self, *_: object) -> None:
-        self.reached = True
+    def _on_signal(self, number: int, _: object) -> None:
+        # Who sends a second one does not want to wait.
+        if self._first is not None:
+            signals.restore(self._before)
+            signal.raise_signal(number)
+            return
+        self._first = signal.Signals(number)
+        if self._alone:
+            self.reached = True
+        else:
+            # JAX takes it from here, as if this machine were taken away.
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def stop(code: int) -> None:

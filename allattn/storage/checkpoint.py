@@ -14,6 +14,7 @@ tests/storage/test_checkpoint.py kills processes in the middle of a save and dam
 
 import functools
 import importlib.metadata
+import json
 import logging
 import math
 import os
@@ -313,6 +314,28 @@ class Checkpointer:
         self._pending = self._worker.submit(
             self._write, step, copies, meta, score, until_written=True
         )
+
+    def score(self, step: int) -> float | None:
+        """The score on dev of a checkpoint, in nats; None: it has none."""
+        score = _score(self._manager.metrics(step) or {"dev_nll": None})
+        return score if math.isfinite(score) else None
+
+    def add_score(self, step: int, dev_nll: float) -> None:
+        """Give a checkpoint the score that it was saved without; it decides which is the best."""
+        self._wait()
+        # JSON has no word for NaN, and a NaN is no score.
+        if not math.isfinite(dev_nll):
+            return
+
+        def write() -> None:
+            if not processes.index():
+                path = self.folder / str(step) / "metrics" / "metrics"
+                with paths.reached(path):
+                    path.write_text(json.dumps({"dev_nll": dev_nll}))
+
+        # Orbax reads it again once it is there.
+        processes.first_on_leader("score", write)
+        self._manager.reload()
 
     def save_params(self, step: int, params: Any, meta: dict[str, Any]) -> None:
         """Write a checkpoint of parameters alone, from which a run can start.

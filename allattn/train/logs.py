@@ -21,7 +21,7 @@ class Logs:
     """
 
     def __init__(self, workdir: str, first_step: int) -> None:
-        # JSON lines last, so that who sees one there finds its event written too.
+        # The first process alone.
         self._writers: list[EventFileWriter | JsonlWriter] = []
         if not jax.process_index():
             self._writers.append(EventFileWriter(workdir, first_step))

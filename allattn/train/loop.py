@@ -35,7 +35,8 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
       UserError: the configuration does not fit the data, the devices or the workdir, or differs
         between processes.
       RunError: the loss is not a number.
-      PreemptedError: this machine is being taken away; the state is saved.
+      PreemptedError: this machine is being taken away (SIGTERM, SIGHUP); the state is saved.
+      StoppedByKeyboard: Ctrl-C, a KeyboardInterrupt; the state is saved.
     """
     # The order of a start. Do not change it:
     # 1. check configuration, data and devices, the same on all processes, before anything is
@@ -108,12 +109,22 @@ def _run(
     c = trainer.config
     first = int(state.step)
     total = c.train.steps + c.train.finetune_steps
-    if first >= total:
+    # A stop may have left a step without the evaluation that belongs to it.
+    is_due = first > 0 and _evaluates(c, first) and checkpoints.score(first) is None
+    if first >= total and not is_due:
         if not jax.process_index():
             print(f"{workdir} is complete: {first} of {total} steps", flush=True)
         return state
 
     with _recorder(trainer, workdir, total, state) as recorder:
+        if is_due:
+            dev_nll = _dev_score(recorder, state, preemption)
+            if dev_nll is not None:
+                checkpoints.add_score(first, dev_nll)
+        # A signal since the start: there is nothing to save yet.
+        if preemption():
+            raise PreemptedError(f"stopped at step {first}", "run again to resume")
+
         for step in range(first, total):
             # Once in a while: is the context still long enough for the spans?
             if step % c.model.span.check_every == 0:
@@ -126,25 +137,39 @@ def _run(
             recorder.record(done, values)
 
             # Most steps end here.
-            evaluates = done % c.evaluate.every == 0 or done == total
+            evaluates = _evaluates(c, done)
             if not (preemption() or evaluates or done % c.checkpoint.every == 0):
                 continue
             recorder.flush()  # refuses a loss that is not a number, before it reaches a checkpoint
             if done == total or preemption.reached:
                 recorder.log_rest()
 
-            # A machine that is taken away has no time for an evaluation, only for a checkpoint.
+            # A stop leaves time for a checkpoint only; the evaluation is made after resuming.
             dev_nll = None
-            if evaluates and not preemption.reached:
-                with contextlib.suppress(PreemptedError):
-                    dev_nll = recorder.evaluate(state.params, preemption)["nll"]
+            if evaluates:
+                dev_nll = _dev_score(recorder, state, preemption)
             arrays = (state.params, state.optimizer, state.cache)
             checkpoints.save(done, *arrays, trainer.meta(state, context_length), dev_nll)
             if preemption.reached:
-                raise PreemptedError(
-                    f"stopped at step {done}: this machine is being taken away; run again to resume"
-                )
+                raise PreemptedError(f"stopped at step {done}", "run again to resume")
     return state
+
+
+def _evaluates(config: ml_collections.ConfigDict, step: int) -> bool:
+    """Whether an evaluation on dev belongs to a step."""
+    total = config.train.steps + config.train.finetune_steps
+    return step % config.evaluate.every == 0 or step == total
+
+
+def _dev_score(
+    recorder: Recorder, state: TrainState, preemption: processes.Preemption
+) -> float | None:
+    """The score on dev in nats; None: the run is to stop."""
+    if preemption.reached:
+        return None
+    with contextlib.suppress(PreemptedError):
+        return recorder.evaluate(state.params, preemption)["nll"]
+    return None
 
 
 def _recorder(trainer: Trainer, workdir: str, total: int, state: TrainState) -> Recorder:

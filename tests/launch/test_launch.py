@@ -79,6 +79,22 @@ def test_slurm_says_what_it_would_do() -> None:
     ]
 
 
+def test_ended_before_it_could_say_so(tmp_path: Path) -> None:
+    """SIGTERM before a command's first line leaves 143 in place of 75: SLURM gets the job back."""
+    programs = {"srun": 'exit "$CODE"', "scontrol": f'echo "$@" >{tmp_path}/said'}
+    for name, body in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = launch("slurm.sbatch", *TRAIN, PATH=path, SLURM_JOB_ID="7", CODE="143")
+    assert done.returncode == 75 and (tmp_path / "said").read_text() == "requeue 7\n"
+
+
+def test_ctrl_c_is_not_started_again(tmp_path: Path) -> None:
+    done = run_local(tmp_path, "130", "--processes=1", "--delay=0")
+    assert done.returncode == 130 and len(starts(tmp_path)) == 1
+
+
 def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
     place = ["--name=a", "--zone=b", "--project=c"]
     mistakes = [
