@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import ml_collections
 from allattn import experiments
 from allattn.config_checks import FIELDS, MAY_CHANGE_ON_RESUMING
 from allattn.errors import UserError
+from allattn.urls import is_url
 
 BASE = experiments.FOLDER / "base.py"
 
@@ -21,13 +23,16 @@ _FIELD_LINE = re.compile(r"c\.(?P<name>[\w.]+) = .*?(  # (?P<comment>.*))?")
 # --- reading an experiment file
 
 
-def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.ConfigDict:
+def load(
+    path: str, overrides: dict[str, str] | None = None, text: str | None = None
+) -> ml_collections.ConfigDict:
     """The configuration of an experiment file, with overrides.
 
     Args:
       path: a Python file with `get_config()`, or the name of one of ours, such as `demo` or
         `ablations/joint_tiny`; `:ARGUMENT` behind it goes to get_config().
       overrides: values as text, by dotted name; each is read in the type of the field.
+      text: a text of one's own, a file or a folder, in the place of the file's data set.
 
     Returns:
       The locked configuration.
@@ -38,9 +43,21 @@ def load(path: str, overrides: dict[str, str] | None = None) -> ml_collections.C
     """
     config = experiments.read(*experiments.find(path))
     # The command line has the last word.
-    for name, text in (overrides or {}).items():
-        set_field(config, name, text)
+    values = _fields_of_text(text) | (overrides or {})
+    for name, value in values.items():
+        set_field(config, name, value)
     return config.lock()
+
+
+def _fields_of_text(text: str | None) -> dict[str, str]:
+    """What `--text` stands for, by dotted name."""
+    if text is None:
+        return {}
+    if not text:
+        raise UserError("--text: expected a file or a folder of files, found an empty name")
+    # A checkpoint keeps the path, and may be scored from another folder.
+    place = text if is_url(text) else os.path.abspath(os.path.expanduser(text))
+    return {"dataset.name": "files", "dataset.data_dir": place, "model.vocab_size": "0"}
 
 
 # --- fields
@@ -146,7 +163,21 @@ def from_json(text: str) -> ml_collections.ConfigDict:
             for name, value in section.items()
         }
 
-    return ml_collections.ConfigDict(json.loads(text, object_hook=with_tuples)).lock()
+    config = ml_collections.ConfigDict(json.loads(text, object_hook=with_tuples))
+    if "dataset" in config:
+        _complete(config.dataset)
+    return config.lock()
+
+
+def _complete(dataset: ml_collections.ConfigDict) -> None:
+    """Give fields that a stored configuration is too old to have the values that it meant."""
+    # Without effect on the papers' sets, which therefore get the default, and on other units.
+    symbols = (dataset.name, dataset.get("unit", "byte"))
+    by_appearance = symbols in {("files", "byte"), ("stdlib", "byte")}
+    if "numbering" not in dataset:
+        dataset.numbering = "appearance" if by_appearance else "value"
+    if "min_count" not in dataset:
+        dataset.min_count = int(symbols != ("files", "word"))
 
 
 def changed_fields(

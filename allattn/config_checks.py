@@ -65,6 +65,8 @@ FIELDS = {
     "dataset.name": Field(),
     "dataset.data_dir": Field(may_change=True),
     "dataset.unit": Field(),
+    "dataset.numbering": Field(),
+    "dataset.min_count": Field(least=0),
     # Layers
     "model.layer": Field(shapes=True),
     "model.integration": Field(shapes=True),

@@ -10,8 +10,9 @@ import dataclasses
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import ml_collections
@@ -19,6 +20,7 @@ import numpy as np
 
 from allattn import data, sharding
 from allattn.config import from_json
+from allattn.data.own_text import files_below
 from allattn.errors import UserError
 from allattn.evaluation import protocols, scoring
 from allattn.evaluation import sampling as sampler
@@ -30,6 +32,14 @@ from allattn.storage import checkpoint, paths
 
 if TYPE_CHECKING:
     from allattn.plots import Figure
+
+
+class _Scored(NamedTuple):
+    """The tokens that are scored, how much text each stands for, and a name nothing else has."""
+
+    tokens: data.TokenSource
+    bytes_per_token: float
+    name: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +69,8 @@ class Run:
         Args:
           split: train, valid or test.
           protocol: authors, full or xl; None: as the configuration says.
-          text: path or bucket URL of a file to score instead.
+          text: path or bucket URL of a file, or a folder of files, to score instead; "-": standard
+            input.
           data_dir: where the data set is, if not where training had it.
 
         Returns:
@@ -75,8 +86,8 @@ class Run:
 
         # All processes must score the same tokens of the same checkpoint.
         read_tokens = functools.partial(self._tokens, split, text, data_dir)
-        tokens, _ = processes.require_same_result(
-            "task", read_tokens, lambda task: f"{protocol}, step {self.step}, {task[1]}"
+        scored = processes.require_same_result(
+            "task", read_tokens, lambda scored: f"{protocol}, step {self.step}, {scored.name}"
         )
 
         # Rows are spread over all devices, and every device holds all parameters.
@@ -86,30 +97,43 @@ class Run:
             scores = scoring.evaluate_tokens(
                 self.model,
                 params,
-                tokens,
+                scored.tokens,
                 protocol=protocol,
                 mesh=mesh,
                 vocabulary=self.vocabulary,
+                bytes_per_token=scored.bytes_per_token,
                 stop=preemption,
                 **protocols.options(self.config),
             )
         return {"split": text or split, "protocol": protocol, "step": self.step, **scores}
 
-    def _tokens(self, split: str, text: str | None, data_dir: str | None) -> tuple[Any, str]:
-        """What to score, and a name that nothing else has."""
+    def _tokens(self, split: str, text: str | None, data_dir: str | None) -> "_Scored":
+        """What to score."""
         if text is not None:
             content = _read(text)
             digest = hashlib.sha256(content).hexdigest()[:16]
-            return self.vocabulary.encode(content, close=True), f"text {digest}"
+            # The added end of a last line counts as a byte as well as a token.
+            if not content.endswith(b"\n"):
+                content += b"\n" * bool(content)
+            # Bytes, as they are numbered today, are all known; older runs knew those of their text.
+            try:
+                tokens = self.vocabulary.encode(content)
+            except UserError as error:
+                expected = "a file or folder in the run's symbols"
+                raise UserError(f"--text: expected {expected}, found another: {error}") from None
+            return _Scored(tokens, len(content) / max(1, len(tokens)), f"text {digest}")
 
         # The data set may have been prepared anew since, with other symbols.
-        c = self.config.dataset
-        dataset = data.prepare(c.name, data_dir or c.data_dir or None, unit=c.unit)
+        dataset = data.prepare_configured(self.config, data_dir)
         if dataset.vocabulary != self.vocabulary:
             raise UserError(
                 f"{dataset.path}: expected the vocabulary of the checkpoint, found another"
             )
-        return dataset.tokens(split), f"{split} of {dataset.full_name}"
+        return _Scored(
+            dataset.tokens(split),
+            dataset.bytes_per_token(split),
+            f"{split} of {dataset.full_name}",
+        )
 
     def generate(
         self, prompt: str | bytes, length: int = 200, sampling: Sampling = Sampling(), seed: int = 0
@@ -174,12 +198,16 @@ class Run:
 
 
 def _read(text: str) -> bytes:
-    """The content of a file, here or in a bucket."""
+    """The content of a file or of a folder's files, here or in a bucket, or of standard input."""
+    if text == "-":
+        return sys.stdin.buffer.read()
     path = paths.parse("--text", text)
     # A missing file is the user's mistake, anything else may be the network.
     with paths.reached(path):
+        if path.is_dir():
+            return b"".join(file.read_bytes() for file in files_below(path))
         if not path.is_file():
-            raise UserError(f"--text: expected a file, found none at {text}")
+            raise UserError(f"--text: expected a file or a folder of files, found none at {text}")
         return path.read_bytes()
 
 

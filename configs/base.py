@@ -17,10 +17,15 @@ def get_config() -> ConfigDict:
 
     c.dataset = ConfigDict()
     c.dataset.name = "enwik8"  # enwik8, text8, wikitext103, stdlib or files
-    # folder or bucket URL of prepared data, or for `files` of the texts;
+    # folder or bucket URL of prepared data, or for `files` a text, a file or folder;
     # "": $ALLATTN_DATA_DIR or ~/.cache/allattn
     c.dataset.data_dir = ""
     c.dataset.unit = "byte"  # byte or word; for `files` only
+    # of bytes, for `files` and `stdlib` only: value (all 256), or appearance (the papers': in the
+    # order in which the training text has them)
+    c.dataset.numbering = "value"
+    # of words, for `files` only: rarer ones are <unk>; 0: as in the papers, no word is
+    c.dataset.min_count = 1
 
     c.model = ConfigDict()
     c.model.layer = "all_attention"  # or, with model.persistent 0, transformer or transformer_xl

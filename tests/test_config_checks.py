@@ -104,7 +104,7 @@ def test_comments_above_and_behind() -> None:
     comments = configuration.field_comments()
     assert comments["model.depth"] == "layers"
     assert comments["dataset.data_dir"] == (
-        "folder or bucket URL of prepared data, or for `files` of the texts; "
+        "folder or bucket URL of prepared data, or for `files` a text, a file or folder; "
         '"": $ALLATTN_DATA_DIR or ~/.cache/allattn'
     )
 

@@ -17,7 +17,8 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text",
         type=flags.PATH,
-        help="score this file, which may lie in a bucket, instead of a split",
+        help="score this file or folder of files, which may lie in a bucket, instead of a split; "
+        "-: standard input",
     )
     parser.add_argument(
         "--data_dir", help="folder or bucket URL of prepared data, if not where training had it"

@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from allattn.commands.command import Command
 from allattn.errors import UserError
@@ -64,13 +65,29 @@ def settings(words: Sequence[str], allowed: bool) -> dict[str, str]:
     return overrides
 
 
-def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
+def add_config(parser: argparse.ArgumentParser, required: bool = True) -> argparse.Action:
     """The experiment, whose fields settings may change."""
-    parser.add_argument(
+    return parser.add_argument(
         "--config",
         required=required,
         type=PATH,
         help="experiment file; --config.a.b=value changes one field",
+    )
+
+
+def add_text(parser: argparse.ArgumentParser, instead_of: argparse.Action) -> None:
+    """A text of one's own, which makes another flag needless."""
+
+    class Given(argparse.Action):
+        def __call__(self, _: Any, namespace: argparse.Namespace, value: Any, *rest: Any) -> None:
+            namespace.text = value
+            instead_of.required = False
+
+    parser.add_argument(
+        "--text",
+        action=Given,
+        help="your own text: a file, a folder of files (split 90/5/5 in order), or with train.txt, "
+        "valid.txt and test.txt; -: standard input",
     )
 
 

@@ -52,3 +52,16 @@ def _keep_output() -> None:
         copy, "w", buffering=1, encoding=sys.stdout.encoding, errors=sys.stdout.errors
     )
     os.dup2(sys.stderr.fileno(), 1)
+
+
+def text_of(arguments: argparse.Namespace) -> str | None:
+    """--text as a path; standard input is kept as a file beside the prepared data.
+
+    So a run that resumes, or is scored, finds its text again.
+    """
+    if arguments.text != "-":
+        return arguments.text
+    from allattn import data
+    from allattn.data import own_text
+
+    return str(own_text.keep(sys.stdin.buffer, data.cache_dir() / "texts"))

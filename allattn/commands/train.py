@@ -1,6 +1,7 @@
 """`allattn train`: train or resume; ends with an evaluation of the test split."""
 
 import argparse
+import shlex
 
 from allattn import signals
 from allattn.commands import flags, session
@@ -9,7 +10,8 @@ from allattn.commands.command import Command
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     # What to train, and where it is kept.
-    flags.add_config(parser)
+    config = flags.add_config(parser)
+    flags.add_text(parser, instead_of=config)
     flags.add_workdir(parser)
     # Where several machines or GPUs train together.
     flags.add_processes(parser)
@@ -21,8 +23,11 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from allattn.evaluation import scores as reported
     from allattn.sharding import processes
 
+    # A text of one's own needs no experiment file.
+    experiment = arguments.config or "demo"
+    text = session.text_of(arguments)
     # Mistakes in the configuration first, then what must precede the first use of JAX.
-    c = config.load(arguments.config, overrides)
+    c = config.load(experiment, overrides, text)
     config_checks.check_ranges(c, "train.")  # which the number of devices depends on
     session.enable_compilation_cache()
     session.join(arguments)
@@ -31,7 +36,11 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     # All processes have the scores; the first prints them.
     scores = train.train_and_evaluate(c, arguments.workdir)
     if processes.index() == 0:
-        print(f"checkpoints: {arguments.workdir}/checkpoints", flush=True)
+        # What to do next, as lines that can be copied.
+        workdir = shlex.quote(arguments.workdir)
+        print(f"checkpoints: {arguments.workdir}/checkpoints")
+        print(f"score it: allattn evaluate --workdir={workdir}")
+        print(f"sample from it: allattn generate --workdir={workdir} --prompt=TEXT", flush=True)
         print(reported.to_json(scores), flush=True)
     reported.require_finite(scores)
 

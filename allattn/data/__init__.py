@@ -8,6 +8,7 @@ from allattn.data.dataset import (
     cache_dir,
     default_data_dir,
     prepare,
+    prepare_configured,
 )
 from allattn.data.stream import Batch, Stream, TokenSource
 from allattn.data.vocabulary import Vocabulary
@@ -24,4 +25,5 @@ __all__ = [
     "cache_dir",
     "default_data_dir",
     "prepare",
+    "prepare_configured",
 ]

@@ -10,8 +10,10 @@ a published archive), state the sizes that are published, and enter the name in
 """
 
 import abc
+import codecs
 import platform
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,11 +21,19 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from allattn.data.sources import STDLIB_HELD_OUT, Corpus, Text, folder_of_texts, standard_library
-from allattn.data.vocabulary import Unit, Vocabulary, closed
+from allattn.data.own_text import OwnText
+from allattn.data.sources import STDLIB_HELD_OUT, Corpus, Text, standard_library
+from allattn.data.vocabulary import PAPERS_BYTES, PAPERS_WORDS, Symbols, Vocabulary, closed
 from allattn.errors import UserError
 
 CHUNK_TOKENS = 65_536  # of a record; it is the least that is read from disk
+
+
+class LocalInfo(tfds.core.DatasetInfo):
+    """The description of a data set that is prepared here; TFDS looks for its own in a bucket."""
+
+    def initialize_from_bucket(self) -> None:
+        """Do nothing: what would be found there is kept in a temporary folder that stays."""
 
 
 class TextBuilder(tfds.core.GeneratorBasedBuilder):
@@ -36,7 +46,9 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version("1.0.0")
-    unit: Unit = "byte"
+    symbols: Symbols = PAPERS_BYTES
+    # Ends a message on a symbol that the training text lacks.
+    advice = ""
     # What is published of the data set, and checked: size of the vocabulary, tokens of each split.
     expected_size: ClassVar[int | None] = None
     expected_tokens: ClassVar[dict[str, int]] = {}
@@ -49,12 +61,19 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
         self.downloads = downloads
         super().__init__(file_format="array_record", **options)
 
+    # TFDS prints from these how much it downloads, which it does not know of texts that we bring.
+    def _log_download_bytes(self) -> None:
+        pass
+
+    def _log_download_done(self) -> None:
+        pass
+
     @abc.abstractmethod
     def texts(self) -> dict[str, Iterable[bytes]]:
         """The chunks of each split, which can be read twice."""
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
+        return LocalInfo(
             builder=self,
             description=self.__doc__,
             # A record is one byte string; `Tokens` knows the type of the ids in it.
@@ -71,14 +90,16 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
     ) -> dict[str, Iterator[tuple[int, dict]]]:
         # The training text alone makes the vocabulary; the others are read with it.
         texts = self.texts()
-        vocabulary = Vocabulary.from_text(texts["train"], self.unit)
+        vocabulary = Vocabulary.from_text(texts["train"], *self.symbols)
         if self.expected_size not in (None, vocabulary.size):
             raise UserError(
                 f"{self.name}: expected a vocabulary of {self.expected_size}, "
                 f"found {vocabulary.size}"
             )
-        # The vocabulary is stored in the description of the data set, beside the records.
+        # The vocabulary is stored in the description of the data set, beside the records, and so
+        # are the bytes that the tokens of each split stand for.
         self.info.metadata["vocabulary"] = vocabulary.to_json()
+        self.info.metadata["bytes"] = {}
         return {
             split: self._generate_examples(split, text, vocabulary) for split, text in texts.items()
         }
@@ -87,14 +108,31 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
         self, split: str, text: Iterable[bytes], vocabulary: Vocabulary
     ) -> Iterator[tuple[int, dict[str, bytes]]]:
         # One record after another, so that no split has to fit in memory.
-        encoded = _encoded(text, vocabulary, f"{self.name}, split {split}")
         count = 0
-        for key, ids in enumerate(_records(encoded)):
+        for key, ids in enumerate(_records(self._encoded(split, text, vocabulary))):
             count += ids.size
             yield key, {"tokens": ids.astype(vocabulary.dtype).tobytes()}
         if count != self.expected_tokens.get(split, count):
             expected = self.expected_tokens[split]
             raise UserError(f"{self.name}: expected {expected} {split} tokens, found {count}")
+
+    def _encoded(
+        self, split: str, text: Iterable[bytes], vocabulary: Vocabulary
+    ) -> Iterator[np.ndarray]:
+        """The ids of a text, piece by piece."""
+        # The offset in the whole text, so that a message can say where an unknown symbol is.
+        offset = 0
+        for piece in self.pieces(text):
+            try:
+                yield vocabulary.encode(piece, offset=offset)
+            except UserError as error:
+                raise UserError(f"{self.name}, split {split}: {error}{self.advice}") from None
+            offset += len(piece)
+        self.info.metadata["bytes"][split] = offset
+
+    def pieces(self, text: Iterable[bytes]) -> Iterator[bytes]:
+        """A text in pieces that tear no symbol."""
+        return closed(text, self.symbols.unit)
 
 
 class Enwik8(TextBuilder):
@@ -150,7 +188,9 @@ class Wikitext103(TextBuilder):
     """WikiText-103, word by word, with its official splits."""
 
     name = "wikitext103"
-    unit = "word"
+    # Since the bytes of each split are counted.
+    VERSION = tfds.core.Version("1.1.0")
+    symbols = PAPERS_WORDS
     expected_size = 267_735
     expected_tokens: ClassVar[dict[str, int]] = {
         "train": 103_227_021,
@@ -191,13 +231,21 @@ class Wikitext103(TextBuilder):
 
 
 class Stdlib(TextBuilder):
-    """Source text of the interpreter's standard library: real text that every machine has."""
+    """Source text of the interpreter's standard library: real text that every machine has.
+
+    The configuration's name is the interpreter's version, since another has another text, and the
+    numbering.
+    """
 
     name = "stdlib"
-    # Another interpreter has another text, so it makes another data set.
-    BUILDER_CONFIGS: ClassVar[list] = [
-        tfds.core.BuilderConfig(name=f"python{platform.python_version()}")
-    ]
+
+    def __init__(self, *, symbols: Symbols, **options: Any) -> None:
+        self.symbols = symbols
+        variant = f"python{platform.python_version()}"
+        # By appearance is how it was first prepared, and has no name.
+        if symbols.numbering != "appearance":
+            variant += f"-{symbols.numbering}"
+        super().__init__(config=tfds.core.BuilderConfig(name=variant), **options)
 
     def texts(self) -> dict[str, Iterable[bytes]]:
         """The last 200 kB are valid and test."""
@@ -209,33 +257,53 @@ class Stdlib(TextBuilder):
 
 
 class Files(TextBuilder):
-    """A folder with train.txt, valid.txt and test.txt.
+    """A text of one's own.
 
-    The configuration's name is the unit and a fingerprint of the texts.
+    Args:
+      texts: its splits.
+      symbols: what the vocabulary is made of.
+      variant: the configuration's name, which tells the texts and their symbols from others.
+      **options: those of `TextBuilder`.
     """
 
     name = "files"
+    # Since bytes are numbered by value, words have a <unk>, and bytes are counted.
+    VERSION = tfds.core.Version("1.1.0")
 
-    def __init__(self, *, unit: Unit, variant: str, **options: Any) -> None:
-        self.unit = unit
+    def __init__(
+        self, *, texts: Mapping[str, OwnText], symbols: Symbols, variant: str, **options: Any
+    ) -> None:
+        self._texts = texts
+        self.symbols = symbols
+        if symbols.unit == "byte":
+            self.advice = "; dataset.numbering=value has a symbol for each of the 256 bytes"
         super().__init__(config=tfds.core.BuilderConfig(name=variant), **options)
 
     def texts(self) -> dict[str, Iterable[bytes]]:
-        """The three files."""
-        assert self.manual_dir is not None
-        return dict(folder_of_texts(self.manual_dir))
+        """The three splits."""
+        if self.symbols.unit == "word":
+            _tell_how_words_are_read(self._texts["train"])
+        return dict(self._texts)
+
+    def pieces(self, text: Iterable[bytes]) -> Iterator[bytes]:
+        """A text in pieces that tear no symbol; one that was cut into splits is its bytes alone."""
+        assert isinstance(text, OwnText)
+        if self.symbols.unit == "byte" and text.as_it_is:
+            return iter(text)
+        return super().pieces(text)
 
 
-def _encoded(text: Iterable[bytes], vocabulary: Vocabulary, what: str) -> Iterator[np.ndarray]:
-    """The ids of a text, piece by piece; `what` says in a message which text it is."""
-    # The offset in the whole text, so that a message can say where an unknown symbol is.
-    offset = 0
-    for piece in closed(text, vocabulary.unit):
-        try:
-            yield vocabulary.encode(piece, offset=offset)
-        except UserError as error:
-            raise UserError(f"{what}: {error}") from None
-        offset += len(piece)
+def _tell_how_words_are_read(text: Iterable[bytes]) -> None:
+    """Say of two beginnings of a text what a reader may not expect."""
+    first = next(iter(text), b"")
+    if first.startswith(codecs.BOM_UTF8):
+        _tell("the text begins with a byte order mark, which is read as part of its first word")
+    if b"\r" in first and b"\n" not in first:
+        _tell("the text has carriage returns alone, which are read as white space, not line ends")
+
+
+def _tell(what: str) -> None:
+    print(f"files: {what}", file=sys.stderr, flush=True)
 
 
 def _records(arrays: Iterable[np.ndarray]) -> Iterator[np.ndarray]:

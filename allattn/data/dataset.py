@@ -15,16 +15,18 @@ import difflib
 import fcntl
 import functools
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_collections
 import numpy as np
 from etils import epath
 
-from allattn.data.sources import fingerprint, folder_of_texts
-from allattn.data.vocabulary import Unit, Vocabulary, check_unit
+from allattn.data.own_text import find_splits, fingerprint
+from allattn.data.vocabulary import Numbering, Symbols, Unit, Vocabulary
 from allattn.errors import UserError
 from allattn.sharding.processes import first_on_leader
 from allattn.storage import paths
@@ -107,14 +109,25 @@ class Dataset:
                 f"{self.path} is damaged ({error}); remove that folder to prepare it again"
             ) from None
 
+    def bytes_per_token(self, split: str) -> float:
+        """How many bytes of text a token of a split ("train", "valid" or "test") stands for."""
+        # Data of bytes that were prepared before bytes were counted have no count.
+        if self.vocabulary.unit == "byte":
+            return 1.0
+        return self._builder.info.metadata["bytes"][split] / len(self.tokens(split))
+
     def summary(self) -> dict[str, Any]:
-        """Name, path, unit, vocabulary size and tokens per split, ready for JSON."""
+        """Name, path, unit, vocabulary size, tokens and bytes per split, ready for JSON."""
+        tokens = {split: len(self.tokens(split)) for split in SPLITS}
         return {
             "dataset": self.name,
             "path": str(self.path),
             "unit": self.vocabulary.unit,
             "vocabulary": self.vocabulary.size,
-            "tokens": {split: len(self.tokens(split)) for split in SPLITS},
+            "tokens": tokens,
+            "bytes": {
+                split: round(count * self.bytes_per_token(split)) for split, count in tokens.items()
+            },
         }
 
 
@@ -126,6 +139,8 @@ def prepare(
     data_dir: str | os.PathLike[str] | None = None,
     manual_dir: str | os.PathLike[str] | None = None,
     unit: Unit = "byte",
+    numbering: Numbering = "value",
+    min_count: int = 1,
 ) -> Dataset:
     """Load a data set, and prepare it first where that has not been done.
 
@@ -136,22 +151,44 @@ def prepare(
     Args:
       name: one of `DATASETS`.
       data_dir: folder or bucket URL of prepared data; None: `default_data_dir`. For `files` it is
-        the folder of the texts, which is only read; they are prepared in `default_data_dir`.
+        the text, a file or a folder, which is only read; it is prepared in `default_data_dir`.
       manual_dir: folder or bucket URL of source files placed by hand, where there is no network.
       unit: "byte" or "word"; `files` only.
+      numbering: of bytes, "value" or "appearance"; `files` and `stdlib` only.
+      min_count: of words, how often one must occur to be a symbol; `files` only.
 
     Returns:
       The data set.
 
     Raises:
-      UserError: unknown name, missing or damaged source, a symbol that the training text lacks, a
-        folder that cannot be written, no such bucket.
+      UserError: unknown name, missing or damaged source, a folder that cannot be written, no such
+        bucket; in the papers' numbering also a symbol that the training text lacks.
       RunError: the bucket does not answer.
     """
     # Every process refuses a wrong name by itself, before they wait for each other.
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: {_nearest(name)}")
-    return first_on_leader("data", lambda: _prepare(name, data_dir, manual_dir, unit))
+    symbols = Symbols(unit, numbering, min_count)
+    return first_on_leader("data", lambda: _prepare(name, data_dir, manual_dir, symbols))
+
+
+def prepare_configured(
+    config: ml_collections.ConfigDict, data_dir: str | os.PathLike[str] | None = None
+) -> Dataset:
+    """`prepare` the data set of a configuration.
+
+    Args:
+      config: the whole configuration.
+      data_dir: where the data set is, if not where the configuration has it.
+    """
+    c = config.dataset
+    return prepare(
+        c.name,
+        data_dir or c.data_dir or None,
+        unit=c.unit,
+        numbering=c.numbering,
+        min_count=c.min_count,
+    )
 
 
 def default_data_dir() -> epath.Path:
@@ -185,8 +222,8 @@ def _nearest(name: str) -> str:
 # --- preparing ---------------------------------------------------------------------------------
 
 
-def _prepare(name: str, data_dir: Any, manual_dir: Any, unit: Unit) -> Dataset:
-    root, options = _options(name, data_dir, manual_dir, unit)
+def _prepare(name: str, data_dir: Any, manual_dir: Any, symbols: Symbols) -> Dataset:
+    root, options = _options(name, data_dir, manual_dir, symbols)
     local = _local(root)
     make_builder = functools.partial(
         _builder, name, data_dir=local, downloads=local / "downloads", **options
@@ -204,22 +241,26 @@ def _prepare(name: str, data_dir: Any, manual_dir: Any, unit: Unit) -> Dataset:
 
 
 def _options(
-    name: str, data_dir: Any, manual_dir: Any, unit: Unit
+    name: str, data_dir: Any, manual_dir: Any, symbols: Symbols
 ) -> tuple[epath.Path, dict[str, Any]]:
     """Where the data set is to be prepared, and the builder's other arguments."""
     asked = None if data_dir is None else paths.parse("data_dir", data_dir)
+    symbols.check()
+    options: dict[str, Any] = {"manual_dir": _manual(manual_dir)}
+    # The papers' sets have the papers' symbols.
+    if name == "stdlib":
+        options["symbols"] = Symbols("byte", symbols.numbering)
     if name != "files":
-        return asked or default_data_dir(), {"manual_dir": _manual(manual_dir)}
-    # The texts of `files` are only read. Their content names the prepared data, so that texts
-    # which have changed are prepared again.
+        return asked or default_data_dir(), options
+
+    # A text of one's own is only read. Its content names the prepared data, so that texts which
+    # have changed are prepared again.
     if asked is None:
-        raise UserError(
-            "data set files needs data_dir, the folder with train.txt, valid.txt and test.txt"
-        )
-    check_unit(unit)
+        raise UserError("data set files needs data_dir, a text: a file, or a folder of files")
     with paths.reached(asked):
-        variant = f"{unit}-{fingerprint(folder_of_texts(asked))}"
-    return default_data_dir(), {"manual_dir": asked, "unit": unit, "variant": variant}
+        texts = find_splits(asked)
+        variant = f"{symbols}-{fingerprint(texts)}"
+    return default_data_dir(), options | {"texts": texts, "symbols": symbols, "variant": variant}
 
 
 def _manual(folder: str | os.PathLike[str] | None) -> epath.Path | None:
@@ -251,10 +292,24 @@ def _prepare_once(builder: "TextBuilder", folder: epath.Path, wanted: epath.Path
         # A bucket that refuses is found out before the hour that preparing may take.
         if paths.is_url(wanted):
             paths.check_writable(wanted.parent)
-        builder.download_and_prepare(download_dir=builder.downloads)
+        with _bars_on_terminals_only():
+            builder.download_and_prepare(download_dir=builder.downloads)
     # Also where this machine had the data and the bucket did not.
     if not paths.is_whole(wanted):
         paths.put(folder, wanted)
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Within, TFDS shows no bars where they would fill a file with escape codes."""
+    if sys.stderr.isatty():
+        yield
+        return
+    from tensorflow_datasets.core import utils
+
+    # As TFDS's own switch does, which does not say how it stood before.
+    with utils.temporary_assignment(utils.tqdm_utils, "_active", False):
+        yield
 
 
 @contextmanager
@@ -262,7 +317,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Hold a lock that the system frees when the process ends, however it ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        file = (folder / ".lock").open("wb")
     except OSError as error:
         raise UserError(
             f"cannot write to {folder} ({error.strerror}): "

@@ -4,7 +4,6 @@ Every text is read in chunks, so that none has to fit in memory, and a published
 against its checksum before any of it is used.
 """
 
-import hashlib
 import sysconfig
 import zipfile
 import zlib
@@ -177,8 +176,8 @@ def standard_library(folder: Path | None = None) -> bytes:
     """The first 8,000,000 bytes of the standard library's source text, by sorted relative path.
 
     Left out: tests, installed packages, generated files that differ from one machine to another,
-    and every file with a byte other than printable ASCII or newline, so that a short end of the
-    text holds no byte that the long beginning lacks.
+    and every file with a byte other than printable ASCII or newline: where bytes are numbered by
+    appearance, the short end of the text must hold no byte that the long beginning lacks.
 
     Args:
       folder: the library's folder; None: the running interpreter's.
@@ -218,38 +217,3 @@ def _is_library(path: Path) -> bool:
         return False
     # Generated when the interpreter was built, with the paths of that machine.
     return not path.parts[0].startswith(("config-", "_sysconfigdata"))
-
-
-def folder_of_texts(folder: epath.Path) -> dict[str, Text]:
-    """The texts train.txt, valid.txt and test.txt of a folder or bucket, by split.
-
-    Raises:
-      UserError: names the files that are missing or empty.
-    """
-    # Missing files are named together, so that one message is enough.
-    texts = {split: Text(folder / f"{split}.txt") for split in ("train", "valid", "test")}
-    missing = [text.path.name for text in texts.values() if not text.path.is_file()]
-    if missing:
-        raise UserError(
-            f"files: {folder} needs train.txt, valid.txt and test.txt; "
-            f"missing: {', '.join(missing)}"
-        )
-    # An empty file is most often one that a copy left behind.
-    empty = [text.path.name for text in texts.values() if not text.path.stat().length]
-    if empty:
-        raise UserError(
-            f"files: {folder} needs three texts that are not empty; empty: {', '.join(empty)}"
-        )
-    return texts
-
-
-def fingerprint(texts: Mapping[str, Text]) -> str:
-    """Sixteen hexadecimal digits that change with the content of any split."""
-    # Digests of digests, so that text moved from one split to the next changes the result.
-    digest = hashlib.sha256()
-    for split in sorted(texts):
-        part = hashlib.sha256()
-        for chunk in texts[split]:
-            part.update(chunk)
-        digest.update(part.digest())
-    return digest.hexdigest()[:16]

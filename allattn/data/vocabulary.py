@@ -1,8 +1,10 @@
-"""The numbering of a text's symbols: bytes by first appearance, words by falling count.
+"""The numbering of a text's symbols.
 
-Both orders are those of the published code, so that a stored vocabulary, a checkpoint of the
-papers' and the golden numbers of tests/golden agree on every id. Adaptive input and softmax rest on
-the order of words: their clusters are stretches of ids, the frequent ones first.
+Bytes are numbered by their value, all 256 of them, so that no text holds one that is unknown.
+Words are numbered by falling count; the rare ones are `<unk>`. Bytes by first appearance, and words
+without a `<unk>` of their own, are the orders of the published code: a checkpoint of the papers'
+and the golden numbers of tests/golden agree with them on every id. Adaptive input and softmax rest
+on the order of words: their clusters are stretches of ids, the frequent ones first.
 """
 
 import re
@@ -11,17 +13,63 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from allattn.errors import UserError
 
 Unit = Literal["byte", "word"]
+Numbering = Literal["value", "appearance"]
 
-# A line's end is a symbol of its own in both units; WikiText has a symbol for rare words.
+# A line's end is a symbol of its own in both units; rare words have one together.
 END_OF_LINE = "\n"
 UNKNOWN = "<unk>"
+# In bytes: what is longer, without white space, is no word of any language. It is read as `<unk>`,
+# so that a line of a gigabyte is not kept in memory as one symbol.
+LONGEST_WORD = 1 << 20
+# The white space of ASCII; text may be cut after it. Words also end at the others of Unicode.
+_SPACES = (b"\t", b"\n", b"\v", b"\f", b"\r", b" ")
+_SPACE = re.compile(rb"[\t-\r ]")
+
+
+class Symbols(NamedTuple):
+    """What the symbols of a text are, and which number each has; defaults as in configs/base.py.
+
+    Attributes:
+      unit: "byte" or "word".
+      numbering: of bytes: "value", or "appearance" in the training text, as in the papers' code.
+      min_count: of words: how often one must occur in the training text to be a symbol; the others
+        are `<unk>`. 0: all are symbols, and there is a `<unk>` only where the text has one, as in
+        the papers' code.
+    """
+
+    unit: Unit = "byte"
+    numbering: Numbering = "value"
+    min_count: int = 1
+
+    def check(self) -> None:
+        """Raise UserError unless each has a value that is known."""
+        check_unit(self.unit)
+        if self.numbering not in get_args(Numbering):
+            raise UserError(
+                f"numbering must be one of {', '.join(get_args(Numbering))}, "
+                f"found {self.numbering!r}"
+            )
+        if self.min_count < 0:
+            raise UserError(f"min_count must be at least 0, found {self.min_count}")
+
+    def __str__(self) -> str:
+        """What tells data that were prepared with these from others."""
+        kind: str | int = self.numbering
+        if self.unit == "word":
+            kind = self.min_count
+        return f"{self.unit}-{kind}"
+
+
+# What the papers' code does.
+PAPERS_BYTES = Symbols("byte", "appearance")
+PAPERS_WORDS = Symbols("word", min_count=0)
 
 
 @dataclass(frozen=True)
@@ -49,24 +97,37 @@ class Vocabulary:
             raise UserError("a byte vocabulary needs symbols of one byte each, found others")
 
     @classmethod
-    def from_text(cls, text: bytes | Iterable[bytes], unit: Unit = "byte") -> "Vocabulary":
-        """Number the symbols of a training text.
+    def from_text(
+        cls,
+        text: bytes | Iterable[bytes],
+        unit: Unit = "byte",
+        numbering: Numbering = "appearance",
+        min_count: int = 0,
+    ) -> "Vocabulary":
+        """Number the symbols of a training text; by default as the papers' code does.
 
-        Bytes are numbered in order of first appearance; words by falling count, the later first
-        appearance first among equals. The text's last line is closed if it is not.
+        Bytes are numbered by value or in order of first appearance; words by falling count, the
+        later first appearance first among equals. The text's last line is closed if it is not.
 
         Args:
           text: the whole text, or its chunks in order, cut anywhere.
-          unit: "byte" or "word".
+          unit, numbering, min_count: as in `Symbols`.
 
         Raises:
           UserError: the text is empty, or is not UTF-8 where words are asked for.
         """
-        check_unit(unit)
+        Symbols(unit, numbering, min_count).check()
+        # All 256 bytes, whatever the text has.
+        if unit == "byte" and numbering == "value":
+            return cls(unit, tuple(map(chr, range(256))))
+
         if isinstance(text, bytes):
             text = [text]
         chunks = closed(text, unit)
-        symbols = _bytes_by_appearance(chunks) if unit == "byte" else _words_by_count(chunks)
+        if unit == "byte":
+            symbols = _bytes_by_appearance(chunks)
+        else:
+            symbols = _words_by_count(chunks, min_count)
         if not symbols:
             raise UserError("the training text is empty: a vocabulary needs at least one symbol")
         return cls(unit, symbols)
@@ -175,9 +236,9 @@ class Vocabulary:
 
 
 def check_unit(unit: str) -> None:
-    """Raise UserError unless the unit is one of the two."""
+    """Raise UserError unless the unit is one of those that there are."""
     if unit not in get_args(Unit):
-        raise UserError(f"unit must be byte or word, found {unit!r}")
+        raise UserError(f"unit must be {' or '.join(get_args(Unit))}, found {unit!r}")
 
 
 def closed(chunks: Iterable[bytes], unit: Unit) -> Iterator[bytes]:
@@ -187,23 +248,42 @@ def closed(chunks: Iterable[bytes], unit: Unit) -> Iterator[bytes]:
       chunks: the text in order, cut anywhere.
       unit: "byte": pieces are the chunks; "word": each piece ends after white space.
     """
-    rest = b""  # the beginning of a word whose end is in a later chunk
+    ended = _last_line_ended(chunks)
+    return ended if unit == "byte" else _whole_words(ended)
+
+
+def _last_line_ended(chunks: Iterable[bytes]) -> Iterator[bytes]:
     last = b"\n"  # last byte of the text so far; an empty text needs no newline
     for chunk in chunks:
         last = chunk[-1:] or last
-        cut = len(chunk) if unit == "byte" else _end_of_words(chunk)
-        # A chunk without white space only makes the rest longer.
-        if cut:
-            yield rest + chunk[:cut]
-            rest = b""
-        rest += chunk[cut:]
+        yield chunk
     if last != b"\n":
-        yield rest + b"\n"
+        yield b"\n"
 
 
-def _end_of_words(chunk: bytes) -> int:
-    """How many bytes of a chunk end before a word that its next chunk may complete."""
-    return max(chunk.rfind(b"\n"), chunk.rfind(b" ")) + 1
+def _whole_words(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Pieces of a text, each of which ends in white space, as the text must; no endless words."""
+    # Parts of a word whose end is in a later chunk, and how long it is so far. They are joined
+    # once, so that a long word costs no more than its bytes.
+    parts: list[bytes] = []
+    length = 0
+    for chunk in chunks:
+        space = _SPACE.search(chunk)
+        # A chunk without white space only makes the word longer; too long a one is not kept.
+        if space is None:
+            length += len(chunk)
+            if length <= LONGEST_WORD:
+                parts.append(chunk)
+            continue
+        # The word that ends here, then what the chunk has until its own last white space.
+        first = space.start()
+        word = b"".join(parts) + chunk[:first]
+        if length + first > LONGEST_WORD:
+            word = UNKNOWN.encode()
+        cut = 1 + max(chunk.rfind(byte) for byte in _SPACES)
+        yield word + chunk[first:cut]
+        parts = [chunk[cut:]]
+        length = len(chunk) - cut
 
 
 def _bytes_by_appearance(chunks: Iterable[bytes]) -> tuple[str, ...]:
@@ -217,12 +297,17 @@ def _bytes_by_appearance(chunks: Iterable[bytes]) -> tuple[str, ...]:
     return tuple(map(chr, order))
 
 
-def _words_by_count(chunks: Iterable[bytes]) -> tuple[str, ...]:
+def _words_by_count(chunks: Iterable[bytes], min_count: int) -> tuple[str, ...]:
     counts: Counter[str] = Counter()
     offset = 0
     for chunk in chunks:
         counts.update(_words(chunk, offset))
         offset += len(chunk)
+    # The rare words together are as frequent as their sum; the end of a line is always a symbol.
+    if counts and min_count:
+        stay = {END_OF_LINE, UNKNOWN}
+        rare = [word for word in counts if counts[word] < min_count and word not in stay]
+        counts[UNKNOWN] += sum(counts.pop(word) for word in rare)
     # A Counter keeps the order of first appearance, and sorting is stable.
     return tuple(sorted(reversed(counts), key=lambda word: -counts[word]))
 
@@ -233,7 +318,9 @@ def _words(text: bytes, offset: int) -> list[str]:
         *lines, last = text.decode().split("\n")
     except UnicodeDecodeError as error:
         where = f"byte {text[error.start]:#04x} at offset {offset + error.start}"
-        raise UserError(f"words need UTF-8 text, found {where}") from None
+        raise UserError(
+            f"words need UTF-8 text, found {where}; dataset.unit=byte reads any bytes"
+        ) from None
     # Lines end at "\n" alone; `str.splitlines` would cut at other characters as well.
     words: list[str] = []
     for line in lines:

@@ -1,4 +1,4 @@
-"""Bits per symbol and perplexity: one number, the mean negative log-likelihood, in other units.
+"""Bits per byte and perplexity: one number, the mean negative log-likelihood, in other units.
 
 Scores of a network whose numbers have run away may be NaN or infinite. JSON has no word for either,
 so they are written as null, and what reports them says so and fails.
@@ -15,16 +15,19 @@ from allattn.errors import RunError
 LARGEST_NLL = 700.0
 
 
-def metrics_of(nll: float) -> dict[str, float]:
+def metrics_of(nll: float, bytes_per_token: float = 1.0) -> dict[str, float]:
     """A mean negative log-likelihood in the three units in which the papers report it.
 
     Args:
-      nll: mean over symbols, in nats.
+      nll: mean over tokens, in nats.
+      bytes_per_token: of the text that is scored; 1 where tokens are bytes.
 
     Returns:
-      nll as it is, bpc = nll / log 2 (bits per symbol) and ppl = exp(nll).
+      nll as it is, ppl = exp(nll), and bpc = nll / log 2 / bytes_per_token (bits per byte), in
+      which models with different tokens compare.
     """
-    return {"nll": nll, "bpc": nll / math.log(2), "ppl": perplexity(nll)}
+    bits = nll / math.log(2)
+    return {"nll": nll, "bpc": bits / bytes_per_token, "ppl": perplexity(nll)}
 
 
 def perplexity(nll: float) -> float:

@@ -69,6 +69,7 @@ def evaluate_tokens(
     lengths: Lengths = Lengths(80, 2100, 820),
     mesh: Mesh,
     vocabulary: Vocabulary | None = None,
+    bytes_per_token: float = 1.0,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Score a split.
@@ -83,11 +84,12 @@ def evaluate_tokens(
       lengths: of `xl`.
       mesh: devices that the rows are spread over; holds the parameters.
       vocabulary: where its symbols are words, `ppl_words` is reported as well.
+      bytes_per_token: of the whole split; only `bpc` depends on it.
       stop: asked before every block whether to stop there.
 
     Returns:
-      nll (mean, nats), bpc, ppl and tokens (targets scored); for words also ppl_words, over the
-      targets that are not the end of a line.
+      nll (mean over tokens, nats), bpc (bits per byte), ppl and tokens (targets scored); for words
+      also ppl_words, over the targets that are not the end of a line.
 
     Raises:
       UserError: unknown protocol, one that does not fit the model, or too few tokens.
@@ -116,7 +118,7 @@ def evaluate_tokens(
     if vocabulary and vocabulary.unit == "word":
         end_of_line = vocabulary.end_of_line
     total = score(model, params, tokens, plan, block, context, mesh, end_of_line, stop)
-    return summary(total, plan.targets())
+    return summary(total, plan.targets(), bytes_per_token)
 
 
 def scoring_context(model: Model, params: Params) -> int:
@@ -134,9 +136,9 @@ def scoring_context(model: Model, params: Params) -> int:
     return min(config.limit, -(-reach // CONTEXT_STEP) * CONTEXT_STEP)
 
 
-def summary(total: Total, tokens: int) -> dict[str, float]:
+def summary(total: Total, tokens: int, bytes_per_token: float = 1.0) -> dict[str, float]:
     """Mean negative log-likelihood in its three units, and the perplexity of words if any."""
-    scores = metrics_of(total.nll / tokens)
+    scores = metrics_of(total.nll / tokens, bytes_per_token)
     scores["tokens"] = tokens
     if total.words:
         scores["ppl_words"] = perplexity(total.word_nll / total.words)

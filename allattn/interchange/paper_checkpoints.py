@@ -144,9 +144,7 @@ def convert(
         none that a trained network has.
     """
     # The network that the configuration and its data set describe.
-    dataset = data.prepare(
-        config.dataset.name, config.dataset.data_dir or None, unit=config.dataset.unit
-    )
+    dataset = data.prepare_configured(config)
     config = with_vocabulary(config, dataset.vocabulary.size, dataset.name)
     model = Model(ModelConfig.from_config(config))
     table = _source(source, config)

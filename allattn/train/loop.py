@@ -49,8 +49,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
     has_begun = checkpoint.has_begun(workdir)
 
     def make_trainer() -> Trainer:
-        c = config.dataset
-        dataset = data.prepare(c.name, c.data_dir or None, unit=c.unit)
+        dataset = data.prepare_configured(config)
         return Trainer(with_vocabulary(config, dataset.vocabulary.size, dataset.name), dataset)
 
     trainer = processes.require_same_result(
@@ -182,6 +181,7 @@ def _recorder(trainer: Trainer, workdir: str, total: int, state: TrainState) -> 
         model=config,
         devices=trainer.mesh.size,
         words=trainer.dataset.vocabulary.unit == "word",
+        bytes_per_token=trainer.dataset.bytes_per_token("train"),
         evaluate=lambda params, stop: trainer.evaluate(params, "valid", stop),
         first_step=step,
         total_steps=total,

@@ -32,6 +32,7 @@ def summarise(
     tokens: int,
     flops: float = 0.0,
     peak_flops: float = 0.0,
+    bytes_per_token: float = 1.0,
 ) -> dict[str, float]:
     """The numbers of an interval as they are logged.
 
@@ -41,13 +42,14 @@ def summarise(
       tokens: tokens read in it.
       flops: required FLOPs of it.
       peak_flops: FLOP/s that all devices together could do; 0: unknown.
+      bytes_per_token: of the training text; only bpc depends on it.
 
     Returns:
       The values and bpc, ppl, tokens_per_s, and mfu (model FLOP/s utilisation) if the peak is
       known.
     """
     row = {name: float(value) for name, value in values.items()}
-    row |= metrics_of(row["nll"])
+    row |= metrics_of(row["nll"], bytes_per_token)
     row["tokens_per_s"] = tokens / seconds
     if peak_flops:
         row["mfu"] = flops / seconds / peak_flops

@@ -41,7 +41,8 @@ class Recorder:
       workdir: folder or bucket URL of the logs; it exists.
       model: geometry of the network, for its FLOPs.
       devices: how many compute.
-      words: symbols are words, so scores are perplexities; False: bits per symbol.
+      words: symbols are words, so scores are perplexities; False: bits per byte.
+      bytes_per_token: of the training text.
       evaluate: from parameters and `stop` to the scores on dev.
       first_step: updates made before this start.
       total_steps: updates of the whole run.
@@ -56,6 +57,7 @@ class Recorder:
         model: ModelConfig,
         devices: int,
         words: bool,
+        bytes_per_token: float,
         evaluate: Callable[[Params, Callable[[], bool]], dict[str, float]],
         first_step: int,
         total_steps: int,
@@ -65,6 +67,7 @@ class Recorder:
         self._workdir = workdir
         self._model = model
         self._devices = devices
+        self._bytes_per_token = bytes_per_token
         self._evaluate = evaluate
         self._start_message = start_message
 
@@ -169,6 +172,7 @@ class Recorder:
             tokens=tokens,
             flops=3 * tokens * forward,
             peak_flops=train.peak_flops * self._devices,
+            bytes_per_token=self._bytes_per_token,
         )
         self._logs.write_scalars(step, row)
         self._progress.update(step, {**row, **self._dev})

@@ -114,6 +114,7 @@ class Trainer(TrainProgram):
             protocol=self.config.evaluate.protocol,
             mesh=self.mesh,
             vocabulary=self.dataset.vocabulary,
+            bytes_per_token=self.dataset.bytes_per_token(split),
             stop=stop,
             **protocols.options(self.config),
         )

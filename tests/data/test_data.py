@@ -73,7 +73,8 @@ def test_vocabulary_golden(case: str, cut: int) -> None:
 @pytest.mark.parametrize("case", ["bytes", "words"])
 def test_files_golden(case: str, tmp_path: Path) -> None:
     texts = golden_texts(case)
-    data = prepare("files", write_texts(tmp_path / "texts", **texts), unit=case[:-1])
+    folder = write_texts(tmp_path / "texts", **texts)
+    data = prepare("files", folder, unit=case[:-1], numbering="appearance", min_count=0)
     assert data.vocabulary.symbols == golden_symbols(case)
     for split in texts:
         assert data.tokens(split)[:].tolist() == GOLDEN[case][split]
@@ -210,14 +211,17 @@ def test_changed_texts_are_prepared_anew(tmp_path: Path) -> None:
     assert prepare("files", folder).path == before.path
     write_texts(folder, b"abcd\n")
     after = prepare("files", folder)
-    assert after.path != before.path and after.vocabulary.size == 5
+    assert after.path != before.path and after.summary()["tokens"]["train"] == 5
     assert prepare("files", folder).path == after.path
 
 
 def test_files_bad_input(tmp_path: Path, home: Path) -> None:
     folder = write_texts(tmp_path / "texts", b"abc\n", valid=b"ab\nabZ\n")
-    with pytest.raises(UserError, match=r"files, split valid: byte b'Z' at offset 5 .* 4 symbols"):
-        prepare("files", folder)
+    with pytest.raises(
+        UserError,
+        match=r"files, split valid: byte b'Z' at offset 5 .* 4 symbols; dataset.numbering=value",
+    ):
+        prepare("files", folder, numbering="appearance")
     assert not list(home.rglob("dataset_info.json")) and not list(home.rglob("incomplete*"))
     with pytest.raises(UserError, match="needs data_dir"):
         prepare("files")
@@ -296,7 +300,7 @@ def test_prepared_data_needs_no_lock(tmp_path: Path) -> None:
 
 
 def test_wikitext2(tmp_path: Path) -> None:
-    data = prepare("files", shared("wikitext2"), unit="word")
+    data = prepare("files", shared("wikitext2"), unit="word", min_count=0)
     assert data.vocabulary.size == 33_278
     assert data.summary()["tokens"] == {"train": 2_088_628, "valid": 217_646, "test": 245_569}
 
@@ -304,7 +308,7 @@ def test_wikitext2(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["enwik8_slice", "text8_slice"])
 def test_slices(name: str) -> None:
     folder = shared(name)
-    data = prepare("files", folder)
+    data = prepare("files", folder, numbering="appearance")
     for split, count in data.summary()["tokens"].items():
         text = (folder / f"{split}.txt").read_bytes()
         assert data.vocabulary.decode(data.tokens(split)[:]) == text + b"\n" * (count - len(text))

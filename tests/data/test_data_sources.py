@@ -34,7 +34,8 @@ def test_standard_library() -> None:
     data = prepare("stdlib")
     summary = data.summary()["tokens"]
     text = standard_library()
-    assert data.vocabulary.size <= 96 and "python3." in str(data.path)
+    assert data.vocabulary.size == 256 and "python3." in str(data.path)
+    assert prepare("stdlib", numbering="appearance").vocabulary.size <= 96
     assert 99_999 <= summary["valid"] <= 100_001 and 99_999 <= summary["test"] <= 100_001
     assert summary["train"] >= 700_000
     assert data.vocabulary.decode(data.tokens("test")[:]).startswith(text[-100_000:])

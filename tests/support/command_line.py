@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TEST_PATH = os.pathsep.join(map(str, [ROOT, ROOT / "tests" / "support"]))
 TINY = {
     "dataset.name": "files",
+    # As few symbols as the texts have.
+    "dataset.numbering": "appearance",
     "model.depth": 1,
     "model.width": 16,
     "model.heads": 2,
@@ -76,8 +78,8 @@ def flags(texts: Path, **changes: Any) -> list[str]:
 def trainer(texts: Path | str, **changes: Any) -> train.Trainer:
     """What trains the tiny run, on a mesh of this process's devices."""
     c = base.get_config()
-    dataset = data.prepare("files", texts)
     c.update_from_flattened_dict(settings(texts, **changes))
+    dataset = data.prepare_configured(c)
     return train.Trainer(config.with_vocabulary(c, dataset.vocabulary.size, dataset.name), dataset)
 
 
@@ -97,7 +99,9 @@ def call(*words: Any) -> Result:
     err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(word) for word in words])
-    return Result(code, *(stream.buffer.getvalue().decode() for stream in (out, err)))
+    # A sample of bytes may be no UTF-8.
+    texts = [stream.buffer.getvalue().decode(errors="replace") for stream in (out, err)]
+    return Result(code, *texts)
 
 
 def process(*words: Any) -> Result:

@@ -191,7 +191,7 @@ def final_arrays(workdir: Path, config: ml_collections.ConfigDict) -> list[np.nd
     """Everything in the newest checkpoint."""
     with Checkpointer(str(workdir), create=False) as checkpoints:
         meta = checkpoints.restore_meta()
-        dataset = data.prepare("files", config.dataset.data_dir)
+        dataset = data.prepare_configured(config)
         resolved = config.copy_and_resolve_references()
         resolved.model.vocab_size = dataset.vocabulary.size
         state = train.Trainer(resolved, dataset).abstract_state(meta["bucket"])
@@ -367,8 +367,9 @@ def test_gradient_that_is_not_a_number(
 
 def test_span_that_is_not_a_number(texts: str) -> None:
     c = tiny(texts, **QUICK)
-    c.model.vocab_size = data.prepare("files", texts).vocabulary.size
-    trainer = train.Trainer(c, data.prepare("files", texts))
+    dataset = data.prepare_configured(c)
+    c.model.vocab_size = dataset.vocabulary.size
+    trainer = train.Trainer(c, dataset)
     state, context_length = trainer.fresh_state()
     state.params["layers"]["span"] = state.params["layers"]["span"].at[0, 0].set(jnp.nan)
     with pytest.raises(RunError, match="a span of step 0 is not a number"):
