@@ -15,6 +15,7 @@ import csv
 import functools
 import io
 import json
+import math
 import re
 import shlex
 import statistics
@@ -50,6 +51,14 @@ COLUMNS = (
     "published",
     "failed",
 )
+# What the table needs of scores.json, and what kind of number each is.
+NEEDED_SCORES: dict[str, Any] = {
+    "step": int,
+    "trained_tokens": int,
+    "parameters": int,
+    "bpc": int | float,
+    "ppl": int | float,
+}
 # Why a run has no scores that is no failure.
 SUBMITTED = "submitted; remove the file `submitted` from its workdir to submit it again"
 # May differ when a run is resumed, but not between compared ones.
@@ -90,7 +99,7 @@ class Result(NamedTuple):
     @property
     def logged(self) -> list[dict[str, Any]]:
         """The rows that tell of training steps, not of evaluations."""
-        return [row for row in self.rows if "tokens_per_s" in row]
+        return [row for row in self.rows if isinstance(row.get("tokens_per_s"), int | float)]
 
 
 def sweep(
@@ -254,11 +263,37 @@ def _check_same(job: Job, c: ml_collections.ConfigDict) -> None:
 
 
 def _scores(job: Job) -> dict[str, Any]:
-    """The scores that a run left at its end; empty if it has not ended."""
+    """The scores that a run left at its end; empty if it has not ended.
+
+    Raises:
+      UserError: what lies there is no file, or holds something else.
+    """
+    path = job.workdir / "scores.json"
+    with paths.reached(path):
+        if not path.exists():
+            return {}
+        content = path.read_bytes()
+    # A kill has cut it short, or a crash has left zeros: the run writes it again.
     try:
-        return json.loads((job.workdir / "scores.json").read_text())
-    except (OSError, ValueError):  # none, or cut short by a kill
+        scores = json.loads(content)
+    except (ValueError, RecursionError):
         return {}
+    _check_scores(path, scores)
+    return scores
+
+
+def _check_scores(path: epath.Path, scores: Any) -> None:
+    """Refuse what no run has written, and scores that are not finite."""
+    if not isinstance(scores, dict):
+        raise UserError(f"{path}: expected an object, found {scores!r:.80}")
+    for name, kind in NEEDED_SCORES.items():
+        score: Any = scores.get(name)
+        # A truth value is a whole number to Python.
+        is_number = isinstance(score, kind) and not isinstance(score, bool)
+        if not is_number or not 0 <= score < math.inf:
+            raise UserError(f"{path}: expected a number as {name}, found {score!r:.80}")
+    if not scores["step"]:
+        raise UserError(f"{path}: expected at least 1 step, found 0")
 
 
 def _run(job: Job, overrides: Mapping[str, str], launcher: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ class name is the capitalised name, and enter the name in DATASETS.
 """
 
 import difflib
+import errno
 import fcntl
 import functools
 import os
@@ -27,7 +28,7 @@ from etils import epath
 
 from allattn.data.own_text import find_splits, fingerprint
 from allattn.data.vocabulary import Numbering, Symbols, Unit, Vocabulary
-from allattn.errors import UserError
+from allattn.errors import RunError, UserError, first_line
 from allattn.sharding.processes import first_on_leader
 from allattn.storage import paths
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 # Names that --dataset takes; builders.py has a class for each.
 DATASETS = ("enwik8", "text8", "wikitext103", "stdlib", "files")
 SPLITS = ("train", "valid", "test")
+# What a message keeps of an error of another library.
+MESSAGE_LENGTH = 200
 
 
 class Tokens:
@@ -44,12 +47,16 @@ class Tokens:
 
     Args:
       records: the stored records, each {"tokens": bytes}, all but the last of the same length.
-      dtype: of the stored ids.
+      vocabulary: of the stored ids.
+      path: folder of the records, for messages.
     """
 
-    def __init__(self, records: Sequence[dict[str, bytes]], dtype: np.dtype) -> None:
+    def __init__(
+        self, records: Sequence[dict[str, bytes]], vocabulary: Vocabulary, path: Path
+    ) -> None:
         self._records = records
-        self._dtype = dtype
+        self._vocabulary = vocabulary
+        self._path = path
         # Small neighbouring slices fall into the same record.
         self._record = functools.lru_cache(maxsize=8)(self._read)
         # All records but the last have the length of the first.
@@ -77,7 +84,13 @@ class Tokens:
         return ids
 
     def _read(self, index: int) -> np.ndarray:
-        return np.frombuffer(self._records[index]["tokens"], self._dtype)
+        # Records are checked when they are read, which may be long after the first.
+        size = self._vocabulary.size
+        with _refused_if_damaged(self._path):
+            ids = np.frombuffer(self._records[index]["tokens"], self._vocabulary.dtype)
+            if ids.size and not 0 <= ids.min() <= ids.max() < size:
+                raise ValueError(f"an id is outside of the {size} symbols")
+        return ids
 
 
 class Dataset:
@@ -95,26 +108,25 @@ class Dataset:
         self.full_name = builder.info.full_name
         self.path = Path(builder.data_path)
         # Stored beside the records, so that reading needs no text.
-        self.vocabulary = Vocabulary.from_json(builder.info.metadata["vocabulary"])
+        with _refused_if_damaged(self.path):
+            self.vocabulary = Vocabulary.from_json(builder.info.metadata["vocabulary"])
         self._builder = builder
 
     def tokens(self, split: str) -> Tokens:
         """The token source of a split ("train", "valid" or "test"); slices of it are int32."""
         if split not in SPLITS:
             raise UserError(f"split must be one of {', '.join(SPLITS)}, found {split!r}")
-        try:
-            return Tokens(self._builder.as_data_source(split), self.vocabulary.dtype)
-        except (OSError, LookupError, RuntimeError) as error:
-            raise UserError(
-                f"{self.path} is damaged ({error}); remove that folder to prepare it again"
-            ) from None
+        with _refused_if_damaged(self.path):
+            records = self._builder.as_data_source(split)
+            return Tokens(records, self.vocabulary, self.path)
 
     def bytes_per_token(self, split: str) -> float:
         """How many bytes of text a token of a split ("train", "valid" or "test") stands for."""
         # Data of bytes that were prepared before bytes were counted have no count.
         if self.vocabulary.unit == "byte":
             return 1.0
-        return self._builder.info.metadata["bytes"][split] / len(self.tokens(split))
+        with _refused_if_damaged(self.path):
+            return int(self._builder.info.metadata["bytes"][split]) / len(self.tokens(split))
 
     def summary(self) -> dict[str, Any]:
         """Name, path, unit, vocabulary size, tokens and bytes per split, ready for JSON."""
@@ -129,6 +141,26 @@ class Dataset:
                 split: round(count * self.bytes_per_token(split)) for split, count in tokens.items()
             },
         }
+
+
+@contextmanager
+def _refused_if_damaged(folder: Path) -> Iterator[None]:
+    """Turns what reading a damaged folder raises within into one line.
+
+    The data set library, its records and JSON each raise kinds of their own.
+    """
+    try:
+        yield
+    except (UserError, RunError, ImportError):
+        raise
+    except Exception as error:
+        found = first_line(error)[:MESSAGE_LENGTH]
+        # A system that refuses is no damage, and nothing to remove; a file that is gone is.
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise UserError(f"{folder}: expected a folder to read, found {found}") from error
+        raise UserError(
+            f"{folder} is damaged ({found}); remove that folder to prepare it again"
+        ) from error
 
 
 # --- names and folders -------------------------------------------------------------------------
@@ -277,7 +309,9 @@ def _builder(name: str, **options: Any) -> "TextBuilder":
     # tensorflow_datasets takes a while to import, so it is imported only where data is opened.
     from allattn.data import builders
 
-    return getattr(builders, name.capitalize())(**options)
+    # It reads what was prepared before.
+    with _refused_if_damaged(options["data_dir"] / name):
+        return getattr(builders, name.capitalize())(**options)
 
 
 def _prepare_once(builder: "TextBuilder", folder: epath.Path, wanted: epath.Path) -> None:

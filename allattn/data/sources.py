@@ -16,11 +16,14 @@ from typing import IO
 from etils import epath
 
 from allattn.data.download import digest_of, fetch
-from allattn.errors import UserError
+from allattn.errors import RunError, UserError
 from allattn.storage import paths
 
 # Bytes of a text that are in memory at once.
 CHUNK_BYTES = 1 << 20
+
+# No published text is larger, in bytes.
+LARGEST_MEMBER = 1 << 31
 
 # The text of the standard library: as much of it as is used, and of that for valid and test each.
 STDLIB_BYTES = 8_000_000
@@ -80,18 +83,34 @@ class Text:
                 return
             # An archive may be another one, or cut short by a download outside of this program.
             try:
-                with zipfile.ZipFile(file) as archive, archive.open(self.member) as member:
-                    yield member
+                with zipfile.ZipFile(file) as archive:
+                    _refuse_bomb(self, archive.getinfo(self.member))
+                    with archive.open(self.member) as member:
+                        yield member
+            except (UserError, RunError):
+                raise
             except KeyError:
                 raise UserError(
                     f"{self.path} holds no {self.member}; expected the original archive"
                 ) from None
-            except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            # The last two are what zipfile raises about passwords and other ways to compress.
+            except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
                 size = self.path.stat().length
                 raise UserError(
                     f"{self.path} is not a whole zip archive ({size} bytes found): {error}; "
                     "replace it, or remove it to download it again"
                 ) from None
+
+
+def _refuse_bomb(text: Text, member: zipfile.ZipInfo) -> None:
+    """Refuse a member that would be unpacked for hours before its checksum told that it is another.
+
+    zipfile reads no more of it than it announces.
+    """
+    if member.file_size > LARGEST_MEMBER:
+        raise UserError(
+            f"{text}: expected at most {LARGEST_MEMBER} bytes, found {member.file_size} announced"
+        )
 
 
 @dataclass(frozen=True)

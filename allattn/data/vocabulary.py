@@ -232,13 +232,30 @@ class Vocabulary:
             raise UserError(
                 f"a stored vocabulary needs the keys unit and symbols, found {value!r:.80}"
             )
-        return cls(value["unit"], tuple(value["symbols"]))
+        symbols = value["symbols"]
+        if not _are_texts(symbols):
+            raise UserError(
+                f"a stored vocabulary needs a list of texts as symbols, found {symbols!r:.80}"
+            )
+        return cls(value["unit"], tuple(symbols))
+
+
+def _are_texts(symbols: Any) -> bool:
+    """Whether this is a list of texts, each of whole characters."""
+    if not isinstance(symbols, list) or not all(isinstance(x, str) for x in symbols):
+        return False
+    # JSON may hold half of a character, which no text can.
+    try:
+        "".join(symbols).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_unit(unit: str) -> None:
     """Raise UserError unless the unit is one of those that there are."""
     if unit not in get_args(Unit):
-        raise UserError(f"unit must be {' or '.join(get_args(Unit))}, found {unit!r}")
+        raise UserError(f"unit must be {' or '.join(get_args(Unit))}, found {unit!r:.80}")
 
 
 def closed(chunks: Iterable[bytes], unit: Unit) -> Iterator[bytes]:

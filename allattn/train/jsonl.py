@@ -115,10 +115,10 @@ def _rows(path: epath.Path) -> Iterator[dict[str, Any]]:
     except IsADirectoryError:
         return
     for line in lines:
-        # Errors of JSON and of Unicode are both ValueErrors.
+        # Errors of JSON and of Unicode are both ValueErrors; brackets may be nested too deep.
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict) and type(row.get("step")) is int:
             yield row

@@ -13,7 +13,7 @@ from allattn.errors import NotANumberError, PreemptedError, RunError
 from allattn.evaluation import scores as reported
 from allattn.model.parameters import parameter_count
 from allattn.sharding import processes
-from allattn.storage import checkpoint
+from allattn.storage import checkpoint, paths
 from allattn.train import start
 from allattn.train.recorder import Recorder, describe_start
 from allattn.train.state import TrainState
@@ -200,5 +200,8 @@ def _keep_scores(trainer: Trainer, state: TrainState, workdir: str, scores: dict
 
     # A run that is complete leaves the file as it is when it is started again.
     path = epath.Path(workdir) / "scores.json"
-    if not jax.process_index() and not (path.exists() and path.read_text() == text):
-        path.write_text(text)
+    if jax.process_index():
+        return
+    with paths.reached(path):
+        if not path.exists() or path.read_bytes() != text.encode():
+            path.write_text(text)
