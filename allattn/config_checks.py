@@ -59,8 +59,11 @@ class Field:
     shapes: bool = False
 
 
+# Random keys are made of 32 bits: seeds that differ by this would draw the same numbers.
+SEEDS = 2**32
+
 FIELDS = {
-    "seed": Field(),
+    "seed": Field(least=0, below=SEEDS),
     # Data
     "dataset.name": Field(),
     "dataset.data_dir": Field(may_change=True),
@@ -314,15 +317,34 @@ OPTIMIZER_RULES = (
         holds=lambda c: c.optimizer.name in ("adagrad", "adam", "adamw"),
         expected="adagrad, adam or adamw",
     ),
+    Rule(
+        name="weight decay in adamw only",
+        field="optimizer.weight_decay",
+        holds=lambda c: c.optimizer.name == "adamw" or not c.optimizer.weight_decay,
+        expected=lambda c: f"0 with optimizer.name {c.optimizer.name}",
+    ),
 )
 
-# How a run trains, apart from its optimizer.
+# How a run trains, apart from its optimizer. A rule on the model that stands here is asked of new
+# runs alone: a stored model that breaks it can still be evaluated.
 TRAINING_RULES = (
     Rule(
         name="a choice of recomputation that exists",
         field="train.remat",
         holds=lambda c: c.train.remat in REMAT,
         expected=f"one of {REMAT}",
+    ),
+    Rule(
+        name="a ramp within the limit",
+        field="model.span.ramp",
+        holds=lambda c: not c.model.span.adaptive or c.model.span.ramp <= c.model.span.limit,
+        expected=lambda c: f"at most model.span.limit {c.model.span.limit}",
+    ),
+    Rule(
+        name="an initial span where spans are learned",
+        field="model.span.init",
+        holds=lambda c: c.model.span.adaptive or not c.model.span.init,
+        expected="0 without model.span.adaptive",
     ),
     # The cache gains one block per step: after this many even the longest one holds only real
     # states, and the context may grow.

@@ -441,6 +441,7 @@ def _checkpointed(workdir: epath.Path) -> ml_collections.ConfigDict:
 
 def _spread(values: Sequence[float]) -> str:
     """Mean over the seeds, with the standard deviation of several; "" without any."""
+    # No run has logged it.
     if not values:
         return ""
     mean = f"{statistics.mean(values):.4f}"

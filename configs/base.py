@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """All fields; `--config.a.b=value` on the command line overrides one."""
     c = ConfigDict()
-    c.seed = 0  # of initialisation, dropout and the stream's offsets
+    c.seed = 0  # of initialisation, dropout and the stream's offsets; below 2^32
 
     c.dataset = ConfigDict()
     c.dataset.name = "enwik8"  # enwik8, text8, wikitext103, stdlib or files

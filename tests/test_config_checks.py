@@ -76,7 +76,10 @@ BROKEN = {
     "tied input and output in Transformer-XL": {**XL, "model.adaptive_io.tied": False},
     "a schedule that exists": {"optimizer.schedule": "linear"},
     "an update rule that exists": {"optimizer.name": "sgd"},
+    "weight decay in adamw only": {"optimizer.weight_decay": 0.1},
     "a choice of recomputation that exists": {"train.remat": "all"},
+    "a ramp within the limit": {"model.span.limit": 16},
+    "an initial span where spans are learned": {"model.span.adaptive": False, "model.span.init": 1},
     "time to fill the cache between choices of the context length": {"model.span.check_every": 15},
 }
 
@@ -150,6 +153,23 @@ def test_reason_in_the_message() -> None:
     message = f"{expected}, so that a grown context holds real states; found 15"
     with pytest.raises(UserError, match=f"^model.span.check_every: expected {message}$"):
         config_checks.check_training(changed({"model.span.check_every": 15}))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**80])
+def test_seeds(seed: int) -> None:
+    """Every whole number of 32 bits; seeds 2^32 apart would be the same seed."""
+    config_checks.check_training(changed({"seed": 0}))
+    config_checks.check_training(changed({"seed": 2**32 - 1}))
+    with pytest.raises(UserError, match=f"^seed: expected .* found {seed}$"):
+        config_checks.check_training(changed({"seed": seed}))
+
+
+def test_stored_models_that_break_a_new_rule() -> None:
+    """They are not trained further, but they are evaluated."""
+    stored = changed({"model.span.limit": 16})
+    config_checks.check_model(stored)
+    with pytest.raises(UserError, match="^model.span.ramp: expected at most model.span.limit 16"):
+        config_checks.check_training(stored)
 
 
 def test_vocabulary_of_the_data() -> None:

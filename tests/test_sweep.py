@@ -4,6 +4,7 @@ adds up.
 
 import csv
 import json
+import shutil
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,8 @@ def command(place: Path) -> list[str]:
         "--seeds=2",
         "--budget=640",
     ]
-    fields = {**TINY, "dataset.data_dir": place / "texts"}
+    # Runs shorter than an interval of the log are runs all the same.
+    fields = {**TINY, "dataset.data_dir": place / "texts", "train.log_every": 1000}
     for name in ("model.persistent", "train.steps", "train.finetune_steps"):
         del fields[name]
     return words + [f"--config.{name}={value}" for name, value in fields.items()]
@@ -143,6 +145,19 @@ def test_other_settings_need_another_workdir(
     found = call(*swept.words, "--only=good", place, change)
     assert found.code == 2 and message in found.err and found.err.count("\n") == 1
     assert (swept.place / "runs" / "good-seed0" / "scores.json").read_text() == before
+
+
+def test_runs_without_a_log(swept: Swept, tmp_path: Path) -> None:
+    """Their rows of the table lack what a log tells; foreign lines are no rows."""
+    runs = tmp_path / "runs"
+    shutil.copytree(swept.place / "runs", runs)
+    (runs / "good-seed0" / "metrics.jsonl").unlink()
+    (runs / "good-seed1" / "metrics.jsonl").write_text("no row\n")
+    found = call(*swept.words, "--only=good", f"--workdir={runs}")
+    assert found.code == 0
+    (row,) = csv.DictReader((runs / "sweep.csv").open())
+    assert (row["MFLOP"], row["seconds"], row["dev"]) == ("", "", "") and row["seeds"] == "2"
+    assert (runs / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_launcher_submits_once(swept: Swept, tmp_path: Path) -> None:

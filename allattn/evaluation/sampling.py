@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from allattn.config_checks import SEEDS
 from allattn.errors import UserError
 from allattn.evaluation.scoring import scoring_context
 from allattn.model import KeyValue, Model, Params
@@ -95,8 +96,8 @@ def _check(prompt: np.ndarray, length: int, sampling: Sampling, seed: int) -> No
             f"found temperature {sampling.temperature}, top_k {sampling.top_k}, "
             f"top_p {sampling.top_p}, length {length}"
         )
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed: expected a number from 0 to 2^63 - 1, found {seed}")
+    if not 0 <= seed < SEEDS:
+        raise UserError(f"--seed: expected a whole number from 0 to {SEEDS - 1}, found {seed}")
 
 
 def _stream(

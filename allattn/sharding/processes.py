@@ -410,6 +410,7 @@ class Preemption:
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         signals.restore(self._before)
+        # Programs and notebooks know an interrupt by this class.
         if isinstance(error, PreemptedError) and self._first == signal.SIGINT:
             raise StoppedByKeyboard(f"{error.what} by Ctrl-C; {error.advice}") from None
 
@@ -426,6 +427,7 @@ class Preemption:
             signals.restore(self._before)
             signal.raise_signal(number)
             return
+        # Nothing is raised: the loop asks when it can save.
         self._first = signal.Signals(number)
         if self._alone:
             self.reached = True

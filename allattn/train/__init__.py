@@ -4,6 +4,7 @@ Where to begin: `step.train_step` is one update on one screen, `loop.train_and_e
 its start to its scores. The rest, in the order in which a run needs it:
 
     state.py program.py      the arrays of a run, and what builds them and the step on a mesh
+    memory.py                whether it fits in memory
     start.py                 from which checkpoint a run starts
     context.py               how far back the heads look, and when that grows
     accumulation.py optim.py gradients of a batch in parts, and the papers' update rules

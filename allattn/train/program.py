@@ -11,6 +11,7 @@ import ml_collections
 from jax.sharding import Mesh
 
 from allattn import sharding
+from allattn.errors import UserError
 from allattn.model import Model, ModelConfig, Params
 from allattn.train import optim
 from allattn.train.context import choose_context_length
@@ -26,9 +27,13 @@ class TrainProgram:
     Args:
       config: the whole configuration.
       mesh: from `sharding.make_mesh`.
+
+    Raises:
+      UserError: a model or update rule that does not exist, or a dtype that JAX would replace.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, mesh: Mesh):
+        _check_dtype(config)
         self.config = config
         self.mesh = mesh
         self.model = Model(ModelConfig.from_config(config))
@@ -110,3 +115,13 @@ class TrainProgram:
         key = jax.device_put(jnp.array(meta["key"], jnp.uint32), shardings.key)
         params, optimizer, cache_XBSD = arrays
         return TrainState(step, params, optimizer, cache_XBSD, key), context_length
+
+
+def _check_dtype(config: ml_collections.ConfigDict) -> None:
+    """Refuse float64 where JAX would compute in float32 without a word."""
+    dtype = config.model.dtype
+    if dtype == "float64" and jax.dtypes.canonicalize_dtype(dtype) != jnp.float64:
+        raise UserError(
+            "model.dtype: expected float32 or bfloat16, or JAX with 64 bits (JAX_ENABLE_X64=1 "
+            "ahead of the command), found float64"
+        )

@@ -1,33 +1,41 @@
 """Where a run starts from: its own newest checkpoint, or the parameters of another run."""
 
+import itertools
 from typing import Any
+
+import jax
 
 from allattn.config import changed_fields, from_json
 from allattn.config_checks import MAY_CHANGE_ON_RESUMING, MAY_CHANGE_ON_WARM_START
-from allattn.data import Dataset
+from allattn.data import Dataset, Vocabulary
 from allattn.errors import UserError
 from allattn.model import Params
 from allattn.model.parameters import check_spans
 from allattn.storage import checkpoint
 from allattn.train.program import TrainProgram
 from allattn.train.state import TrainState
+from allattn.train.trainer import Trainer
 
 # Begin the names of fields that may differ where parameters alone are restored.
 FREE_WITHOUT_TRAINING_STATE = ("optimizer.", "train.", "seed")
 
 
 def restore(
-    program: TrainProgram, checkpoints: checkpoint.Checkpointer
+    trainer: Trainer, checkpoints: checkpoint.Checkpointer
 ) -> tuple[TrainState, int] | None:
     """The state of the newest readable checkpoint and its context length; None in a new workdir.
 
+    Everything that gives the numbers their meaning must be as it was: the configuration, and the
+    symbols that the rows of the embedding stand for. Other text in these symbols is a choice, which
+    a line on the screen tells.
+
     Args:
-      program: of the run.
+      trainer: of the run.
       checkpoints: of its workdir.
 
     Raises:
-      UserError: the workdir was made with another configuration, or none of its checkpoints can be
-        read.
+      UserError: the workdir was made with another configuration or vocabulary, or none of its
+        checkpoints can be read.
     """
 
     def abstract(meta: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -35,14 +43,20 @@ def restore(
         free: tuple[str, ...] = MAY_CHANGE_ON_RESUMING
         if meta.get("params_only"):
             free += FREE_WITHOUT_TRAINING_STATE
-        changed = changed_fields(from_json(meta["config"]), program.config, free)
+        changed = changed_fields(from_json(meta["config"]), trainer.config, free)
         if changed:
             raise UserError(
                 f"{checkpoints.workdir} was made with another configuration: "
                 f"{'; '.join(changed)}. Choose another --workdir, or go back to that configuration"
             )
+        difference = _first_difference(meta, trainer.dataset, ("in the workdir", "now"))
+        if difference:
+            raise UserError(
+                f"{checkpoints.workdir} was made with another vocabulary: {difference}. "
+                f"Choose another --workdir, or go back to that text"
+            )
         # Parameters alone have no cache, and so no context length.
-        state = program.abstract_state(meta.get("bucket", 1))
+        state = trainer.abstract_state(meta.get("bucket", 1))
         return state.params, state.optimizer, state.cache
 
     # Refused or restored, a checkpoint is read on the shardings of this run's mesh.
@@ -54,8 +68,38 @@ def restore(
     params, optimizer, cache_XBSD, meta = restored
     check_spans(params, f"the checkpoint of step {meta['step']} in {checkpoints.workdir}")
     if meta.get("params_only"):
-        return program.fresh_state(params)
-    return program.restored_state((params, optimizer, cache_XBSD), meta)
+        return trainer.fresh_state(params)
+    _report_other_text(meta, trainer.dataset)
+    return trainer.restored_state((params, optimizer, cache_XBSD), meta)
+
+
+def _first_difference(meta: dict[str, Any], dataset: Dataset, sides: tuple[str, str]) -> str:
+    """Where a checkpoint's vocabulary is not that of the data; "" if it is the same."""
+    vocabulary = Vocabulary.from_json(meta["vocabulary"])
+    if vocabulary == dataset.vocabulary:
+        return ""
+    # The symbols first: they say more than how many there are.
+    pairs = itertools.zip_longest(vocabulary.symbols, dataset.vocabulary.symbols)
+    for number, (there, here) in enumerate(pairs):
+        if there != here:
+            return f"symbol {number} is {there!r:.40} {sides[0]}, {here!r:.40} {sides[1]}"
+    # Whatever else belongs to it, such as the unit.
+    before = vocabulary.to_json()
+    after = dataset.vocabulary.to_json()
+    name = next(name for name in after if before.get(name) != after[name])
+    return f"{name}: {before.get(name)!r:.40} {sides[0]}, {after[name]!r:.40} {sides[1]}"
+
+
+def _report_other_text(meta: dict[str, Any], dataset: Dataset) -> None:
+    """Say that a run goes on with other text than it was trained on; older checkpoints lack it."""
+    # The name of own text is made from its contents.
+    before = meta.get("dataset", dataset.full_name)
+    if before != dataset.full_name and not jax.process_index():
+        print(
+            f"other text than this run was trained on so far, in the same symbols: {before} "
+            f"before, {dataset.full_name} from now on",
+            flush=True,
+        )
 
 
 def warm_start(program: TrainProgram, dataset: Dataset) -> Params | None:
@@ -84,10 +128,11 @@ def warm_start(program: TrainProgram, dataset: Dataset) -> Params | None:
                 f"train.init_from: {source}: expected the model of this configuration, "
                 f"found {'; '.join(changed)}"
             )
-        if meta["vocabulary"] != dataset.vocabulary.to_json():
+        difference = _first_difference(meta, dataset, ("there", "here"))
+        if difference:
             raise UserError(
                 f"train.init_from: {source}: expected the vocabulary of {dataset.name}, "
-                f"found another"
+                f"found another: {difference}"
             )
 
         # Parameters are the same for every context length.

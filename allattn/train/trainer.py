@@ -16,6 +16,7 @@ from allattn.evaluation import protocols, scoring
 from allattn.model import Params
 from allattn.storage import checkpoint
 from allattn.train.context import choose_context_length, grow_cache
+from allattn.train.memory import check_fits
 from allattn.train.metrics import TrainMetrics
 from allattn.train.program import TrainProgram
 from allattn.train.state import TrainState
@@ -47,8 +48,9 @@ class Trainer(TrainProgram):
         self._steps: dict[int, Callable] = {}
 
         # Refuse at once what would fail at the first step or at the first evaluation: arrays that
-        # the mesh does not divide, and splits too short for the protocol.
-        self.abstract_state(choose_context_length(config, config.model.span.init))
+        # the mesh does not divide or that no memory holds, and splits too short for the protocol.
+        state = self.abstract_state(choose_context_length(config, config.model.span.init))
+        check_fits(config, self.mesh, state)
         for split in ("valid", "test"):
             tokens = len(self._scored_tokens(split))
             message_start = f"{dataset.name}, split {split}: "
@@ -132,6 +134,7 @@ class Trainer(TrainProgram):
         """What a checkpoint says besides its arrays; `restored_state` reads it."""
         vocabulary = self.dataset.vocabulary.to_json()
         meta = checkpoint.describe(int(state.step), self.config, vocabulary)
+        meta["dataset"] = self.dataset.full_name
         meta["key"] = np.asarray(state.key).tolist()
         # The name of the context length in every checkpoint so far.
         meta["bucket"] = context_length

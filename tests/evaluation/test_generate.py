@@ -201,7 +201,7 @@ def test_draws(options: Sampling, kept: Callable[[np.ndarray], np.ndarray]) -> N
         ({"sampling": Sampling(top_p=0.0)}, "top_p 0.0"),
         ({"sampling": Sampling(top_p=1.1)}, "top_p 1.1"),
         ({"seed": -1}, "--seed: expected"),
-        ({"seed": 2**64}, "--seed: expected"),
+        ({"seed": 2**32}, "--seed: expected a whole number from 0 to 4294967295, found 4294967296"),
     ],
     ids=lambda x: None if isinstance(x, dict) else x,
 )

@@ -164,6 +164,24 @@ def test_a_machine_that_is_taken_away(stopped: Stopped, tmp_path: Path) -> None:
     assert sorted(losses(tmp_path / "run")) == list(range(1, last + 1))
 
 
+# One process handles the same signals in tests/train/test_stopping.py.
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 75)])
+def test_other_signals(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    """Ctrl-C or SIGHUP to one of two processes: both save, at the same step; the one that Ctrl-C
+    came to ends with 130.
+    """
+    changes = {"train__steps": 100_000, "checkpoint__every": 100_000}
+    workdir = tmp_path / "run"
+    with train(prepared_texts(tmp_path), workdir, 2, 1, **changes) as both:
+        wait_for(workdir, "metrics.jsonl", lambda path: path.read_text().count("\n") >= 2)
+        both.running[1].send_signal(number)
+        results = both.results()
+    (step,) = [int(path.name) for path in (workdir / "checkpoints").iterdir()]
+    assert [result.code for result in results] == [75, code]
+    assert all(f"stopped at step {step}" in result.err for result in results)
+
+
 def test_different_configurations(tmp_path: Path) -> None:
     texts = prepared_texts(tmp_path)
     workdir = tmp_path / "run"

@@ -1,0 +1,82 @@
+"""What a start in a workdir compares: everything that gives the numbers their meaning."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import Result, call, flags
+
+import allattn
+from allattn.storage.checkpoint import Checkpointer
+
+WORDS = {"dataset__unit": "word", "train__steps": 2, "train__finetune_steps": 0}
+
+
+def write_words(folder: Path, order: str) -> Path:
+    """Texts of four words, which are numbered in this order, the most frequent first."""
+    folder.mkdir()
+    words = [word for i, word in enumerate(order) for _ in range(200 - 40 * i)]
+    for split in ("train", "valid", "test"):
+        np.random.default_rng(len(split)).shuffle(words)
+        lines = [" ".join(words[i : i + 8]) for i in range(0, len(words), 8)]
+        (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run of two steps, and texts of the same words in another order and in the same."""
+    folder = tmp_path_factory.mktemp("start")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALLATTN_DATA_DIR", str(folder / "prepared"))
+        for name, order in (("texts", "abcd"), ("renumbered", "bacd")):
+            write_words(folder / name, order)
+        shutil.copytree(folder / "texts", folder / "other")
+        (folder / "other" / "valid.txt").write_text("a b c d\n" * 100)
+        assert run(folder / "run", folder / "texts").code == 0
+        yield folder
+
+
+def run(workdir: Path, texts: Path, **changes: object) -> Result:
+    return call("train", f"--workdir={workdir}", *flags(texts, **{**WORDS, **changes}))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_other_numbers_of_the_symbols(place: Path) -> None:
+    """Refused, by the first symbol that differs; nothing is overwritten."""
+    before = contents(place / "run")
+    found = run(place / "run", place / "renumbered", train__steps=4)
+    assert found.code == 2
+    line = "was made with another vocabulary: symbol 0 is 'a' in the workdir, 'b' now."
+    assert line in found.err.splitlines()[-1] and contents(place / "run") == before
+
+
+def test_other_symbols_of_parameters_alone(place: Path, tmp_path: Path) -> None:
+    """A converted workdir is refused likewise."""
+    with Checkpointer(str(place / "run"), create=False) as checkpoints:
+        meta = checkpoints.restore_meta() | {"params_only": True}
+    with Checkpointer(str(tmp_path / "run")) as checkpoints:
+        checkpoints.save_params(0, allattn.load(place / "run").params, meta)
+    found = run(tmp_path / "run", place / "renumbered")
+    assert found.code == 2 and "symbol 0 is 'a' in the workdir, 'b' now." in found.err
+
+
+def test_other_symbols_of_a_warm_start(place: Path, tmp_path: Path) -> None:
+    changes = {"train__init_from": place / "run"}
+    found = run(tmp_path / "run", place / "renumbered", **changes)
+    assert found.code == 2 and "found another: symbol 0 is 'a' there, 'b' here" in found.err
+
+
+def test_other_text_in_the_same_symbols(place: Path, tmp_path: Path) -> None:
+    """The user's choice, which a line tells."""
+    shutil.copytree(place / "run", tmp_path / "run")
+    found = run(tmp_path / "run", place / "other", train__steps=3)
+    line = "other text than this run was trained on so far, in the same symbols: files/"
+    assert found.code == 0 and line in found.out
+    again = run(tmp_path / "run", place / "other", train__steps=3)
+    assert again.code == 0 and line not in again.out
