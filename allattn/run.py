@@ -216,7 +216,7 @@ def load(workdir: str | os.PathLike[str], step: int | str | None = None) -> Run:
 
     Args:
       workdir: folder or bucket URL.
-      step: a step, "best", or None for the newest.
+      step: a step, "best", "sound" (the newest that is as it was written), or None for the newest.
 
     Returns:
       The run, its parameters whole on one device.
@@ -230,15 +230,33 @@ def load(workdir: str | os.PathLike[str], step: int | str | None = None) -> Run:
             "checkpoint", functools.partial(checkpoints.resolve, step), str
         )
 
-        # The configuration gives the model, and the model the shapes of its parameters.
-        meta = checkpoints.restore_meta(number)
+        try:
+            return _restore(checkpoints, number)
+        except checkpoint.DamagedError as error:
+            raise UserError(f"{error}; {_advice(checkpoints, number)}") from error
+
+
+def _restore(checkpoints: checkpoint.Checkpointer, step: int) -> Run:
+    """The run as a checkpoint has it."""
+    # The configuration gives the model, and the model the shapes of its parameters.
+    meta = checkpoints.restore_meta(step)
+    with checkpoints.parsing(step):
         config = from_json(meta["config"])
         model = Model(ModelConfig.from_config(config))
-        abstract = jax.eval_shape(model.init, jax.random.key(0))
-        params = checkpoints.restore_params(checkpoint.on_one_device(abstract), number)
-    check_spans(params, f"checkpoint {number} in {checkpoints.workdir}")
-    vocabulary = data.Vocabulary.from_json(meta["vocabulary"])
-    return Run(model, params, config, vocabulary, number)
+        vocabulary = data.Vocabulary.from_json(meta["vocabulary"])
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    params = checkpoints.restore_params(checkpoint.on_one_device(abstract), step)
+    check_spans(params, f"checkpoint {step} in {checkpoints.workdir}")
+    return Run(model, params, config, vocabulary, step)
+
+
+def _advice(checkpoints: checkpoint.Checkpointer, damaged: int) -> str:
+    """Which other checkpoint is sound."""
+    others = [step for step in checkpoints.steps() if step != damaged]
+    sound = checkpoints.sound_step(others)
+    if sound is None:
+        return "no other checkpoint there is known to be sound"
+    return f"step {sound} is sound: --step=sound takes it"
 
 
 def evaluate(

@@ -101,8 +101,13 @@ def add_workdir(parser: argparse.ArgumentParser) -> None:
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Where a run is, and which of its checkpoints to take."""
     add_workdir(parser)
-    # A word, since it may be a name: `best`.
-    parser.add_argument("--step", default=None, help="a step or `best`; the newest if left out")
+    # A word, since it may be a name.
+    parser.add_argument(
+        "--step",
+        default=None,
+        help="a step, `best` on dev, or `sound`: the newest that is as it was written; "
+        "the newest if left out",
+    )
 
 
 def add_processes(parser: argparse.ArgumentParser) -> None:

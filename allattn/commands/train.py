@@ -13,6 +13,11 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     config = flags.add_config(parser)
     flags.add_text(parser, instead_of=config)
     flags.add_workdir(parser)
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="take the workdir over from the run that holds its lock",
+    )
     # Where several machines or GPUs train together.
     flags.add_processes(parser)
 
@@ -34,7 +39,7 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     sharding.use_cores_for(c)
 
     # All processes have the scores; the first prints them.
-    scores = train.train_and_evaluate(c, arguments.workdir)
+    scores = train.train_and_evaluate(c, arguments.workdir, arguments.force)
     if processes.index() == 0:
         # What to do next, as lines that can be copied.
         workdir = shlex.quote(arguments.workdir)

@@ -319,7 +319,7 @@ def _prepare_once(builder: "TextBuilder", folder: epath.Path, wanted: epath.Path
     if not paths.is_whole(folder):
         # Both ways write into a folder "incomplete.*" and rename it; those here were left by killed
         # processes.
-        for leftover in folder.parent.glob("incomplete.*"):
+        for leftover in paths.matching(folder.parent, "incomplete.*"):
             leftover.rmtree()
         if paths.is_whole(wanted):
             return paths.fetch(wanted, folder)

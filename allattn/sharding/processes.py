@@ -273,6 +273,33 @@ def first_on_leader(name: str, action: Callable[[], T]) -> T:
     return result
 
 
+def text_of_leader(name: str, action: Callable[[], str]) -> str:
+    """What process 0 alone finds out, on every process.
+
+    Args:
+      name: what is found out, as a part of the key in the service.
+      action: what process 0 does.
+
+    Raises:
+      UserError, RunError: on every process, if process 0 meets one.
+    """
+    if count() == 1:
+        return action()
+    key = f"allattn/{next(_calls)}/{name}"
+    if index() > 0:
+        message = _read_message(key)
+        if message.error:
+            _raise_error(message)
+        return message.text
+    try:
+        text = action()
+    except (UserError, RunError) as error:
+        _write_message(key, Message(_error_name(error), str(error)))
+        raise
+    _write_message(key, Message("", text))
+    return text
+
+
 def describe_difference(leader_text: str, own_text: str) -> str:
     """How the text of a process differs from that of process 0; "" if it does not."""
     return "" if own_text == leader_text else f"{own_text} instead of {leader_text}"

@@ -1,24 +1,28 @@
 """Checkpoints by Orbax: params, optimizer, cache and meta, written together or not at all.
 
-    workdir/checkpoints/STEP/    params  optimizer  cache  meta  metrics
+    workdir/checkpoints/STEP/    params  optimizer  cache  meta  metrics  checksums.json
+    workdir/checkpoints-damaged/STEP/    what could not be read when a run was resumed
 
-What this file adds to Orbax:
+What this file adds to Orbax, which manager.py configures:
 - a save copies the arrays and writes in the background, since the loop gives its arrays to the next
   step (one process; several must wait for each other and write at once)
-- a damaged checkpoint is passed over for the one before it (`restore_newest`)
+- what is restored is compared with its checksums before (checksums.py)
+- a damaged checkpoint is passed over for the one before it (`restore_newest`), and never deleted
 - the best checkpoint on dev is kept besides the newest ones
 - every mistake ends with one line, the same on all processes
 
 tests/storage/test_checkpoint.py kills processes in the middle of a save and damages files.
 """
 
+import contextlib
 import functools
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -32,14 +36,18 @@ from jax.experimental import multihost_utils
 from allattn.config import to_json
 from allattn.errors import RunError, UserError, first_line
 from allattn.sharding import processes
-from allattn.storage import paths
+from allattn.storage import checksums, paths
+from allattn.storage.checksums import DamagedError
+from allattn.storage.lock import WorkdirLock
+from allattn.storage.manager import Manager, plain, score
 
-# The parts of a checkpoint that are trees of arrays; beside them lie meta and Orbax's metrics.
-ARRAYS = ("params", "optimizer", "cache")
-# A number, "best" or None for the newest.
+# A number, "best", "sound" or None for the newest.
 Step = int | str | None
 # params, optimizer, cache, meta
 Restored = tuple[Any, Any, Any, dict[str, Any]]
+
+# What scoring and sampling read.
+MODEL = ("meta", "params")
 
 # Libraries that decide what the stored numbers mean.
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint")
@@ -72,66 +80,6 @@ def describe(
         "vocabulary": vocabulary,
         "versions": versions(),
     }
-
-
-# --- Orbax, configured ---------------------------------------------------------------------------
-
-
-class DamagedError(UserError):
-    """A checkpoint that is there but cannot be read."""
-
-
-def _score(metrics: dict[str, float | None]) -> float:
-    """What decides the best checkpoint: lower is better, and those without a score come last."""
-    score = metrics["dev_nll"]
-    if score is None:
-        return math.inf
-    return score
-
-
-class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, but for two of its answers."""
-
-    def metrics(self, step: int) -> Any:
-        """A score that cannot be read counts as none; Orbax would refuse the whole workdir."""
-        try:
-            return super().metrics(step)
-        except ValueError:  # JSON's and Unicode's errors
-            return None
-
-    def reached_preemption(self, step: int) -> bool:
-        """No: the training loop asks for itself.
-
-        To ask twice would move the step that the processes agree on.
-        """
-        return False
-
-
-def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    """Arrays are written as they are: compressing saves little and takes a fifth of a save."""
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for item in ARRAYS:
-        # One kind of handler saves any tree; the other restores on the shardings it is shown.
-        registry.add(item, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(use_compression=False))
-        registry.add(item, ocp.args.StandardRestore, ocp.StandardCheckpointHandler())
-    return registry
-
-
-def _options(keep: int, create: bool) -> ocp.CheckpointManagerOptions:
-    """Keep the last few, and besides them the best on dev; only who writes may clean up."""
-    policies = ocp.checkpoint_managers
-    # To Orbax the best is the largest, so the order is reversed: the lowest loss.
-    best = policies.BestN(
-        get_metric_fn=_score, reverse=True, n=1, keep_checkpoints_without_metrics=False
-    )
-    newest = policies.LatestN(n=keep)
-    return ocp.CheckpointManagerOptions(
-        create=create,
-        preservation_policy=policies.AnyPreservationPolicy([newest, best]),
-        best_fn=_score,
-        best_mode="min",
-        cleanup_tmp_directories=create,
-    )
 
 
 # --- the folder ----------------------------------------------------------------------------------
@@ -231,22 +179,38 @@ class Checkpointer:
     Args:
       workdir: folder or bucket URL of the run; the checkpoints lie under `checkpoints`.
       keep: how many of the newest are kept.
-      create: make the folder; False for readers, which refuse a workdir without one.
+      create: make the folder, and hold the workdir's lock; False for readers, which refuse a
+        workdir without one.
+      force: take the lock over, whoever holds it.
 
     Raises:
-      UserError: a reader finds no checkpoint, or the workdir cannot be one.
+      UserError: a reader finds no checkpoint, the workdir cannot be one, or another run holds it.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], keep: int = 3, create: bool = True):
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        keep: int = 3,
+        create: bool = True,
+        force: bool = False,
+    ):
         self.workdir = os.fspath(workdir)
         # Process 0 makes or misses the folder first; then all must see the same one.
         prepare = functools.partial(_prepare_folder, self.workdir, create)
         self.folder = processes.first_on_leader("workdir", prepare)
         processes.require_same_text("workdir", str(self.folder), _folder_differences)
         self._writes = create
-        self._manager = _Manager(
-            self.folder, options=_options(keep, create), handler_registry=_handlers()
-        )
+        self._lock: WorkdirLock | None = None
+        # Before Orbax, which clears away what another run may be writing.
+        with contextlib.ExitStack() as opened:
+            if create:
+                self._lock = opened.enter_context(WorkdirLock(self.workdir, force))
+            folder = opened.enter_context(plain(self.folder))
+            with paths.reached(self.folder):
+                self._manager = Manager(folder, keep, create)
+            self._opened = opened.pop_all()
+        # Steps and items whose files are known to be as they were written.
+        self._verified: set[tuple[int, str]] = set()
 
         # One save at a time is written in the background, from memory that the next one reuses.
         self._worker = ThreadPoolExecutor(1)
@@ -260,6 +224,8 @@ class Checkpointer:
         # After any other error another process may be gone, and closing would wait for it.
         if processes.count() == 1 or error is None or isinstance(error, RunError):
             self.close()
+        else:
+            self._opened.close()
 
     def close(self) -> None:
         """Finish what is being written."""
@@ -268,6 +234,7 @@ class Checkpointer:
         finally:
             self._worker.shutdown()
             self._manager.close()
+            self._opened.close()
 
     def steps(self) -> list[int]:
         """Steps that have a whole checkpoint, oldest first; waits for one that is being written."""
@@ -297,28 +264,27 @@ class Checkpointer:
             best.
         """
         # JSON has no word for NaN, and a NaN is no score.
-        score = dev_nll
-        if score is not None and not math.isfinite(score):
-            score = None
+        if dev_nll is not None and not math.isfinite(dev_nll):
+            dev_nll = None
         trees = _by_name(params, optimizer, cache)
         self._wait()
 
         # Several processes write at once: Orbax makes them wait for each other on their devices,
         # which must come in the same order as the steps of the loop.
         if processes.count() > 1:
-            self._write(step, trees, meta, score)
+            self._write(step, trees, meta, dev_nll)
             return
 
         # One process copies, as the loop gives its arrays to the next step, and writes meanwhile.
         copies = self._copy(trees)
         self._pending = self._worker.submit(
-            self._write, step, copies, meta, score, until_written=True
+            self._write, step, copies, meta, dev_nll, until_written=True
         )
 
     def score(self, step: int) -> float | None:
         """The score on dev of a checkpoint, in nats; None: it has none."""
-        score = _score(self._manager.metrics(step) or {"dev_nll": None})
-        return score if math.isfinite(score) else None
+        found = score(self._manager.metrics(step) or {"dev_nll": None})
+        return found if math.isfinite(found) else None
 
     def add_score(self, step: int, dev_nll: float) -> None:
         """Give a checkpoint the score that it was saved without; it decides which is the best."""
@@ -329,9 +295,10 @@ class Checkpointer:
 
         def write() -> None:
             if not processes.index():
-                path = self.folder / str(step) / "metrics" / "metrics"
-                with paths.reached(path):
-                    path.write_text(json.dumps({"dev_nll": dev_nll}))
+                folder = self.folder / str(step)
+                with paths.written(folder):
+                    text = json.dumps({"dev_nll": dev_nll})
+                    checksums.replace_file(folder, "metrics/metrics", text)
 
         # Orbax reads it again once it is there.
         processes.first_on_leader("score", write)
@@ -370,13 +337,17 @@ class Checkpointer:
         step: int,
         trees: dict[str, Any],
         meta: dict[str, Any],
-        score: float | None,
+        dev_nll: float | None,
         until_written: bool = False,
     ) -> None:
         """Hand a checkpoint to Orbax; `until_written`: and wait, after which its memory is free."""
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-        composite = ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=composite, metrics={"dev_nll": score})
+        if self._lock is not None:
+            self._lock.require_held()
+        # From now on a missing file of checksums means that this checkpoint is not finished.
+        told = {**meta, checksums.FLAG: True}
+        composite = ocp.args.Composite(**items, meta=ocp.args.JsonSave(told))
+        self._manager.save(step, args=composite, metrics={"dev_nll": dev_nll})
         if until_written:
             self._manager.wait_until_finished()
 
@@ -388,11 +359,14 @@ class Checkpointer:
         if pending:
             pending.result()
 
+    # --- which one
+
     def resolve(self, step: Step = None) -> int:
-        """The number of the checkpoint asked for: the newest, "best" or a step.
+        """The number of the checkpoint asked for.
 
         Args:
-          step: as `Step` says, also as text.
+          step: as `Step` says, also as text. The newest is the newest that is finished; "sound" is
+            the newest whose files are as they were written.
 
         Raises:
           UserError: it is not there.
@@ -401,72 +375,190 @@ class Checkpointer:
         if not steps:
             raise UserError(f"no checkpoint in {self.workdir}: expected one under {self.folder}")
         if step is None:
-            return steps[-1]
+            return self._newest(steps)
         if step == "best":
-            # Orbax calls a checkpoint best even where none has a score.
-            best = self._manager.best_step()
-            if best is None or _score(self._manager.metrics(best)) == math.inf:
-                raise UserError(
-                    f"no best checkpoint in {self.workdir}: none of {steps} has a score on dev"
-                )
-            return best
+            return self._best(steps)
+        if step == "sound":
+            return self._sound(steps)
         # A command line brings the number as text.
         if not str(step).isdecimal() or int(step) not in steps:
             raise UserError(
-                f"no checkpoint of step {step} in {self.workdir}: expected best or one of {steps}"
+                f"no checkpoint of step {step} in {self.workdir}: "
+                f"expected best, sound or one of {steps}"
             )
         return int(step)
+
+    def _newest(self, steps: list[int]) -> int:
+        """The newest step, but for one whose process died before it was finished."""
+        # Only the last one can be: a run goes on when the one before is finished.
+        newest = steps[-1]
+        if not checksums.is_unfinished(self.folder / str(newest)):
+            return newest
+        if len(steps) == 1:
+            raise UserError(f"no checkpoint in {self.workdir}: that of step {newest} is unfinished")
+        logging.warning("passed over: checkpoint %d in %s is unfinished", newest, self.workdir)
+        return steps[-2]
+
+    def _best(self, steps: list[int]) -> int:
+        # Orbax calls a checkpoint best even where none has a score.
+        best = self._manager.best_step()
+        if best is None or score(self._manager.metrics(best)) == math.inf:
+            raise UserError(
+                f"no best checkpoint in {self.workdir}: none of {steps} has a score on dev"
+            )
+        return best
+
+    def _sound(self, steps: list[int]) -> int:
+        sound = self.sound_step(steps)
+        if sound is None:
+            raise UserError(
+                f"no sound checkpoint in {self.workdir}: "
+                f"none of {steps} is as its checksums say, or it has none"
+            )
+        return sound
+
+    def sound_step(self, steps: list[int]) -> int | None:
+        """The newest of some steps whose model is as it was written, as process 0 sees it."""
+
+        def find() -> str:
+            for step in reversed(steps):
+                with contextlib.suppress(DamagedError):
+                    if checksums.verify(self.folder / str(step), MODEL):
+                        return str(step)
+            return ""
+
+        found = processes.text_of_leader("sound", find)
+        return int(found) if found else None
+
+    # --- damage
+
+    def _require_sound(self, step: int, items: Collection[str]) -> None:
+        """Refuse, on every process, items whose files are not as they were written.
+
+        Raises:
+          DamagedError: names the file.
+          UserError, RunError: a file cannot be reached.
+        """
+        # Each file is read once for this, however often it is restored.
+        unknown = [item for item in items if (step, item) not in self._verified]
+        if not unknown:
+            return
+
+        def find() -> str:
+            try:
+                checksums.verify(self.folder / str(step), unknown)
+            except DamagedError as error:
+                return str(error)
+            return ""
+
+        damage = processes.text_of_leader("checksums", find)
+        if damage:
+            raise self._damaged(step, damage)
+        self._verified.update((step, item) for item in unknown)
+
+    def _damaged(self, step: int, message: str) -> DamagedError:
+        return DamagedError(f"checkpoint {step} in {self.workdir} cannot be read: {message}")
+
+    @contextlib.contextmanager
+    def parsing(self, step: int) -> Iterator[None]:
+        """What the meta of a checkpoint says is parsed within; what makes no sense is damage.
+
+        Args:
+          step: of that checkpoint.
+
+        Raises:
+          DamagedError: in the place of the errors that nonsense causes.
+        """
+        try:
+            yield
+        except (UserError, RunError):
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+            message = first_line(error)[:MESSAGE_LENGTH]
+            place = checksums.place(self.folder / str(step))
+            raise self._damaged(step, f"{place}/meta makes no sense: {message}") from error
 
     def restore_newest(
         self, abstract: Callable[[dict[str, Any]], tuple[Any, Any, Any]]
     ) -> Restored | None:
         """The newest checkpoint that can be read.
 
-        Damaged ones are passed over with a warning. Once an older one is read they are removed,
-        since the run is about to write these steps again and Orbax writes no step at or before its
-        newest.
+        Damaged and unfinished ones are passed over with a warning. Once an older one is read they
+        are set aside, since the run is about to write these steps again and Orbax writes no step at
+        or before its newest.
 
         Args:
           abstract: from meta to the abstract params, optimizer and cache.
 
         Returns:
-          params, optimizer, cache and meta; None if there is no checkpoint at all. Where parameters
-          alone were saved, optimizer and cache are None.
+          params, optimizer, cache and meta; None if there is no checkpoint at all, or only one that
+          a process left unfinished. Where parameters alone were saved, optimizer and cache are
+          None.
 
         Raises:
           UserError: there are checkpoints and all are damaged; also what `abstract` raises.
+          RunError: a file cannot be reached, which says nothing of its content.
         """
         # From the newest to the oldest, until one can be read.
+        steps = self.steps()
         damaged: list[int] = []
-        for step in reversed(self.steps()):
+        for step in reversed(steps):
             try:
-                meta = self.restore_meta(step)
-                params, optimizer, cache = abstract(meta)
-                # Converted from another implementation: parameters alone.
-                if meta.get("params_only"):
-                    restored = (self.restore_params(params, step), None, None)
-                else:
-                    restored = self.restore(params, optimizer, cache, step)
+                restored = self._restore_whole(step, abstract)
             except DamagedError as error:
                 logging.warning("passed over: %s", error)
                 damaged.append(step)
                 continue
-            self._remove(damaged)
-            return *restored, meta
+            self._set_aside(damaged)
+            return restored
 
-        # A new workdir, or one where nothing is left to resume from.
-        if damaged:
+        # A new workdir, one whose first checkpoint was never finished, or one where nothing is left
+        # to resume from. The checkpoint of step 0 comes from elsewhere and cannot be made again.
+        if damaged and not (len(steps) == 1 and steps[0] and self._left_unfinished(steps[0])):
             raise UserError(
                 f"no checkpoint in {self.workdir} can be read: tried {damaged} under {self.folder}"
             )
+        self._set_aside(damaged)
         return None
 
-    def _remove(self, steps: list[int]) -> None:
-        """Remove checkpoints; readers leave everything as it is."""
-        if not self._writes:
+    def _left_unfinished(self, step: int) -> bool:
+        """Whether process 0 sees that a process died before this checkpoint was finished."""
+        folder = self.folder / str(step)
+        found = processes.text_of_leader(
+            "unfinished", lambda: "yes" * checksums.is_unfinished(folder)
+        )
+        return found == "yes"
+
+    def _restore_whole(
+        self, step: int, abstract: Callable[[dict[str, Any]], tuple[Any, Any, Any]]
+    ) -> Restored:
+        """All of one checkpoint, or its parameters where it has nothing else."""
+        # What it says of itself gives the shapes to expect.
+        meta = self.restore_meta(step)
+        with self.parsing(step):
+            params, optimizer, cache = abstract(meta)
+        # Converted from another implementation: parameters alone.
+        if meta.get("params_only"):
+            return self.restore_params(params, step), None, None, meta
+        return *self.restore(params, optimizer, cache, step), meta
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Move checkpoints that cannot be read out of the way; readers leave all as it is."""
+        if not (self._writes and steps):
             return
-        for step in steps:
-            self._manager.delete(step)
+
+        def move() -> None:
+            if processes.index():
+                return
+            for step in steps:
+                with paths.written(self.folder / str(step)):
+                    place = _move_aside(self.folder / str(step))
+                logging.warning("checkpoint %d is kept as %s", step, place)
+
+        processes.first_on_leader("damaged", move)
+        # Orbax knew them.
+        self._manager.reload()
+        self._verified = {known for known in self._verified if known[0] not in steps}
 
     def restore_meta(self, step: Step = None) -> dict[str, Any]:
         """What a checkpoint says besides its arrays, from `describe`.
@@ -477,7 +569,12 @@ class Checkpointer:
         Raises:
           UserError: no such checkpoint, or it cannot be read.
         """
-        return self._restore(self.resolve(step), meta=ocp.args.JsonRestore())["meta"]
+        number = self.resolve(step)
+        meta = self._restore(number, meta=ocp.args.JsonRestore())["meta"]
+        with self.parsing(number):
+            _check_meta(meta, number)
+        meta.pop(checksums.FLAG, None)
+        return meta
 
     def restore(
         self, params: Any, optimizer: Any, cache: Any, step: Step = None
@@ -512,14 +609,58 @@ class Checkpointer:
         return self._restore(self.resolve(step), params=ocp.args.StandardRestore(params))["params"]
 
     def _restore(self, step: int, **items: Any) -> Any:
+        """Items of a checkpoint by Orbax, once their files are known to be sound."""
+        self._require_sound(step, items)
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**items))
         # Orbax, TensorStore and JSON each raise their own kinds for a damaged file.
         except Exception as error:
             message = first_line(error)[:MESSAGE_LENGTH]
-            raise DamagedError(
-                f"checkpoint {step} in {self.workdir} cannot be read: {message}"
-            ) from error
+            if _is_out_of_reach(error):
+                place = self.folder / str(step)
+                raise RunError(f"{place}: expected to read it, found {message}") from error
+            raise self._damaged(step, message) from error
+
+
+def _is_out_of_reach(error: BaseException) -> bool:
+    """Whether an error says nothing of a file's content, such as a permission that is missing."""
+    if isinstance(error, OSError | MemoryError):
+        return not isinstance(error, paths.ABSENT)
+    # How TensorStore's messages begin.
+    kind = str(error).partition(":")[0]
+    return kind in ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+def _check_meta(meta: Any, step: int) -> None:
+    """Raise ValueError or TypeError for what `describe` and the training loop cannot have written.
+
+    A checkpoint with checksums has been verified; this is for those of before.
+    """
+    # A folder that was renamed, or a number that was changed.
+    found = meta.get("step", step)
+    if found != step:
+        raise ValueError(f"expected step {step}, found {found}")
+    if "config" in meta:
+        json.loads(meta["config"])
+    # The rest where it is there: numbers, lists of numbers, and an object.
+    int(meta.get("bucket", 1))
+    np.asarray(meta.get("key", []), np.uint32)
+    dict(meta.get("vocabulary", {}))
+
+
+def _move_aside(folder: epath.Path) -> str:
+    """Move a checkpoint's folder into checkpoints-damaged; returns where it is, in the workdir."""
+    aside = folder.parent.parent / f"{folder.parent.name}-damaged"
+    # The same step may have been damaged before.
+    target = aside / folder.name
+    for number in itertools.count(2):
+        if not target.exists():
+            break
+        target = aside / f"{folder.name}-{number}"
+    if not paths.is_url(aside):
+        aside.mkdir(exist_ok=True)
+    folder.rename(target)
+    return checksums.place(target)
 
 
 def _by_name(params: Any, optimizer: Any, cache: Any) -> dict[str, Any]:

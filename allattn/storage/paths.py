@@ -7,6 +7,8 @@ file that is written after all others. A folder with the marker is whole; one wi
 written, or was left by a process that died, and is made again.
 """
 
+import errno
+import fnmatch
 import os
 import uuid
 from collections.abc import Iterator
@@ -22,6 +24,22 @@ MARKER = "dataset_info.json"
 
 # What a message keeps of an error of another library.
 MESSAGE_LENGTH = 300
+
+# How a file system says that something is not there.
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+# Why writing fails where nothing is wrong with what is written.
+WRITING_FAILURES = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EMFILE,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOTCONN,
+)
 
 
 # --- paths ---------------------------------------------------------------------------------------
@@ -45,13 +63,15 @@ def parse(what: str, folder: str | os.PathLike[str]) -> epath.Path:
 
 
 @contextmanager
-def reached(path: epath.Path) -> Iterator[None]:
+def reached(path: epath.Path, may_be_absent: bool = False) -> Iterator[None]:
     """Turns what a file system or the client of a bucket raises within into an error of one line.
 
     Args:
       path: what is read or written within, for the message.
+      may_be_absent: let FileNotFoundError through, for a caller that has an answer to it.
 
     Raises:
+      FileNotFoundError: it `may_be_absent`, and no such file or folder is there.
       UserError: it is not there, there is no right to it, or the bucket's client is not installed.
       RunError: anything else, such as a network that is down.
     """
@@ -60,12 +80,69 @@ def reached(path: epath.Path) -> Iterator[None]:
     except (UserError, RunError):
         raise
     except Exception as error:  # each client has errors of its own
+        if may_be_absent and isinstance(error, ABSENT):
+            raise FileNotFoundError(str(path)) from error
         message = " ".join(f"{type(error).__name__}: {error}".split())
         kind = UserError if _is_mistake(error) else RunError
         raise kind(
             f"{path}: expected a place that this machine can reach, "
             f"found {message[:MESSAGE_LENGTH]}"
         ) from error
+
+
+@contextmanager
+def written(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what fails while something is written into an error of one line.
+
+    Such as a full disk, a quota, a file system that has become read-only, a network that is down.
+
+    Args:
+      path: what is written within, for the message.
+
+    Raises:
+      RunError: names the path and the reason.
+    """
+    try:
+        yield
+    except (UserError, RunError):
+        raise
+    except Exception as error:  # each client has errors of its own
+        raise RunError(f"{os.fspath(path)} cannot be written: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the system said, where another library wraps it in a message of its own."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    for number in WRITING_FAILURES:
+        if os.strerror(number) in text:
+            return os.strerror(number)
+    return text[:MESSAGE_LENGTH]
+
+
+def replace(path: epath.Path, text: str) -> None:
+    """Write a file that appears whole or not at all; a reader never sees half of it."""
+    # An object in a bucket does so by itself.
+    if is_url(path):
+        path.write_text(text)
+        return
+    part = path.parent / f"{path.name}.{uuid.uuid4().hex}.part"
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def matching(folder: epath.Path, pattern: str) -> list[epath.Path]:
+    """The entries of a folder whose names match a pattern, sorted; the folder's name is none.
+
+    `glob` would take the brackets of a folder such as "run [2]" for a pattern as well.
+    """
+    if not folder.exists():
+        return []
+    return sorted(path for path in folder.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
 
 def _is_mistake(error: Exception) -> bool:

@@ -44,7 +44,7 @@ class JsonlWriter:
         if self._appends and self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
             self._rows.append("\n")
         # In a workdir where nothing was logged before, there is nothing to take back.
-        if any(epath.Path(workdir).glob("metrics*.jsonl")):
+        if paths.matching(epath.Path(workdir), "metrics*.jsonl"):
             self._add(first_step, {RESUMED: True})
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -97,7 +97,7 @@ def read_jsonl(workdir: str) -> list[dict[str, Any]]:
     """
     rows: dict[tuple[int, str | None], dict[str, Any]] = {}
     # The names of part files hold their times, so sorted they are in the order of the starts.
-    for path in sorted(epath.Path(workdir).glob("metrics*.jsonl")):
+    for path in paths.matching(epath.Path(workdir), "metrics*.jsonl"):
         for row in _rows(path):
             # Of a later start the row stands later, and replaces the older one here.
             first_name = next((name for name in row if name != "step"), None)

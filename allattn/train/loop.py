@@ -20,20 +20,23 @@ from allattn.train.state import TrainState
 from allattn.train.trainer import Trainer
 
 
-def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+def train_and_evaluate(
+    config: ml_collections.ConfigDict, workdir: str, force: bool = False
+) -> dict[str, Any]:
     """Train, or resume from the workdir's newest checkpoint, then score the test split.
 
     Args:
       config: the whole configuration (configs/base.py).
       workdir: folder or bucket URL of the run; at the end it holds the scores as scores.json as
         well.
+      force: take the workdir over from the run that holds its lock.
 
     Returns:
       The scores of the test split (`scoring.evaluate_tokens`), with split, protocol and step.
 
     Raises:
       UserError: the configuration does not fit the data, the devices or the workdir, or differs
-        between processes.
+        between processes; another run holds the workdir.
       RunError: the loss is not a number.
       PreemptedError: this machine is being taken away (SIGTERM, SIGHUP); the state is saved.
       StoppedByKeyboard: Ctrl-C, a KeyboardInterrupt; the state is saved.
@@ -63,7 +66,7 @@ def train_and_evaluate(config: ml_collections.ConfigDict, workdir: str) -> dict[
         initial = start.warm_start(trainer, trainer.dataset)
 
     with processes.Preemption() as preemption:
-        with checkpoint.Checkpointer(workdir, config.checkpoint.keep) as checkpoints:
+        with checkpoint.Checkpointer(workdir, config.checkpoint.keep, force=force) as checkpoints:
             restored = start.restore(trainer, checkpoints)
             if restored is None:
                 initial = initial or start.warm_start(trainer, trainer.dataset)
