@@ -39,7 +39,7 @@ from allattn.sharding import processes
 from allattn.storage import checksums, paths
 from allattn.storage.checksums import DamagedError
 from allattn.storage.lock import WorkdirLock
-from allattn.storage.manager import Manager, plain, score
+from allattn.storage.manager import Manager, is_plain, plain, quiet, score
 
 # A number, "best", "sound" or None for the newest.
 Step = int | str | None
@@ -98,8 +98,11 @@ def _folder_path(workdir: str) -> epath.Path:
             "since Orbax writes into no other kind of bucket"
         )
         raise UserError(f"workdir: expected {expected}; found {workdir}")
-    # A URL has no relative form.
+    # On a disk a link stands for a path that Orbax would take for a pattern.
     path = epath.Path(workdir)
+    if remote and not is_plain(path):
+        raise UserError(f"workdir: expected a URL without * ? [ ] and \\, found {workdir}")
+    # A URL has no relative form.
     if not remote:
         path = path.absolute()
     return path / "checkpoints"
@@ -205,6 +208,7 @@ class Checkpointer:
         with contextlib.ExitStack() as opened:
             if create:
                 self._lock = opened.enter_context(WorkdirLock(self.workdir, force))
+                opened.enter_context(quiet())
             folder = opened.enter_context(plain(self.folder))
             with paths.reached(self.folder):
                 self._manager = Manager(folder, keep, create)
@@ -222,25 +226,37 @@ class Checkpointer:
 
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         # After any other error another process may be gone, and closing would wait for it.
-        if processes.count() == 1 or error is None or isinstance(error, RunError):
-            self.close()
-        else:
+        if not (processes.count() == 1 or error is None or isinstance(error, RunError)):
             self._opened.close()
+            return
+        # What ended the run is what its user is told, and not what followed from it.
+        try:
+            self.close()
+        except RunError as failure:
+            if error is None:
+                raise
+            logging.warning("%s", failure)
 
     def close(self) -> None:
-        """Finish what is being written."""
-        try:
-            self._wait()
-        finally:
-            self._worker.shutdown()
-            self._manager.close()
-            self._opened.close()
+        """Finish what is being written.
+
+        Raises:
+          RunError: it cannot be written.
+        """
+        # Whatever fails, the rest is closed.
+        with self._opened, paths.written(self.folder):
+            try:
+                self._wait()
+            finally:
+                self._worker.shutdown()
+                self._manager.close()
 
     def steps(self) -> list[int]:
         """Steps that have a whole checkpoint, oldest first; waits for one that is being written."""
         # The copy may still be on its way to Orbax, and Orbax's files on their way to the disk.
         self._wait()
-        self._manager.wait_until_finished()
+        with paths.written(self.folder):
+            self._manager.wait_until_finished()
         return sorted(self._manager.all_steps())
 
     def save(
@@ -262,6 +278,9 @@ class Checkpointer:
           meta: what JSON can hold.
           dev_nll: score on dev in nats, if this step has one; it decides which checkpoint is the
             best.
+
+        Raises:
+          RunError: this checkpoint or the one before it cannot be written; those before are whole.
         """
         # JSON has no word for NaN, and a NaN is no score.
         if dev_nll is not None and not math.isfinite(dev_nll):
@@ -347,9 +366,10 @@ class Checkpointer:
         # From now on a missing file of checksums means that this checkpoint is not finished.
         told = {**meta, checksums.FLAG: True}
         composite = ocp.args.Composite(**items, meta=ocp.args.JsonSave(told))
-        self._manager.save(step, args=composite, metrics={"dev_nll": dev_nll})
-        if until_written:
-            self._manager.wait_until_finished()
+        with paths.written(self.folder):
+            self._manager.save(step, args=composite, metrics={"dev_nll": dev_nll})
+            if until_written:
+                self._manager.wait_until_finished()
 
     def _wait(self) -> None:
         """Wait for what the loop has handed over; raises what went wrong there."""

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from typing import Any
@@ -18,9 +19,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from allattn.errors import UserError
 from allattn.sharding import processes
-from allattn.storage import checksums, paths
+from allattn.storage import checksums
 
 # The parts of a checkpoint that are trees of arrays; beside them lie meta and Orbax's metrics.
 ARRAYS = ("params", "optimizer", "cache")
@@ -32,27 +32,53 @@ NOT_PLAIN = ("[", "]", "*", "?", "\\", "gs:/")
 # --- the path ------------------------------------------------------------------------------------
 
 
+def is_plain(path: epath.Path) -> bool:
+    """Whether Orbax and TensorStore take a path, or what follows gs://, as it is."""
+    text = os.fspath(path).removeprefix("gs://")
+    return not any(part in text for part in NOT_PLAIN)
+
+
 @contextlib.contextmanager
 def plain(folder: epath.Path) -> Iterator[epath.Path]:
-    """The folder under a name that is no pattern: a link from the temporary folder if need be.
-
-    Raises:
-      UserError: a bucket URL that holds such a character, since a bucket has no links.
-    """
-    # Nearly every path is.
-    if not any(part in os.fspath(folder).removeprefix("gs://") for part in NOT_PLAIN):
+    """The folder under a plain name: where it has none, by a link from the temporary folder."""
+    if is_plain(folder):
         yield folder
         return
-    if paths.is_url(folder):
-        raise UserError(
-            f"workdir: expected a URL without {' '.join(NOT_PLAIN[:-1])}, "
-            f"found {os.fspath(folder.parent)}"
-        )
     # The link is gone when the checkpoints are closed.
     with tempfile.TemporaryDirectory(prefix="allattn-") as links:
         link = epath.Path(links) / folder.name
         os.symlink(folder, link)
         yield link
+
+
+# --- failures of writing -------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leave what a failing write says of itself to the error that is raised in the end.
+
+    Orbax logs a traceback in each thread that comes to know of it, and TensorStore prints one for
+    each write that ends when nobody waits for it any more.
+    """
+    logger = logging.getLogger("absl")
+    show = sys.excepthook
+
+    def show_others(kind: Any, error: Any, trace: Any) -> None:
+        if str(error) != "Event loop is closed":
+            show(kind, error, trace)
+
+    logger.addFilter(_is_no_traceback_of_orbax)
+    sys.excepthook = show_others
+    try:
+        yield
+    finally:
+        sys.excepthook = show
+        logger.removeFilter(_is_no_traceback_of_orbax)
+
+
+def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 # --- scores and retention ------------------------------------------------------------------------
@@ -67,7 +93,7 @@ def score(metrics: dict[str, float | None]) -> float:
 
 
 class Manager(ocp.CheckpointManager):
-    """Orbax's manager, but for three of its answers.
+    """Orbax's manager, but for some of its answers.
 
     Args:
       folder: of the checkpoints, under a plain name.
@@ -94,6 +120,14 @@ class Manager(ocp.CheckpointManager):
         except ValueError:  # JSON's and Unicode's errors
             return None
 
+    def close(self) -> None:
+        """End Orbax's threads; one that failed says so at the first attempt, and stays."""
+        try:
+            super().close()
+        except Exception:
+            super().close()
+            raise
+
     def reached_preemption(self, step: int) -> bool:
         """No: the training loop asks for itself.
 
@@ -104,6 +138,7 @@ class Manager(ocp.CheckpointManager):
     def _finalize_checkpoint(self, step: int) -> None:
         """Orbax has written this checkpoint and is about to remove older ones."""
         super()._finalize_checkpoint(step)
+        # Its error ends the save before anything is removed.
         if not processes.index():
             checksums.write(self.directory / str(step))
 

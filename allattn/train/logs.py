@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from allattn.storage import paths
 from allattn.train.event_files import EventFileWriter
 from allattn.train.jsonl import JsonlWriter
 
@@ -18,31 +19,40 @@ class Logs:
       workdir: folder or bucket URL; it exists.
       first_step: updates made before this start. Rows of later steps that an earlier start has left
         count no longer.
+
+    Raises:
+      RunError: by each method as well; a log cannot be written, as on a full disk.
     """
 
     def __init__(self, workdir: str, first_step: int) -> None:
         # The first process alone.
+        self._workdir = workdir
         self._writers: list[EventFileWriter | JsonlWriter] = []
         if not jax.process_index():
-            self._writers.append(EventFileWriter(workdir, first_step))
-            self._writers.append(JsonlWriter(workdir, first_step))
+            with paths.written(workdir):
+                self._writers.append(EventFileWriter(workdir, first_step))
+                self._writers.append(JsonlWriter(workdir, first_step))
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Write the numbers of a step."""
         for writer in self._writers:
-            writer.write_scalars(step, scalars)
+            with paths.written(self._workdir):
+                writer.write_scalars(step, scalars)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Write texts, such as samples, of a step."""
         for writer in self._writers:
-            writer.write_texts(step, texts)
+            with paths.written(self._workdir):
+                writer.write_texts(step, texts)
 
     def flush(self) -> None:
         """Bring everything to the disk or the bucket."""
         for writer in self._writers:
-            writer.flush()
+            with paths.written(self._workdir):
+                writer.flush()
 
     def close(self) -> None:
         """Flush and close the files."""
         for writer in self._writers:
-            writer.close()
+            with paths.written(self._workdir):
+                writer.close()

@@ -206,5 +206,7 @@ def _keep_scores(trainer: Trainer, state: TrainState, workdir: str, scores: dict
     if jax.process_index():
         return
     with paths.reached(path):
-        if not path.exists() or path.read_bytes() != text.encode():
-            path.write_text(text)
+        is_there = path.exists() and path.read_bytes() == text.encode()
+    if not is_there:
+        with paths.written(path):
+            paths.replace(path, text)

@@ -116,8 +116,10 @@ def warm_start(program: TrainProgram, dataset: Dataset) -> Params | None:
     if not source:
         return None
     with checkpoint.Checkpointer(source, create=False) as checkpoints:
-        meta = checkpoints.restore_meta()
-        other_model = from_json(meta["config"]).model
+        step = checkpoints.resolve()
+        meta = checkpoints.restore_meta(step)
+        with checkpoints.parsing(step):
+            other_model = from_json(meta["config"]).model
 
         # The shapes of the parameters, and what each row of the embedding stands for, must agree.
         changed = changed_fields(

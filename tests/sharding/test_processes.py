@@ -73,7 +73,7 @@ def test_killed_and_resumed_on_other_meshes(tmp_path: Path) -> None:
     # The run that is killed.
     endless = {"train__steps": 100_000, "checkpoint__keep": 1000}
     with train(texts, workdir, 2, 4, mesh__fsdp=2, mesh__tensor=2, **endless) as first:
-        wait_for(workdir, f"checkpoints/{saved}")
+        wait_for(workdir, f"checkpoints/{saved}/checksums.json")
         first.send(signal.SIGKILL)
         first.results()
     # As if it had been killed at once: what follows has the same programs every time.
