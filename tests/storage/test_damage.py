@@ -277,3 +277,12 @@ def test_training_goes_on_from_what_is_sound(
     assert "checkpoints/10/params/d" in caplog.text
     scores = [json.loads((folder / "scores.json").read_text()) for folder in (before, workdir)]
     assert scores[0] == scores[1]
+
+
+def test_a_score_that_is_added(workdir: Path) -> None:
+    """Its checksum changes with it."""
+    with Checkpointer(workdir) as checkpoints:
+        checkpoints.add_score(20, 0.5)
+        assert checkpoints.resolve("best") == 20
+    folder = checksums.epath.Path(workdir / "checkpoints/20")
+    assert checksums.verify(folder, ITEMS)
