@@ -78,6 +78,7 @@ setup(
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",
             "pytest-xdist>=3.6,<4",
+            "tokenizers>=0.22,<1",
             "hypothesis>=6.100,<7",
             "ruff>=0.14,<0.17",
             "mypy>=1.18,<3",
@@ -94,6 +95,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
         "gcs": ["etils[epath-gcs]>=1.12,<2"],  # workdirs and data in gs:// buckets
         "s3": ["etils[epath-s3]>=1.12,<2"],  # data in s3:// buckets
+        "bpe": ["tokenizers>=0.22,<1"],  # dataset.unit=bpe
         "torch": ["torch>=2.9,<3"],
     },
     entry_points={"console_scripts": ["allattn = allattn.__main__:console"]},

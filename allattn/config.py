@@ -176,6 +176,8 @@ def _complete(dataset: ml_collections.ConfigDict) -> None:
     by_appearance = symbols in {("files", "byte"), ("stdlib", "byte")}
     if "numbering" not in dataset:
         dataset.numbering = "appearance" if by_appearance else "value"
+    if "vocab_size" not in dataset:
+        dataset.vocab_size = 4096
     if "min_count" not in dataset:
         dataset.min_count = int(symbols != ("files", "word"))
 

@@ -70,6 +70,7 @@ FIELDS = {
     "dataset.unit": Field(),
     "dataset.numbering": Field(),
     "dataset.min_count": Field(least=0),
+    "dataset.vocab_size": Field(least=256),
     # Layers
     "model.layer": Field(shapes=True),
     "model.integration": Field(shapes=True),

@@ -162,11 +162,11 @@ class Run:
         return self._texts(tokens, prompt)
 
     def _texts(self, tokens: Iterator[int], before: bytes) -> Iterator[bytes]:
-        """The text of every token, words with the space that goes before them."""
+        """The bytes of every token, words with the space that goes before them."""
         for token in tokens:
             text = self.vocabulary.decode(np.array([token]))
             # Bytes stand as they are; a line end needs no space, nor does what follows one.
-            joined = self.vocabulary.unit == "byte" or text == b"\n" or before[-1:].isspace()
+            joined = self.vocabulary.unit != "word" or text == b"\n" or before[-1:].isspace()
             yield text if joined else b" " + text
             before = text
 

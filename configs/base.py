@@ -20,12 +20,13 @@ def get_config() -> ConfigDict:
     # folder or bucket URL of prepared data, or for `files` a text, a file or folder;
     # "": $ALLATTN_DATA_DIR or ~/.cache/allattn
     c.dataset.data_dir = ""
-    c.dataset.unit = "byte"  # byte or word; for `files` only
+    c.dataset.unit = "byte"  # byte, word or bpe (byte pairs); for `files` only
     # of bytes, for `files` and `stdlib` only: value (all 256), or appearance (the papers': in the
     # order in which the training text has them)
     c.dataset.numbering = "value"
     # of words, for `files` only: rarer ones are <unk>; 0: as in the papers, no word is
     c.dataset.min_count = 1
+    c.dataset.vocab_size = 4096  # of byte pairs, for `files` only: as many symbols are learnt
 
     c.model = ConfigDict()
     c.model.layer = "all_attention"  # or, with model.persistent 0, transformer or transformer_xl

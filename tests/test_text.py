@@ -55,16 +55,16 @@ def train(workdir: Path, *words: Any, **changes: Any) -> Result:
     return call("train", f"--workdir={workdir}", *fields, *words)
 
 
-@pytest.mark.parametrize("unit", ["byte", "word"])
+@pytest.mark.parametrize("unit", ["byte", "word", "bpe"])
 def test_trains_on_a_messy_text(unit: str, text: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    trained = train(run, f"--text={text}", dataset__unit=unit)
+    trained = train(run, f"--text={text}", dataset__unit=unit, dataset__vocab_size=300)
     assert trained.code == 0, trained.err
     scores = trained.last()
     assert f"score it: allattn evaluate --workdir={run}" in trained.out
 
     # Bits per byte, whatever a token is; of the training rows too.
-    summary = call("data", f"--text={text}", f"--unit={unit}").last()
+    summary = call("data", f"--text={text}", f"--unit={unit}", "--vocab_size=300").last()
     for row, split in ((scores, "test"), (first_row(run), "train")):
         bytes_per_token = summary["bytes"][split] / summary["tokens"][split]
         assert row["bpc"] == pytest.approx(row["nll"] / math.log(2) / bytes_per_token)

@@ -7,6 +7,9 @@ from allattn.commands import flags, session
 from allattn.commands.command import Command
 from allattn.errors import UserError
 
+# Written here too, since the package of data takes a while to import.
+UNITS = ("byte", "word", "bpe")
+
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     dataset = parser.add_argument(
@@ -17,7 +20,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     # For data sets that their owners let nobody download by a program.
     parser.add_argument("--manual_dir", help="folder or bucket URL of hand-placed archives")
     # Of texts of one's own.
-    parser.add_argument("--unit", default="byte", choices=("byte", "word"), help="for `files`")
+    parser.add_argument("--unit", default="byte", choices=UNITS, help="for `files`")
     parser.add_argument(
         "--numbering",
         default="value",
@@ -27,6 +30,9 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--min_count", type=int, default=1, help="words that are rarer are <unk>; for `files`"
+    )
+    parser.add_argument(
+        "--vocab_size", type=int, default=4096, help="symbols of unit bpe (byte pairs)"
     )
 
 
@@ -49,6 +55,7 @@ def _run(arguments: argparse.Namespace, _: dict[str, str]) -> None:
         arguments.unit,
         arguments.numbering,
         arguments.min_count,
+        arguments.vocab_size,
     )
     print(json.dumps(dataset.summary(), allow_nan=False), flush=True)
 

@@ -23,7 +23,7 @@ from etils import epath
 
 from allattn.data.own_text import OwnText
 from allattn.data.sources import STDLIB_HELD_OUT, Corpus, Text, standard_library
-from allattn.data.vocabulary import PAPERS_BYTES, PAPERS_WORDS, Symbols, Vocabulary, closed
+from allattn.data.vocabulary import PAPERS_BYTES, PAPERS_WORDS, Symbols, Vocabulary, closed, untorn
 from allattn.errors import UserError
 
 CHUNK_TOKENS = 65_536  # of a record; it is the least that is read from disk
@@ -61,7 +61,7 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
         self.downloads = downloads
         super().__init__(file_format="array_record", **options)
 
-    # TFDS prints from these how much it downloads, which it does not know of texts that we bring.
+    # TFDS would print a download of unknown size from these.
     def _log_download_bytes(self) -> None:
         pass
 
@@ -288,8 +288,8 @@ class Files(TextBuilder):
     def pieces(self, text: Iterable[bytes]) -> Iterator[bytes]:
         """A text in pieces that tear no symbol; one that was cut into splits is its bytes alone."""
         assert isinstance(text, OwnText)
-        if self.symbols.unit == "byte" and text.as_it_is:
-            return iter(text)
+        if self.symbols.unit != "word" and text.as_it_is:
+            return untorn(text, self.symbols.unit)
         return super().pieces(text)
 
 

@@ -15,6 +15,7 @@ import difflib
 import errno
 import fcntl
 import functools
+import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -98,7 +99,8 @@ class Dataset:
 
     Attributes:
       name: one of DATASETS.
-      full_name: tells it from all others; that of `files` by the contents of the texts.
+      full_name: tells it from all others; that of `files` by the contents of the texts, and of
+        byte pairs by the tokenizer.
       path: folder of its records.
       vocabulary: made from the training text.
     """
@@ -111,6 +113,11 @@ class Dataset:
         with _refused_if_damaged(self.path):
             self.vocabulary = Vocabulary.from_json(builder.info.metadata["vocabulary"])
         self._builder = builder
+        # Machines that prepare the same text learn the same byte pairs, unless they have another
+        # version of the library.
+        if self.vocabulary.unit == "bpe":
+            digest = hashlib.sha256(self.vocabulary.tokenizer.encode()).hexdigest()[:16]
+            self.full_name += f", tokenizer {digest}"
 
     def tokens(self, split: str) -> Tokens:
         """The token source of a split ("train", "valid" or "test"); slices of it are int32."""
@@ -173,6 +180,7 @@ def prepare(
     unit: Unit = "byte",
     numbering: Numbering = "value",
     min_count: int = 1,
+    vocab_size: int = 4096,
 ) -> Dataset:
     """Load a data set, and prepare it first where that has not been done.
 
@@ -185,9 +193,10 @@ def prepare(
       data_dir: folder or bucket URL of prepared data; None: `default_data_dir`. For `files` it is
         the text, a file or a folder, which is only read; it is prepared in `default_data_dir`.
       manual_dir: folder or bucket URL of source files placed by hand, where there is no network.
-      unit: "byte" or "word"; `files` only.
+      unit: "byte", "word" or "bpe"; `files` only.
       numbering: of bytes, "value" or "appearance"; `files` and `stdlib` only.
       min_count: of words, how often one must occur to be a symbol; `files` only.
+      vocab_size: of byte pairs, how many symbols are learnt; `files` only.
 
     Returns:
       The data set.
@@ -200,7 +209,7 @@ def prepare(
     # Every process refuses a wrong name by itself, before they wait for each other.
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: {_nearest(name)}")
-    symbols = Symbols(unit, numbering, min_count)
+    symbols = Symbols(unit, numbering, min_count, vocab_size)
     return first_on_leader("data", lambda: _prepare(name, data_dir, manual_dir, symbols))
 
 
@@ -220,6 +229,7 @@ def prepare_configured(
         unit=c.unit,
         numbering=c.numbering,
         min_count=c.min_count,
+        vocab_size=c.vocab_size,
     )
 
 
@@ -326,6 +336,7 @@ def _prepare_once(builder: "TextBuilder", folder: epath.Path, wanted: epath.Path
         # A bucket that refuses is found out before the hour that preparing may take.
         if paths.is_url(wanted):
             paths.check_writable(wanted.parent)
+        print(f"preparing {builder.name} in {folder}", flush=True)
         with _bars_on_terminals_only():
             builder.download_and_prepare(download_dir=builder.downloads)
     # Also where this machine had the data and the bucket did not.

@@ -1,6 +1,7 @@
 """The numbering of a text's symbols.
 
 Bytes are numbered by their value, all 256 of them, so that no text holds one that is unknown.
+Byte pairs (bpe.py) are the 256 bytes and sequences of them, in the order in which they were learnt.
 Words are numbered by falling count; the rare ones are `<unk>`. Bytes by first appearance, and words
 without a `<unk>` of their own, are the orders of the published code: a checkpoint of the papers'
 and the golden numbers of tests/golden agree with them on every id. Adaptive input and softmax rest
@@ -17,12 +18,13 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from allattn.data import bpe
 from allattn.errors import UserError
 
-Unit = Literal["byte", "word"]
+Unit = Literal["byte", "word", "bpe"]
 Numbering = Literal["value", "appearance"]
 
-# A line's end is a symbol of its own in both units; rare words have one together.
+# A line's end is a symbol of its own in all units; rare words have one together.
 END_OF_LINE = "\n"
 UNKNOWN = "<unk>"
 # In bytes: what is longer, without white space, is no word of any language. It is read as `<unk>`,
@@ -37,16 +39,18 @@ class Symbols(NamedTuple):
     """What the symbols of a text are, and which number each has; defaults as in configs/base.py.
 
     Attributes:
-      unit: "byte" or "word".
+      unit: "byte", "word" or "bpe".
       numbering: of bytes: "value", or "appearance" in the training text, as in the papers' code.
       min_count: of words: how often one must occur in the training text to be a symbol; the others
         are `<unk>`. 0: all are symbols, and there is a `<unk>` only where the text has one, as in
         the papers' code.
+      vocab_size: of byte pairs: how many symbols are learnt.
     """
 
     unit: Unit = "byte"
     numbering: Numbering = "value"
     min_count: int = 1
+    vocab_size: int = 4096
 
     def check(self) -> None:
         """Raise UserError unless each has a value that is known."""
@@ -58,13 +62,16 @@ class Symbols(NamedTuple):
             )
         if self.min_count < 0:
             raise UserError(f"min_count must be at least 0, found {self.min_count}")
+        if self.vocab_size < 256:
+            raise UserError(
+                "vocab_size must be at least 256, as every byte is a symbol, "
+                f"found {self.vocab_size}"
+            )
 
     def __str__(self) -> str:
         """What tells data that were prepared with these from others."""
-        kind: str | int = self.numbering
-        if self.unit == "word":
-            kind = self.min_count
-        return f"{self.unit}-{kind}"
+        kinds = {"byte": self.numbering, "word": self.min_count, "bpe": self.vocab_size}
+        return f"{self.unit}-{kinds[self.unit]}"
 
 
 # What the papers' code does.
@@ -77,12 +84,14 @@ class Vocabulary:
     """The symbols of a text in the order of their numbers; the end of a line is the symbol "\\n".
 
     Attributes:
-      unit: "byte" (each symbol is one character whose code is the byte) or "word".
+      unit: "word", or "byte" or "bpe", whose symbols have a character for each byte, its code.
       symbols: symbol i has id i.
+      tokenizer: of byte pairs, Hugging Face's JSON text.
     """
 
     unit: Unit
     symbols: tuple[str, ...]
+    tokenizer: str = ""
 
     def __post_init__(self) -> None:
         # A stored vocabulary may be damaged or written by hand.
@@ -103,26 +112,32 @@ class Vocabulary:
         unit: Unit = "byte",
         numbering: Numbering = "appearance",
         min_count: int = 0,
+        vocab_size: int = 4096,
     ) -> "Vocabulary":
         """Number the symbols of a training text; by default as the papers' code does.
 
         Bytes are numbered by value or in order of first appearance; words by falling count, the
-        later first appearance first among equals. The text's last line is closed if it is not.
+        later first appearance first among equals; byte pairs as they are learnt. The last line of
+        a text of bytes by appearance or of words is closed if it is not.
 
         Args:
           text: the whole text, or its chunks in order, cut anywhere.
-          unit, numbering, min_count: as in `Symbols`.
+          unit, numbering, min_count, vocab_size: as in `Symbols`.
 
         Raises:
-          UserError: the text is empty, or is not UTF-8 where words are asked for.
+          UserError: the text is empty, is not UTF-8 where words are asked for, or tokenizers is not
+            installed where byte pairs are.
         """
-        Symbols(unit, numbering, min_count).check()
+        Symbols(unit, numbering, min_count, vocab_size).check()
         # All 256 bytes, whatever the text has.
         if unit == "byte" and numbering == "value":
             return cls(unit, tuple(map(chr, range(256))))
 
         if isinstance(text, bytes):
             text = [text]
+        if unit == "bpe":
+            tokenizer = bpe.learn(text, vocab_size)
+            return cls(unit, bpe.symbols_of(tokenizer), tokenizer)
         chunks = closed(text, unit)
         if unit == "byte":
             symbols = _bytes_by_appearance(chunks)
@@ -172,13 +187,15 @@ class Vocabulary:
             text += b"\n"
         if self.unit == "byte":
             return self._encode_bytes(text, offset)
+        if self.unit == "bpe":
+            return self._encoder.encode(text)
         return self._encode_words(text, offset)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> bytes:
         """Turn ids into text; words are joined by single spaces, lines end in a newline."""
         symbols = [self.symbols[i] for i in np.asarray(ids).tolist()]
         # Character number b stands for byte b, which is what latin-1 says.
-        if self.unit == "byte":
+        if self.unit != "word":
             return "".join(symbols).encode("latin-1")
         # No line begins or ends with the space that joins its words to the newline.
         return re.sub(" ?\n ?", "\n", " ".join(symbols)).encode()
@@ -186,6 +203,10 @@ class Vocabulary:
     @cached_property
     def _ids(self) -> dict[str, int]:
         return {symbol: i for i, symbol in enumerate(self.symbols)}
+
+    @cached_property
+    def _encoder(self) -> bpe.Encoder:
+        return bpe.Encoder(self.tokenizer)
 
     @cached_property
     def _table(self) -> np.ndarray:
@@ -223,11 +244,18 @@ class Vocabulary:
 
     def to_json(self) -> dict[str, Any]:
         """The vocabulary as plain lists and strings."""
+        # The symbols of a tokenizer are in its JSON.
+        if self.unit == "bpe":
+            return {"unit": self.unit, "tokenizer": self.tokenizer}
         return {"unit": self.unit, "symbols": list(self.symbols)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Vocabulary":
         """The inverse of `to_json`; UserError if `value` is something else."""
+        # Byte pairs are their tokenizer.
+        if isinstance(value, dict) and value.get("unit") == "bpe":
+            symbols = bpe.symbols_of(value.get("tokenizer"))
+            return cls("bpe", symbols, value["tokenizer"])
         if not isinstance(value, dict) or not {"unit", "symbols"} <= set(value):
             raise UserError(
                 f"a stored vocabulary needs the keys unit and symbols, found {value!r:.80}"
@@ -255,18 +283,27 @@ def _are_texts(symbols: Any) -> bool:
 def check_unit(unit: str) -> None:
     """Raise UserError unless the unit is one of those that there are."""
     if unit not in get_args(Unit):
-        raise UserError(f"unit must be {' or '.join(get_args(Unit))}, found {unit!r:.80}")
+        raise UserError(f"unit must be byte or word or bpe, found {unit!r:.80}")
 
 
 def closed(chunks: Iterable[bytes], unit: Unit) -> Iterator[bytes]:
-    """The same text with its last line ended, in pieces that tear no word.
+    """The same text with its last line ended, in pieces as `untorn` makes them."""
+    return untorn(_last_line_ended(chunks), unit)
+
+
+def untorn(chunks: Iterable[bytes], unit: Unit) -> Iterator[bytes]:
+    """The same text in pieces that tear no symbol.
 
     Args:
-      chunks: the text in order, cut anywhere.
-      unit: "byte": pieces are the chunks; "word": each piece ends after white space.
+      chunks: the text in order, cut anywhere; of words it must end in white space.
+      unit: "byte": pieces are the chunks; "word": each piece ends after white space; "bpe": each
+        piece ends where a symbol must.
     """
-    ended = _last_line_ended(chunks)
-    return ended if unit == "byte" else _whole_words(ended)
+    if unit == "bpe":
+        return bpe.cut(chunks)
+    if unit == "word":
+        return _whole_words(chunks)
+    return iter(chunks)
 
 
 def _last_line_ended(chunks: Iterable[bytes]) -> Iterator[bytes]:

@@ -201,7 +201,7 @@ def test_leaves_nothing_and_no_codes(tmp_path: Path, home: Path) -> None:
     assert found.code == 0 and found.last()["dataset"] == "files"
     assert list(temporary.iterdir()) == []
     assert "\x1b" not in found.out + found.err and "\r" not in found.out + found.err
-    assert found.err == "" and found.out.count("\n") == 1
+    assert found.err == "" and found.out.count("\n") == 2
 
 
 def test_temporary_folder_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

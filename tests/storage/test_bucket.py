@@ -372,7 +372,7 @@ def test_two_processes_and_a_bucket(
         **trained,
         **{name: pytest.approx(trained[name], rel=1e-5) for name in ("nll", "bpc", "ppl")},
     }
-    said = ["Downloading and preparing" in result.out + result.err for result in results]
+    said = ["preparing files in" in result.out + result.err for result in results]
     assert said == [True, False] and results[1].out == ""
     fetched = tmp_path / "home1/.cache/allattn/gs/bucket/prepared-by-two"
     assert len(list(fetched.glob(f"files/*/*/{paths.MARKER}"))) == 1
