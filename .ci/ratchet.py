@@ -51,8 +51,8 @@ def main() -> int:
         for name, value in counts(folder).items()
     }
     if "--write" in sys.argv:
-        KEPT.write_text(json.dumps(found, indent=2) + "\n")
-    kept = json.loads(KEPT.read_text())
+        KEPT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf8")
+    kept = json.loads(KEPT.read_text(encoding="utf8"))
     risen = [name for name in found if found[name] > kept[name]]
     for name, value in found.items():
         print(f"{name:52}{value:8.2f}{kept[name]:8.2f}{'  ROSE' if name in risen else ''}")

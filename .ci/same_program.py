@@ -79,7 +79,9 @@ def write(folder: Path, only: str) -> None:
             continue
         seen[text] = name
         for program, lowered in programs(config):
-            (folder / f"{name}.{program}.txt").write_text(normalised(lowered.as_text()))
+            (folder / f"{name}.{program}.txt").write_text(
+                normalised(lowered.as_text()), encoding="utf8"
+            )
         print(name, flush=True)
 
 
@@ -351,7 +353,7 @@ def report(old: Path, new: Path, base: str, only: str) -> int:
 
 
 def _lines(file: Path) -> list[str]:
-    return file.read_text().splitlines() if file.exists() else []
+    return file.read_text(encoding="utf8").splitlines() if file.exists() else []
 
 
 def main() -> None:

@@ -247,7 +247,7 @@ def field_comments() -> dict[str, str]:
     """
     comments = {}
     above: list[str] = []
-    for line in BASE.read_text().splitlines():
+    for line in BASE.read_text(encoding="utf8").splitlines():
         line = line.strip()
         # A line of its own is kept for the field below it.
         if line.startswith("# "):

@@ -249,11 +249,11 @@ def _check_same(job: Job, c: ml_collections.ConfigDict) -> None:
     note = job.workdir / "started.json"
     if not note.exists():
         job.workdir.mkdir(parents=True, exist_ok=True)
-        note.write_text(configuration.to_json(c))
+        note.write_text(configuration.to_json(c), encoding="utf8")
 
     # A single run may be lengthened, but a table compares runs of one length.
     free = tuple(name for name in config_checks.MAY_CHANGE_ON_RESUMING if name not in STEPS)
-    started = configuration.from_json(note.read_text())
+    started = configuration.from_json(note.read_text(encoding="utf8"))
     changed = configuration.changed_fields(started, c, free)
     if changed:
         raise UserError(
@@ -318,7 +318,7 @@ def _run(job: Job, overrides: Mapping[str, str], launcher: Sequence[str]) -> str
         lines = printed.strip().splitlines() or [f"exit code {code}"]
         return lines[-1].removeprefix("allattn: ")
     if launcher:
-        submitted.write_text(shlex.join(command))
+        submitted.write_text(shlex.join(command), encoding="utf8")
         return SUBMITTED
     return ""
 
@@ -332,7 +332,7 @@ def _run_logged(command: Sequence[str], log: epath.Path) -> tuple[int, str]:
     if paths.is_url(log):
         local = epath.Path(tempfile.mkdtemp()) / log.name
     # Errors in the same file, in the order in which they came.
-    with local.open("w") as file:
+    with local.open("w", encoding="utf8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
         try:
             process.wait()
@@ -340,9 +340,10 @@ def _run_logged(command: Sequence[str], log: epath.Path) -> tuple[int, str]:
             # The terminal has told the run as well, which saves its state.
             process.wait()
             raise KeyboardInterrupt("stopped by Ctrl-C; run again to resume") from None
-    printed = local.read_text()
+    # A run prints in the locale's encoding.
+    printed = local.read_bytes().decode("utf8", "replace")
     if local != log:
-        log.write_text(printed)
+        log.write_text(printed, encoding="utf8")
         local.parent.rmtree()
     return process.returncode, printed
 
@@ -354,14 +355,14 @@ def write(folder: epath.Path, results: Sequence[Result]) -> str:
     """Write the table as Markdown and CSV, and the plot; returns the Markdown."""
     rows = list(_rows(results))
     text = _markdown(rows)
-    (folder / "sweep.md").write_text(text)
+    (folder / "sweep.md").write_text(text, encoding="utf8")
 
     # The same for programs.
     lines = io.StringIO()
     writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    (folder / "sweep.csv").write_text(lines.getvalue())
+    (folder / "sweep.csv").write_text(lines.getvalue(), encoding="utf8")
 
     _plot(folder / "sweep.png", [result for result in results if result.scores])
     return text
@@ -465,7 +466,7 @@ def _seconds(result: Result) -> float:
 def _published(file: Path) -> str:
     """What the experiment's docstring says after "Published:", on one line; "" without it."""
     try:
-        docstring = ast.get_docstring(ast.parse(file.read_text()))
+        docstring = ast.get_docstring(ast.parse(file.read_bytes()))
     except SyntaxError:
         return ""
     # Until the next line that is not indented, or the end.

@@ -43,7 +43,7 @@ def spans(name: str, limit: int, heads: int) -> np.ndarray:
         return np.full((1, heads), limit, np.float32)
     if name == "zero":
         return np.zeros((1, heads), np.float32)
-    listed_XH = np.array(json.loads(Path(name).read_text())["spans"], np.float32)
+    listed_XH = np.array(json.loads(Path(name).read_text(encoding="utf8"))["spans"], np.float32)
     return np.minimum(listed_XH[:, :heads], limit)
 
 

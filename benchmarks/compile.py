@@ -159,7 +159,7 @@ def finished(file: Path, here: dict[str, str]) -> dict[tuple, dict[str, Any]]:
     known = here["commit"] and not here["commit"].endswith("-dirty")
     if not known or not file.exists():
         return {}
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf8").splitlines()]
     return {
         tuple(row["case"]): row
         for row in rows
@@ -280,7 +280,7 @@ def main() -> int:
     ]
     with (
         multiprocessing.get_context("spawn").Pool(arguments.workers) as pool,
-        file.open("a") as out,
+        file.open("a", encoding="utf8") as out,
     ):
         for result in pool.imap_unordered(run, cases):
             row = {**result, **here}
@@ -293,7 +293,7 @@ def main() -> int:
         pool.join()
     # In the order of the cases, however the workers finished.
     rows = [rows_by_case[case] for case in CASES if case in rows_by_case]
-    file.with_suffix(".md").write_text(report(rows, here["commit"]))
+    file.with_suffix(".md").write_text(report(rows, here["commit"]), encoding="utf8")
     print(table(rows))
     return int(any(not row["fits"] or row["violations"] for row in rows))
 

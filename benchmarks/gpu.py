@@ -158,7 +158,7 @@ def main() -> None:
         rows.append({"name": line.name, "asked": line.asked, "share": share, **result})
         print(report(rows[-1:]).splitlines()[-1], flush=True)
     path = arguments.results / f"{datetime.date.today().isoformat()}-gpu.json"
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf8")
     print(f"\n{report(rows)}\n{path}")
 
 

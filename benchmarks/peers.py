@@ -209,7 +209,7 @@ def main() -> None:
     for geometry in arguments.geometry or ("tiny", "small-8"):
         rows += measure(argparse.Namespace(**{**vars(arguments), "geometry": geometry}))
     path = arguments.results / f"{datetime.date.today().isoformat()}-peers.jsonl"
-    with path.open("a") as file:
+    with path.open("a", encoding="utf8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     print(f"{table(rows)}\n{path}")
 

@@ -119,9 +119,9 @@ def computing() -> float:
     for thread in Path("/proc/self/task").iterdir():
         # One that has ended in the meantime has no files.
         with contextlib.suppress(OSError):
-            if (thread / "comm").read_text().startswith("tf_XLA"):
+            if (thread / "comm").read_text(encoding="utf8").startswith("tf_XLA"):
                 # Fields behind the name, which may have spaces; the twelfth is user time.
-                fields = (thread / "stat").read_text().rpartition(")")[2].split()
+                fields = (thread / "stat").read_text(encoding="utf8").rpartition(")")[2].split()
                 ticks += int(fields[11])
     return ticks / os.sysconf("SC_CLK_TCK")
 

@@ -198,7 +198,7 @@ def read(c: ml_collections.ConfigDict, name: str, reach: float, file: Path) -> S
       file: JSON lines that benchmarks/compile.py wrote.
     """
     # The newest rows of the plain case: one slice, the batch in one part, nothing split by fsdp.
-    rows = [json.loads(line) for line in reversed(file.read_text().splitlines())]
+    rows = [json.loads(line) for line in reversed(file.read_text(encoding="utf8").splitlines())]
     plain = {"name": name, "slices": 1, "accumulation": 1}
     rows = [row for row in rows if plain.items() <= row.items() and row["mesh"]["fsdp"] == 1]
     # Gradients are read where heads are whole, and activations where they are split.
@@ -231,7 +231,7 @@ def _traffic(row: dict[str, Any], purpose: Purpose) -> Traffic:
 def mean_reach(c: ml_collections.ConfigDict) -> float:
     """Tokens that heads reach on average, with the paper-like spans that all benchmarks assume."""
     file = ROOT / "benchmarks" / "paper_like_spans.json"
-    spans_XH = np.array(json.loads(file.read_text())["spans"])
+    spans_XH = np.array(json.loads(file.read_text(encoding="utf8"))["spans"])
     reach_XH = np.minimum(spans_XH + c.model.span.ramp, c.model.span.limit)
     return float(reach_XH.mean())
 
@@ -333,7 +333,7 @@ def main() -> None:
     sections.append(f"## Measured\n\n{measured(processes.measure())}")
     text = "\n\n".join(sections) + "\n"
     path = arguments.output / f"{today}-scaling.md"
-    path.write_text(text)
+    path.write_text(text, encoding="utf8")
     plot(curves, title, path.with_suffix(".png"))
     print(text, end="")
 

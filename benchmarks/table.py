@@ -76,7 +76,7 @@ def main() -> None:
     """Print the table of a file."""
     if len(sys.argv) != 2 or not Path(sys.argv[1]).is_file():
         sys.exit(f"expected a file of JSON lines, found {' '.join(sys.argv[1:]) or 'nothing'}")
-    text = Path(sys.argv[1]).read_text()
+    text = Path(sys.argv[1]).read_text(encoding="utf8")
     print(report([json.loads(line) for line in text.splitlines()]))
 
 

@@ -70,7 +70,7 @@ def spans(c: ml_collections.ConfigDict, name: str) -> np.ndarray:
     limit = c.model.span.limit
     heads = c.model.heads
     if name.endswith(".json"):
-        tokens_XH = np.array(json.loads(Path(name).read_text())["spans"], np.float32)
+        tokens_XH = np.array(json.loads(Path(name).read_text(encoding="utf8"))["spans"], np.float32)
         return np.minimum(np.resize(tokens_XH, (c.model.depth, heads)), limit) / limit
     tokens_H = {
         "full": [limit] * heads,

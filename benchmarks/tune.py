@@ -105,7 +105,7 @@ def enter(row: dict[str, Any], path: Path = Path(tuning.__file__).with_name("tun
     def key_of(row: dict[str, Any]) -> tuple:
         return row["implementation"], row["device"], tuple(sorted(row["sizes"].items()))
 
-    rows = {key_of(old): old for old in json.loads(path.read_text())}
+    rows = {key_of(old): old for old in json.loads(path.read_text(encoding="utf8"))}
     rows[key_of(row)] = row
     lines = ",\n".join(json.dumps(rows[key]) for key in sorted(rows))
-    path.write_text(f"[\n{lines}\n]\n")
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf8")

@@ -48,7 +48,7 @@ class GpuTiles(NamedTuple):
 # What was measured nowhere near, and what `python -m benchmarks.attention --tune` measured.
 DEFAULTS: dict[str, Any] = {"xla": XlaTiles(), "pallas_tpu": TpuTiles(), "pallas_gpu": GpuTiles()}
 TABLE: list[dict[str, Any]] = json.loads(
-    resources.files(__package__).joinpath("tuned.json").read_text()
+    resources.files(__package__).joinpath("tuned.json").read_text(encoding="utf8")
 )
 
 

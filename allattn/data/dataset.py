@@ -337,7 +337,8 @@ def _prepare_once(builder: "TextBuilder", folder: epath.Path, wanted: epath.Path
         if paths.is_url(wanted):
             paths.check_writable(wanted.parent)
         print(f"preparing {builder.name} in {folder}", flush=True)
-        with _bars_on_terminals_only():
+        # The folder appears whole or not at all, also where the disk is full.
+        with _bars_on_terminals_only(), paths.written(folder):
             builder.download_and_prepare(download_dir=builder.downloads)
     # Also where this machine had the data and the bucket did not.
     if not paths.is_whole(wanted):

@@ -183,10 +183,9 @@ def keep(stream: IO[bytes], folder: Path) -> Path:
       folder: where the file is put, here.
 
     Raises:
-      UserError: the folder cannot be written.
-      RunError: anything else that fails, such as a full disk.
+      RunError: the folder cannot be written.
     """
-    with paths.reached(epath.Path(folder)):
+    with paths.written(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # Another name until it is whole.
         part = folder / f"{uuid.uuid4().hex}.part"

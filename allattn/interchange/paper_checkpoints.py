@@ -26,6 +26,8 @@ from allattn.storage import checkpoint
 
 # Of names that do not fit, as many of a kind are in the message.
 SHOWN_NAMES = 3
+# How the names of tables end that have a row for every symbol of a text of bytes.
+EMBEDDINGS = ("in_emb.weight", "word_emb.emb_layers.0.weight")
 
 
 # --- parameters --------------------------------------------------------------------------------
@@ -144,6 +146,7 @@ def convert(
         none that a trained network has.
     """
     # The network that the configuration and its data set describe.
+    config = _in_their_numbering(config, file)
     dataset = data.prepare_configured(config)
     config = with_vocabulary(config, dataset.vocabulary.size, dataset.name)
     model = Model(ModelConfig.from_config(config))
@@ -165,6 +168,21 @@ def convert(
         meta = checkpoint.describe(0, config, dataset.vocabulary.to_json()) | {"params_only": True}
         checkpoints.save_params(0, params, meta)
     return {"parameters": parameter_count(params), "tensors": len(state)}
+
+
+def _in_their_numbering(config: ml_collections.ConfigDict, file: str) -> ml_collections.ConfigDict:
+    """Bytes of one's own text as the papers number them, unless the checkpoint has all 256."""
+    c = config.dataset
+    if c.name not in ("files", "stdlib") or c.unit != "byte" or c.numbering != "value":
+        return config
+    tensors = state_files.read(file)
+    tables = [x for name, x in tensors.items() if name.endswith(EMBEDDINGS)]
+    if any(table.shape[0] == 256 for table in tables):
+        return config
+    # The caller's configuration stays as it is.
+    config = config.copy_and_resolve_references().lock()
+    config.dataset.numbering = "appearance"
+    return config
 
 
 def _read(file: str, table: Source, model: Model) -> State:

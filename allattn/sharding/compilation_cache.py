@@ -39,7 +39,7 @@ def _instruction_flags() -> str:
     info = Path("/proc/cpuinfo")
     lines = [platform.processor()]
     if info.exists():
-        lines = info.read_text().splitlines()
+        lines = info.read_text(encoding="utf8").splitlines()
     for line in lines:
         if line.startswith(("flags", "Features")):
             return line

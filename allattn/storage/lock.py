@@ -213,7 +213,7 @@ def _this_process() -> Holder:
 def _first_line(file: str) -> str:
     """What the system says in a file; "" where it has none."""
     try:
-        return Path(file).read_text().splitlines()[0]
+        return Path(file).read_text(encoding="utf8").splitlines()[0]
     except (OSError, IndexError):
         return ""
 
@@ -251,7 +251,7 @@ def _read(path: epath.Path) -> Holder | None:
     # Another process may be writing it just now.
     for _ in range(10):
         try:
-            return _parse(path.read_text())
+            return _parse(path.read_text(encoding="utf8"))
         except FileNotFoundError:
             return None
         except (ValueError, TypeError, KeyError):

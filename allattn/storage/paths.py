@@ -125,11 +125,11 @@ def replace(path: epath.Path, text: str) -> None:
     """Write a file that appears whole or not at all; a reader never sees half of it."""
     # An object in a bucket does so by itself.
     if is_url(path):
-        path.write_text(text)
+        path.write_text(text, encoding="utf8")
         return
     part = path.parent / f"{path.name}.{uuid.uuid4().hex}.part"
     try:
-        part.write_text(text)
+        part.write_text(text, encoding="utf8")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -71,11 +71,11 @@ class JsonlWriter:
         self._write_time = time.monotonic()
         text = "".join(self._rows)
         if self._appends:
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf8") as file:
                 file.write(text)
             self._rows.clear()
         elif self._rows:
-            self._path.write_text(text)
+            self._path.write_text(text, encoding="utf8")
 
     def close(self) -> None:
         """Flush."""

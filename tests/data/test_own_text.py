@@ -2,9 +2,12 @@
 
 import io
 import os
+import resource
 import tempfile
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from command_line import process
 
 from allattn.data import Dataset, Vocabulary, own_text, prepare
 from allattn.data.vocabulary import LONGEST_WORD, closed
-from allattn.errors import UserError
+from allattn.errors import RunError, UserError
 
 # Empty lines, both line ends, a byte order mark, NUL, four-byte characters, tabs, no last line end.
 MESSY = (
@@ -202,6 +205,28 @@ def test_leaves_nothing_and_no_codes(tmp_path: Path, home: Path) -> None:
     assert list(temporary.iterdir()) == []
     assert "\x1b" not in found.out + found.err and "\r" not in found.out + found.err
     assert found.err == "" and found.out.count("\n") == 2
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may become longer than 100 kB, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("unit", ["byte", "word"])
+def test_a_full_disk(unit: str, tmp_path: Path, home: Path, request: Any) -> None:
+    """One line, and nothing that looks prepared."""
+    path = in_file(tmp_path, np.random.default_rng(0).bytes(300_000).hex(" ").encode())
+    request.getfixturevalue("small_files")
+    with pytest.raises(RunError, match=r"^\S+ cannot be written: File too large$"):
+        prepare("files", path, unit=unit)
+    assert not list(home.rglob("dataset_info.json")) and not list(home.rglob("incomplete*"))
+    with pytest.raises(RunError, match="texts cannot be written: File too large"):
+        own_text.keep(io.BytesIO(bytes(300_000)), home / "texts")
+    assert not list((home / "texts").iterdir())
 
 
 def test_temporary_folder_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

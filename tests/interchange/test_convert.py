@@ -75,6 +75,16 @@ def test_there_and_back_is_bit_exact(trained: tuple[Path, Path], tmp_path: Path)
         np.testing.assert_array_equal(state[name], again[name])
 
 
+def test_bytes_have_the_numbers_of_the_papers(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """A state dict of fewer than 256 symbols is read with them, though bytes have their values."""
+    run, texts = trained
+    exported(run, tmp_path / "out.npz")
+    back = tmp_path / "back"
+    assert convert(tmp_path / "out.npz", texts, back, dataset__numbering="value").code == 0
+    assert allattn.load(back).config.dataset.numbering == "appearance"
+    assert allattn.load(back).vocabulary == allattn.load(run).vocabulary
+
+
 KINDS = {
     "transformer": {"model__persistent": 0, "model__feed_forward": 24},
     "transformer_xl": {
