@@ -1,0 +1,65 @@
+"""README and docs/: links that lead somewhere, commands that exist, a front page of one screen."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from allattn.__main__ import _parser
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "launch" / "README.md"]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+# A heading's anchor has its words in small letters, joined by hyphens.
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """What links within a page may name after #."""
+    headings = HEADING.findall(page.read_text(encoding="utf8"))
+    return {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+def test_front_page_is_short():
+    """A newcomer reads it in a minute: at most 100 lines."""
+    assert len((ROOT / "README.md").read_text(encoding="utf8").splitlines()) <= 100
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links(page):
+    """Every link within the repository names a file that is there, and a heading that it has."""
+    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", page.read_text(encoding="utf8")):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / (name or page.name)).resolve()
+        assert target.exists(), f"{page.name} links to {link}"
+        if anchor:
+            assert anchor in anchors(target), f"{page.name} links to {link}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_named_tests(page):
+    """Every test that a page cites exists under that name."""
+    cited = re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text(encoding="utf8"))
+    for file, name in cited:
+        text = (ROOT / file).read_text(encoding="utf8")
+        assert not name or f"def {name}(" in text, f"{page.name} cites {file}::{name}"
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page's code blocks that call `allattn`, without comments."""
+    blocks = re.findall(
+        r"^```\n(.*?)^```", page.read_text(encoding="utf8"), re.DOTALL | re.MULTILINE
+    )
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    calls = [re.sub(r"\s+#.*", "", line) for line in lines]
+    return [call for call in calls if call.startswith("allattn ")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands(page):
+    """Every command of a page has the flags that it is given there."""
+    for call in commands(page):
+        _, *words = shlex.split(call)
+        _, rest = _parser().parse_known_args(words)
+        assert all(word.startswith("--config.") for word in rest), call
