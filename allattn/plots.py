@@ -28,7 +28,7 @@ Runs = Workdir | Rows | Sequence[Workdir] | Mapping[str, Workdir | Rows]
 # What the axis of each score says.
 UNITS = {
     "nll": "nats per symbol",
-    "bpc": "bits per symbol (bpc)",
+    "bpc": "bits per byte (bpc)",
     "ppl": "perplexity (ppl)",
 }
 # A smoothed curve is a mean over this share of a run's rows.
@@ -53,7 +53,7 @@ def plot_curves(runs: Runs, unit: str | None = None) -> Figure:
     Args:
       runs: a workdir (folder or bucket URL), several, or the same by the names that the legend is
         to have. Rows as `allattn.read_metrics` returns them may stand for a workdir.
-      unit: nll, bpc or ppl; None: what the papers report, perplexity of words and bits per symbol
+      unit: nll, bpc or ppl; None: what the papers report, perplexity of words and bits per byte
         of everything else.
 
     Returns:
