@@ -1,12 +1,13 @@
 """README and docs/: links that lead somewhere, commands that exist, a front page of one screen."""
 
+import functools
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from allattn.__main__ import _parser
+from allattn.commands import COMMANDS, flags
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "launch" / "README.md"]
@@ -40,10 +41,20 @@ def test_links(page):
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_named_tests(page):
     """Every test that a page cites exists under that name."""
-    cited = re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text(encoding="utf8"))
-    for file, name in cited:
-        text = (ROOT / file).read_text(encoding="utf8")
-        assert not name or f"def {name}(" in text, f"{page.name} cites {file}::{name}"
+    text = page.read_text(encoding="utf8")
+    for file in re.findall(r"tests/[\w/]+\.py", text):
+        assert (ROOT / file).exists(), f"{page.name} cites {file}"
+    for name in re.findall(r"`(test_\w+)`", text):
+        assert name in defined_tests(), f"{page.name} cites {name}"
+
+
+@functools.cache
+def defined_tests() -> set[str]:
+    """The names of all tests, and of their files."""
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    texts = [file.read_text(encoding="utf8") for file in files]
+    names = {name for text in texts for name in re.findall(r"def (test_\w+)\(", text)}
+    return names | {file.stem for file in files}
 
 
 def commands(page: Path) -> list[str]:
@@ -61,5 +72,5 @@ def test_commands(page):
     """Every command of a page has the flags that it is given there."""
     for call in commands(page):
         _, *words = shlex.split(call)
-        _, rest = _parser().parse_known_args(words)
+        _, rest = flags.parser_of(COMMANDS).parse_known_args(words)
         assert all(word.startswith("--config.") for word in rest), call

@@ -47,7 +47,7 @@ def test_curves_show_what_was_logged() -> None:
     np.testing.assert_allclose(shown["ours, dev"], [[x, 110 / x] for x in (10, 20, 30, 40)])
     assert [x for x, _ in shown["theirs, training"]] == [1, 2, *range(4, 21)]
     (axes,) = figure.axes
-    assert axes.get_xlabel() == "training step" and axes.get_ylabel() == "bits per symbol (bpc)"
+    assert axes.get_xlabel() == "training step" and axes.get_ylabel() == "bits per byte (bpc)"
     assert figure._repr_png_().startswith(b"\x89PNG")
 
 
@@ -93,9 +93,9 @@ def test_workdirs(tmp_path: Path) -> None:
     ("runs", "expected"),
     [
         ({"a": rows(words=True)}, "perplexity (ppl)"),
-        ({"a": rows(words=True), "b": rows()}, "bits per symbol (bpc)"),
+        ({"a": rows(words=True), "b": rows()}, "bits per byte (bpc)"),
         ({"a": rows(words=True), "b": []}, "perplexity (ppl)"),
-        (rows(), "bits per symbol (bpc)"),
+        (rows(), "bits per byte (bpc)"),
     ],
 )
 def test_units(runs: Any, expected: str) -> None:
