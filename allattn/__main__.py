@@ -55,7 +55,8 @@ def _main(argv: Sequence[str] | None) -> int:
         return 1
     except KeyboardInterrupt as error:
         # A run that has saved its state says so.
-        print(f"allattn: {error or 'interrupted'}", file=sys.stderr)
+        message = str(error) or "interrupted"
+        print(f"allattn: {message}", file=sys.stderr)
         return 130
 
 

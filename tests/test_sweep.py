@@ -160,6 +160,25 @@ def test_runs_without_a_log(swept: Swept, tmp_path: Path) -> None:
     assert (runs / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_ctrl_c_waits_for_the_run(
+    swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The terminal tells both; the run saves its state before the sweep ends."""
+    waits = []
+
+    def wait(_: object) -> int:
+        waits.append(None)
+        if len(waits) == 1:
+            raise KeyboardInterrupt
+        return 130
+
+    run = type("Popen", (), {"__init__": lambda *_, **__: None, "wait": wait})
+    monkeypatch.setattr(sweep.subprocess, "Popen", run)
+    found = call(*swept.words, "--only=good", f"--workdir={tmp_path}")
+    assert (found.code, len(waits)) == (130, 2)
+    assert found.err == "allattn: stopped by Ctrl-C; run again to resume\n"
+
+
 def test_a_launcher_submits_once(swept: Swept, tmp_path: Path) -> None:
     """Runs that a launcher took are not failures, are not submitted again, and count once they have
     scores.

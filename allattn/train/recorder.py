@@ -93,11 +93,14 @@ class Recorder:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._stop_profile()
-        # What was read before an end of any kind is in the logs.
-        self.log_rest()
-        self._logs.close()
-        self._progress.__exit__(*error)
+        # The screen is given back whatever happens to the logs, as on a full disk.
+        try:
+            self._stop_profile()
+            # What was read before an end of any kind is in the logs.
+            self.log_rest()
+            self._logs.close()
+        finally:
+            self._progress.__exit__(*error)
 
     def record(self, step: int, values: metrics.TrainMetrics) -> None:
         """Take the metrics of a step and read those of the step before.

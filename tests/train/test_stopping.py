@@ -141,6 +141,17 @@ def test_ctrl_c_in_a_notebook() -> None:
     assert before == [signal.getsignal(number) for number in signals.STOPPING]
 
 
+def test_commands_that_do_not_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends them without advice to resume."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "prepare", interrupted)
+    found = call("data", "--dataset=stdlib")
+    assert (found.code, found.err) == (130, "allattn: interrupted\n")
+
+
 def test_other_threads_handle_no_signals() -> None:
     before = signal.getsignal(signal.SIGINT)
     found = []
