@@ -40,11 +40,12 @@ def _main(argv: Sequence[str] | None) -> int:
     """The exit code of one command, as far as this process alone can tell."""
     # Each mistake and failure that is foreseen ends in one line.
     try:
-        arguments, rest = flags.parser_of(COMMANDS).parse_known_args(argv)
-        command = arguments.chosen
-        overrides = flags.settings(rest, allowed=command.takes_settings)
-        session.quiet()
-        return command.run(arguments, overrides) or 0
+        words = argv
+        if words is None:
+            words = sys.argv[1:]
+        arguments, overrides = flags.parse(COMMANDS, words)
+        session.set_logging(arguments.verbose)
+        return arguments.chosen.run(arguments, overrides) or 0
     except (UserError, RunError) as error:
         print(f"allattn: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return _exit_code(error)

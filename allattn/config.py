@@ -9,8 +9,9 @@ from typing import Any
 
 import ml_collections
 
-from allattn import experiments
+from allattn import config_values, experiments
 from allattn.config_checks import FIELDS, MAY_CHANGE_ON_RESUMING
+from allattn.configs import base
 from allattn.errors import UserError
 from allattn.urls import is_url
 
@@ -39,14 +40,17 @@ def load(
 
     Raises:
       UserError: no such file, it fails or has no get_config(), an unknown field (the nearest is
-        named) or a value of the wrong type.
+        named), a missing one, or a value of the wrong type.
     """
     config = experiments.read(*experiments.find(path))
     # The command line has the last word.
     values = _fields_of_text(text) | (overrides or {})
     for name, value in values.items():
         set_field(config, name, value)
-    return config.lock()
+
+    # Types are checked here, as everything after this relies on them; ranges where they matter.
+    config_values.require_kinds(config, dict(fields(base.get_config())))
+    return config.copy_and_resolve_references().lock()
 
 
 def _fields_of_text(text: str | None) -> dict[str, str]:
@@ -75,11 +79,11 @@ def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
       UserError: an unknown field (the nearest is named) or a value of the wrong type.
     """
     # A name that is not known is most often a misspelt one.
-    known = dict(fields(config))
+    known = dict(config_values.entries(config))
     if name not in known:
-        nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
+        nearest = difflib.get_close_matches(name, [*known, ""], 1, 0.0)[0]
         raise UserError(f"--config.{name}: no such field; did you mean --config.{nearest}?")
-    value = _parse(name, text, known[name])
+    value = config_values.parse(name, text, known[name])
 
     # Down through the sections, to the one that holds the field.
     *sections, last = name.split(".")
@@ -88,28 +92,18 @@ def set_field(config: ml_collections.ConfigDict, name: str, text: str) -> None:
     config[last] = value
 
 
-def _parse(name: str, text: str, old: Any) -> Any:
-    """The value that a text stands for, in the type of the field's old value."""
-    kind = type(old)
-    try:
-        # bool("False") is True, so the two words are looked up.
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if kind is tuple:
-            return tuple(_whole_number(part) for part in text.split(",") if text)
-        if kind is int:
-            return _whole_number(text)
-        return kind(text)
-    except (ValueError, KeyError):
-        expected = f"{kind.__name__}, such as {old!r}"
-        if kind is tuple:
-            expected = "whole numbers with commas between, such as 20000,40000"
-        raise UserError(f"--config.{name}: expected {expected}, found {text!r}") from None
+def boolean_fields(path: str) -> set[str]:
+    """Dotted names of an experiment's truth values, whose flags need no value.
 
+    Args:
+      path: as in `load`.
 
-def _whole_number(text: str) -> int:
-    """20_000 and 20000 alike."""
-    return int(text.replace("_", ""))
+    Raises:
+      UserError: no such file, or it fails.
+    """
+    config = experiments.read(*experiments.find(path))
+    kinds = {name: config_values.kind_of(entry) for name, entry in config_values.entries(config)}
+    return {name for name, kind in kinds.items() if kind is bool}
 
 
 def fields(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,10 +1,12 @@
 """Experiment files: where one is found by its name, and what its get_config() returns."""
 
+import ast
 import contextlib
 import difflib
 import importlib.machinery
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +83,32 @@ def _hint(path: str) -> str:
     for nearest in difflib.get_close_matches(name, names(), 1):
         return f"; did you mean --config={nearest}?"
     return ""
+
+
+# --- telling
+
+# In a docstring: a title, and its text up to the next title.
+_SECTION = re.compile(r"^(Command|Hardware|Published): +(.*?)(?=^[A-Z][a-z]+: |\Z)", re.M | re.S)
+
+
+def summary(name: str) -> dict[str, str]:
+    """What the docstring of one of our experiments says, by title.
+
+    Args:
+      name: as `names` has it.
+
+    Returns:
+      what, parameters, hardware and published, each on one line; those that are stated.
+    """
+    text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf8"))) or ""
+    # The first paragraph tells what it is; wrapped lines are joined.
+    found = {"what": " ".join(text.partition("\n\n")[0].split())}
+    if count := re.search(r"(?:about )?[\d,]+(?=\s+parameters)", text):
+        found["parameters"] = count[0]
+    for title, content in _SECTION.findall(text):
+        if title != "Command":
+            found[title.lower()] = " ".join(content.split())
+    return found
 
 
 # --- reading

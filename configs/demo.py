@@ -1,6 +1,8 @@
-"""The first thing to run: a small all-attention network on the text of Python's standard library.
+"""The first thing to run: a small all-attention network, about 566,000 parameters.
 
-Command:   make demo    (or: allattn train --config=configs/demo.py --workdir=runs/demo)
+It learns the text of Python's standard library.
+
+Command:   make demo    (or: allattn train --config=demo --workdir=runs/demo)
 Hardware:  2 CPU cores; about three minutes.
 """
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,12 @@ import pytest
 from command_line import ROOT, Result, call, flags, process
 
 import allattn
-from allattn import config, train
+from allattn import commands, config, experiments, train
 from allattn.__main__ import main
+from allattn.commands.command import Command
 
 LETTERS = "abcdefghijklmn"
-COMMANDS = ("train", "evaluate", "generate", "config", "convert", "sweep", "compile", "data")
+COMMANDS = tuple(command.name for command in commands.COMMANDS)
 
 
 class Place(NamedTuple):
@@ -251,7 +253,107 @@ def test_config_as_json(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.out == config.to_json(loaded) + "\n"
 
 
+def changes(*words: str) -> dict[str, str]:
+    """The fields that these words make different from configs/base.py."""
+    found = call("config", *words)
+    assert (found.code, found.err) == (0, ""), found.err
+    lines = [line.split("  # ")[0] for line in found.out.splitlines() if line[0] == "*"]
+    return dict(line.removeprefix("* ").rstrip().split(" = ") for line in lines)
+
+
+def test_forms_of_settings() -> None:
+    """Those of ml_collections' flags: a separate word, a tuple as Python writes it, booleans."""
+    assert changes("--config.model.depth", "3", "--config.seed=4") == {
+        "seed": "4",
+        "model.depth": "3",
+    }
+    assert changes("--config.train.init_from", "-x") == {"train.init_from": "'-x'"}
+    for text in ("20,40", "(20,40)", "(20, 40,)", "[20,40]"):
+        cutoffs = changes("--config.model.adaptive_io.cutoffs", text)
+        assert cutoffs == {"model.adaptive_io.cutoffs": "(20, 40)"}
+    assert changes("--noconfig.model.span.adaptive", "--config=base") == {
+        "model.span.adaptive": "False"
+    }
+    # After a truth value the next word is a word of its own.
+    assert changes("--config.model.adaptive_io.tied", "--config.seed", "1") == {"seed": "1"}
+
+
+OWN = """
+from ml_collections import config_dict
+from allattn.configs import base
+
+def get_config(size="7"):
+    c = base.get_config().unlock()
+    c.seed = int(size)
+    c.own = config_dict.ConfigDict()
+    c.own.flag = False
+    c.own.nothing = None
+    c.own.names = ("a", "b")
+    c.own.open = config_dict.placeholder(int)
+    c.own.needed = config_dict.required_placeholder(float)
+    return c
+"""
+
+
+def test_fields_of_an_experiment_of_ones_own(tmp_path: Path) -> None:
+    """An argument of get_config(), placeholders that are filled or not, None, and texts."""
+    file = tmp_path / "mine.py"
+    file.write_text(OWN)
+    needed = ["--config.own.needed", "2"]
+    assert changes(f"--config={file}:12", *needed) == {
+        "seed": "12",
+        "own.flag": "False",
+        "own.names": "('a', 'b')",
+        "own.needed": "2.0",
+        "own.nothing": "None",
+        "own.open": "None",
+    }
+    words = ["--config.own.flag", "--config.own.nothing=3", "--config.own.names=x,y"]
+    found = changes("--config", str(file), *needed, *words, "--config.own.open=4")
+    assert (found["seed"], found["own.flag"], found["own.nothing"]) == ("7", "True", "3")
+    assert (found["own.names"], found["own.open"]) == ("('x', 'y')", "4")
+
+    # A placeholder has the type that it was made with, and a required one is not left open.
+    for word, message in (
+        ("--config.own.open=x", "--config.own.open: expected int, found 'x'"),
+        ("--config.own.needed=None", "--config.own.needed: expected a value (float)"),
+    ):
+        refused = call("config", f"--config={file}", word)
+        assert refused.code == 2 and message in refused.err
+
+
+def test_fields_with_comments() -> None:
+    """Without an experiment those of base.py; also where a command is asked for its help."""
+    plain = call("config")
+    assert plain.out.startswith("  seed = 0 ") and "# layers\n" in plain.out
+    assert call("train", "--help=config").out == plain.out
+    demo = call("train", "--config", "demo", "--help=config", "--workdir=x")
+    assert demo.out == call("config", "--config=demo").out != plain.out
+
+
+def test_configs() -> None:
+    """Every experiment with its parameters; the papers' with hardware and score."""
+    blocks = call("configs").out.split("\n")
+    assert [name for name in blocks if name and name[0] != " "] == sorted(
+        experiments.names(), key=lambda name: ("/" in name, name)
+    )
+    for name in set(experiments.names()) - {"base"}:
+        summary = experiments.summary(name)
+        assert "parameters" in summary and ("published" in summary) >= ("_tiny" not in name) - (
+            name == "demo"
+        )
+    assert experiments.summary("wikitext103")["published"].endswith("(arXiv 1907.01470).")
+
+
+def test_verbose(place: Place) -> None:
+    """The lines of the libraries, of which there are none otherwise."""
+    assert "orbax" in process("evaluate", f"--workdir={place.run}", "--verbose").err
+
+
 # --- help and mistakes ----------------------------------------------------------------------------
+
+
+NO_WORKDIR = ([], ["config"], ["configs"], ["compile"], ["data"])
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=lambda c: " ".join(c))
@@ -260,7 +362,37 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture) -> None:
         main([*command, "--help"])
     out = capsys.readouterr().out
     assert caught.value.code == 0 and out.startswith(f"usage: {' '.join(['allattn', *command])}")
-    assert "--workdir" in out or command in ([], ["config"], ["compile"], ["data"])
+    assert "--workdir" in out or command in NO_WORKDIR
+
+
+def test_no_command_teaches() -> None:
+    """Every command, with an example."""
+    out = call().out
+    for command in commands.COMMANDS:
+        assert command.summary[:30] in out and f"  {command.example}\n" in out
+
+
+@pytest.mark.parametrize("command", commands.COMMANDS, ids=lambda command: command.name)
+def test_examples(command: Command) -> None:
+    """The flags of every example are right."""
+    arguments, overrides = commands.flags.parse(commands.COMMANDS, shlex.split(command.example)[1:])
+    assert arguments.chosen is command
+    assert bool(overrides) == ("--config." in command.example)
+
+
+def test_help_has_the_defaults(capsys: pytest.CaptureFixture) -> None:
+    for words in (["generate", "--help"], ["sweep", "--help"]):
+        with pytest.raises(SystemExit):
+            main(words)
+    out = " ".join(capsys.readouterr().out.split())
+    for default in ("draw (default: 200)", "all (default: 0)", "experiment (default: 3)"):
+        assert default in out
+
+
+def test_version(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert (caught.value.code, capsys.readouterr().out) == (0, f"allattn {allattn.__version__}\n")
 
 
 def test_help_is_quick() -> None:
@@ -309,10 +441,23 @@ SCORE = "evaluate --workdir={run}"
 WRITE = "generate --workdir={run}"
 MISTAKES = [
     # words, settings, a piece of the message
-    ("", {}, "required: COMMAND"),
-    ("trian", {}, "invalid choice: 'trian'"),
+    ("", {}, "expected a command, one of train, evaluate,"),
+    ("trian", {}, "unknown argument 'trian'; did you mean train?"),
+    ("qqq", {}, "unknown argument 'qqq'; `allattn --help` lists"),
     ("train", {}, "required: --config, --workdir"),
-    ("config", {}, "required: --config"),
+    ("train --confg=demo", {}, "unknown argument '--confg=demo'; did you mean --config=demo?"),
+    ("train --confg.seed 3", {}, "'--confg.seed'; did you mean --config.seed?"),
+    ("evaluate --spilt=test", {}, "did you mean --split=test?"),
+    ("train --workdir= --config=demo", {}, "--workdir: expected a path, found nothing"),
+    ("train --workdir={folder}/new --config=", {}, "--config: expected a path, found nothing"),
+    ("evaluate --workdir={texts}/train.txt", {}, "expected a folder, found the file {texts}/train"),
+    ("config --config=dmo", {}, "found no file dmo; did you mean --config=demo?"),
+    ("config --config=demo:large", {}, "get_config() takes 0 positional arguments"),
+    ("config --config.seed", {}, "--config.seed: expected a value, as in --config.seed=VALUE"),
+    ("config --config.seed --verbose", {}, "--config.seed: expected a value"),
+    ("config --config.model.span.adaptive no", {}, "unknown argument 'no'"),
+    ("config --noconfig.seed", {}, "--noconfig.seed: expected a truth value's name"),
+    ("config --noconfig.model.span.adaptive=3", {}, "unknown argument '--noconfig.model.span"),
     ("config --config={folder}/none.py", {}, "found no file"),
     ("config --config=configs/demo.py stray", {}, "unknown argument 'stray'"),
     ("config --config=configs/demo.py --config.model.widht=3", {}, "did you mean --config.model."),
@@ -360,7 +505,7 @@ MISTAKES = [
     (
         "train --workdir={texts}/train.txt",
         {},
-        "{texts}/train.txt/checkpoints: expected a place that this machine can",
+        "--workdir: expected a folder, found the file {texts}/train.txt",
     ),
     ("train --workdir={run}", {"seed": 1}, "seed: 0 in the workdir, 1 now"),
     ("evaluate --workdir={folder}/new", {}, "no checkpoint in {folder}/new"),

@@ -24,7 +24,7 @@ ORDER = [
     {"evaluation"},
     {"data"},
     {"model", "storage"},
-    {"sharding", "config", "config_checks", "experiments"},
+    {"sharding", "config", "config_checks", "config_values", "experiments"},
     {"attention", "configs", "errors", "signals", "urls"},
 ]
 LEVEL = {package: level for level, packages in enumerate(reversed(ORDER)) for package in packages}

@@ -9,6 +9,7 @@ flags answer at once: JAX takes a while to load.
 from allattn.commands import (
     compile,
     config,
+    configs,
     convert,
     data,
     evaluation,
@@ -22,6 +23,7 @@ COMMANDS = (
     evaluation.COMMAND,
     generation.COMMAND,
     config.COMMAND,
+    configs.COMMAND,
     convert.COMMAND,
     sweep.COMMAND,
     compile.COMMAND,

@@ -35,7 +35,7 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> int:
 COMMAND = Command(
     name="compile",
     summary="compile the training step for a machine that is not here; says if it fits",
-    example="allattn compile --config=configs/enwik8_large.py --topology=v5e:16x16",
+    example="allattn compile --config=enwik8_large --topology=v5e:16x16",
     add_flags=_flags,
     run=_run,
     takes_settings=True,

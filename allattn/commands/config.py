@@ -7,7 +7,8 @@ from allattn.commands.command import Command
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
-    flags.add_config(parser)
+    # Without an experiment: every field as base.py has it.
+    flags.add_config(parser, default="base")
     # For programs that read it.
     parser.add_argument("--json", action="store_true", help="as JSON, the way a checkpoint has it")
 
@@ -25,7 +26,7 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 COMMAND = Command(
     name="config",
     summary="print every field of an experiment; * marks what differs from configs/base.py",
-    example="allattn config --config=configs/demo.py --config.model.depth=6",
+    example="allattn config --config=demo --config.model.depth=6",
     add_flags=_flags,
     run=_run,
     takes_settings=True,

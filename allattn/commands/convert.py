@@ -12,7 +12,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", required=True, help="adaptive-span or transformer-xl")
     # To import.
     parser.add_argument(
-        "--checkpoint", type=flags.PATH, help="state dict to import, .pt or .npz; with --config"
+        "--checkpoint", type=flags.path, help="state dict to import, .pt or .npz; with --config"
     )
     flags.add_config(parser, required=False)
     parser.add_argument(
@@ -21,7 +21,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
     # To export; --step belongs to this direction too.
     parser.add_argument(
         "--export",
-        type=flags.PATH,
+        type=flags.path,
         help="file .npz to write the parameters to, instead of --checkpoint",
     )
     flags.add_checkpoint(parser)

@@ -9,14 +9,16 @@ from allattn.commands.command import Command
 def _flags(parser: argparse.ArgumentParser) -> None:
     flags.add_checkpoint(parser)
     # How, and on which text of the run's data set.
-    parser.add_argument("--split", default="test", choices=("train", "valid", "test"))
+    parser.add_argument(
+        "--split", default="test", choices=("train", "valid", "test"), help="part of the data set"
+    )
     parser.add_argument(
         "--protocol", choices=("authors", "full", "xl"), help="the configuration's if left out"
     )
     # Text from elsewhere.
     parser.add_argument(
         "--text",
-        type=flags.PATH,
+        type=flags.path,
         help="score this file or folder of files, which may lie in a bucket, instead of a split; "
         "-: standard input",
     )

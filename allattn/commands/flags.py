@@ -1,77 +1,175 @@
-"""Flags that several commands take, and the parser of all."""
+"""The parser of all commands, and the flags that several take."""
 
 import argparse
+import difflib
 import os
 from collections.abc import Sequence
 from typing import Any
 
+import allattn
+from allattn.commands import settings
 from allattn.commands.command import Command
 from allattn.errors import UserError
 
-# Type of flags that name folders, files and bucket URLs. The shell leaves the ~ of --workdir=~/run
-# alone, so it is expanded here.
-PATH = os.path.expanduser
+# --- the parser of all commands
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose mistakes end the command with one line."""
+    """A parser whose mistakes end the command with one line, and whose help tells the defaults."""
+
+    def __init__(self, **options: Any) -> None:
+        # Names of the flags, of which a misspelt one means the nearest.
+        self.names: list[str] = []
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        action = super().add_argument(*names, **options)
+        self.names += action.option_strings
+        return action
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
-def parser_of(commands: Sequence[Command]) -> Parser:
-    """What reads the words of a command line.
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        # None, False and "" are no values of their own; the help says what they mean.
+        if isinstance(action.default, bool) or action.default in (None, "", argparse.SUPPRESS):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+def parse(
+    commands: Sequence[Command], words: Sequence[str]
+) -> tuple[argparse.Namespace, dict[str, str]]:
+    """Read a command line.
 
     Args:
       commands: in the order in which `allattn --help` lists them.
+      words: the words after the program's name.
 
     Returns:
-      A parser whose result names the command and holds its flags.
+      The flags, of which `chosen` is the command, and the settings.
+
+    Raises:
+      UserError: names the word that is wrong, and the nearest that would be right.
     """
-    parser = Parser(prog="allattn", description="The all-attention network.")
+    parser, parsers = _parsers(commands)
+    if not words:
+        print(parser.format_help(), flush=True)
+        raise UserError(f"expected a command, one of {', '.join(parsers)}; found none")
+
+    # What is misspelt is named before anything that is missing.
+    words = _help_on_fields(words)
+    if not words[0].startswith("-"):
+        _require_near(words[0], words[0], list(parsers), "allattn")
+        _require_known(words[1:], parsers[words[0]])
+    arguments, rest = parser.parse_known_args(words)
+
+    # What is left are settings.
+    if arguments.chosen.takes_settings:
+        return arguments, settings.read(rest, getattr(arguments, "config", None) or "base")
+    if rest:
+        raise UserError(
+            f"unknown argument {rest[0]!r}; `allattn {arguments.command} --help` lists the flags"
+        )
+    return arguments, {}
+
+
+def _parsers(commands: Sequence[Command]) -> tuple[Parser, dict[str, Parser]]:
+    """The parser of a command line, and that of each command."""
+    width = max(len(command.name) for command in commands)
+    examples = [f"  {command.name:{width}}  {command.example}" for command in commands]
+    parser = Parser(
+        prog="allattn",
+        description="The all-attention network.",
+        epilog="\n".join(["an example of each:", *examples]),
+    )
+    parser.add_argument("--version", action="version", version=f"allattn {allattn.__version__}")
     names = parser.add_subparsers(
-        dest="command", required=True, parser_class=Parser, metavar="COMMAND"
+        dest="command", required=True, parser_class=Parser, metavar="COMMAND", title="commands"
     )
     for command in commands:
         one = names.add_parser(
-            command.name, help=command.summary, description=command.summary, allow_abbrev=False
+            command.name,
+            help=command.summary,
+            description=command.summary,
+            epilog=f"example: {command.example}",
         )
         command.add_flags(one)
+        one.add_argument(
+            "--verbose", action="store_true", help="show the lines of the libraries as well"
+        )
         one.set_defaults(chosen=command)
-    return parser
+        # Settings are flags too, of the commands that take them.
+        if command.takes_settings:
+            one.names += [settings.SET, settings.UNSET]
+    return parser, names.choices
 
 
-def settings(words: Sequence[str], allowed: bool) -> dict[str, str]:
-    """The words `--config.a.b=v` as {"a.b": "v"}.
+def _help_on_fields(words: Sequence[str]) -> Sequence[str]:
+    """`train --help=config` in the words of the command that prints the fields."""
+    if "--help=config" not in words:
+        return words
+    parser = Parser(add_help=False)
+    add_config(parser, required=False)
+    known, _ = parser.parse_known_args([word for word in words if word != "--help=config"])
+    return ["config", f"--config={known.config or 'base'}"]
 
-    Args:
-      words: those of the command line that are none of the command's flags.
-      allowed: whether the command takes settings.
 
-    Raises:
-      UserError: a word that is no setting, or any where none are allowed.
-    """
-    overrides = {}
+def _require_known(words: Sequence[str], parser: Parser) -> None:
+    """Refuse a flag that the command does not have."""
     for word in words:
-        # The value stands in the same word: the next one may belong to anything.
-        name, equals, value = word.partition("=")
-        if not allowed or not name.startswith("--config.") or not equals:
-            hint = "; settings are --config.name=value" if allowed else ""
-            raise UserError(
-                f"unknown argument {word!r}; `allattn COMMAND --help` lists the flags{hint}"
-            )
-        overrides[name.removeprefix("--config.")] = value
-    return overrides
+        # argparse takes a word with a space for a value, and all after -- too.
+        if word == "--":
+            return
+        if word.startswith("--") and " " not in word:
+            # Of a setting only the beginning is known.
+            flag, dot, _ = word.partition("=")[0].partition(".")
+            _require_near(flag + dot, word, parser.names, parser.prog)
 
 
-def add_config(parser: argparse.ArgumentParser, required: bool = True) -> argparse.Action:
-    """The experiment, whose fields settings may change."""
+def _require_near(part: str, word: str, known: Sequence[str], prog: str) -> None:
+    """Refuse a word whose part is not known, and name the nearest that is."""
+    if part in known:
+        return
+    hint = f"`{prog} --help` lists what there is"
+    for nearest in difflib.get_close_matches(part, known, 1):
+        hint = f"did you mean {word.replace(part, nearest, 1)}?"
+    raise UserError(f"unknown argument {word!r}; {hint}")
+
+
+# --- types of flags
+
+
+def path(text: str) -> str:
+    """A folder, file or bucket URL."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, found nothing")
+    # The shell leaves the ~ of --workdir=~/run alone.
+    return os.path.expanduser(text)
+
+
+def workdir(text: str) -> str:
+    """A folder, which need not exist, or a bucket URL."""
+    if os.path.isfile(path(text)):
+        raise argparse.ArgumentTypeError(f"expected a folder, found the file {text}")
+    return path(text)
+
+
+# --- flags of several commands
+
+
+def add_config(
+    parser: argparse.ArgumentParser, required: bool = True, default: str | None = None
+) -> argparse.Action:
+    """The experiment, whose fields settings may change; one with a default is not required."""
     return parser.add_argument(
         "--config",
-        required=required,
-        type=PATH,
-        help="experiment file; --config.a.b=value changes one field",
+        required=required and not default,
+        default=default,
+        type=path,
+        help="experiment file, or name of one of ours; --config.a.b=value changes one field",
     )
 
 
@@ -94,7 +192,7 @@ def add_text(parser: argparse.ArgumentParser, instead_of: argparse.Action) -> No
 def add_workdir(parser: argparse.ArgumentParser) -> None:
     """Where a run is, or will be."""
     parser.add_argument(
-        "--workdir", required=True, type=PATH, help="folder or bucket URL of the run"
+        "--workdir", required=True, type=workdir, help="folder or bucket URL of the run"
     )
 
 

@@ -5,13 +5,22 @@ import os
 import sys
 
 
-def quiet() -> None:
-    """Keep the libraries' remarks on ordinary uses off the screen; their errors still show."""
+def set_logging(verbose: bool) -> None:
+    """Keep the libraries' remarks on ordinary uses off the screen, unless they are asked for.
+
+    Their errors always show.
+    """
     import logging
 
     import absl.logging
 
+    if verbose:
+        absl.logging.set_verbosity(absl.logging.INFO)
+        logging.getLogger("jax").setLevel(logging.INFO)
+        return
     absl.logging.set_verbosity(absl.logging.ERROR)
+    # `accelerators` says what it says, and what to do about it.
+    logging.getLogger("jax._src.xla_bridge").setLevel(logging.ERROR)
     # It logs a traceback of what it raises as well.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 

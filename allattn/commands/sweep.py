@@ -9,7 +9,7 @@ from allattn.commands.command import Command
 def _flags(parser: argparse.ArgumentParser) -> None:
     # Which experiments.
     parser.add_argument(
-        "--configs", required=True, type=flags.PATH, help="folder of experiment files"
+        "--configs", required=True, type=flags.path, help="folder of experiment files"
     )
     parser.add_argument("--only", default="*", help="pattern of the files to run, such as '*_tiny'")
     flags.add_workdir(parser)

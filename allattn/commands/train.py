@@ -4,7 +4,7 @@ import argparse
 import shlex
 
 from allattn import signals
-from allattn.commands import flags, session
+from allattn.commands import accelerators, flags, session
 from allattn.commands.command import Command
 
 
@@ -37,6 +37,7 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     session.enable_compilation_cache()
     session.join(arguments)
     sharding.use_cores_for(c)
+    accelerators.say_if_unused()
 
     # All processes have the scores; the first prints them.
     scores = train.train_and_evaluate(c, arguments.workdir, arguments.force)
@@ -53,7 +54,7 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 COMMAND = Command(
     name="train",
     summary="train or resume; ends with an evaluation of the test split",
-    example="allattn train --config=configs/demo.py --workdir=runs/demo",
+    example="allattn train --config=demo --workdir=runs/demo",
     add_flags=_flags,
     run=_run,
     takes_settings=True,

@@ -1,0 +1,29 @@
+"""`allattn configs`: the experiments that --config knows by name."""
+
+import argparse
+
+from allattn.commands.command import Command
+
+
+def _flags(parser: argparse.ArgumentParser) -> None:
+    """None of its own."""
+
+
+def _run(_: argparse.Namespace, __: dict[str, str]) -> None:
+    from allattn import experiments
+
+    # The larger experiments first, then those that compare variants.
+    names = sorted(experiments.names(), key=lambda name: ("/" in name, name))
+    for name in names:
+        print(name)
+        for title, text in experiments.summary(name).items():
+            print(f"    {title:10} {text}")
+
+
+COMMAND = Command(
+    name="configs",
+    summary="list the experiments by name, with parameters, hardware and published score",
+    example="allattn configs",
+    add_flags=_flags,
+    run=_run,
+)
