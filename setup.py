@@ -8,7 +8,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 # Stated once, in the package.
-VERSION = re.findall(r'^__version__ = "(.*)"$', (ROOT / "allattn/__init__.py").read_text(), re.M)
+VERSION = re.findall(r'^__version__ = "(.*)"$', (ROOT / "allattn/version.py").read_text(), re.M)
 
 
 class BuildModules(build_py):

@@ -5,11 +5,21 @@ line answers at once.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from allattn.errors import RunError, UserError
+from allattn.version import __version__ as __version__
 
-__version__ = "0.1.0"
+# For editors and type checkers, which do not run `__getattr__`.
+if TYPE_CHECKING:
+    from allattn.attention import all_attention as all_attention
+    from allattn.config import load as load_config  # noqa: F401
+    from allattn.plots import plot_curves as plot_curves
+    from allattn.run import evaluate as evaluate
+    from allattn.run import generate as generate
+    from allattn.run import load as load
+    from allattn.train import train_and_evaluate as train_and_evaluate
+    from allattn.train.jsonl import read_jsonl as read_metrics  # noqa: F401
 
 # Module and attribute behind each public name.
 _HOMES = {
@@ -31,3 +41,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'allattn' has no attribute {name!r}")
     module, attribute = _HOMES[name]
     return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    """What a notebook offers behind `allattn.`, before anything is imported."""
+    return sorted({*globals(), *__all__})

@@ -41,6 +41,11 @@ def load(
     Raises:
       UserError: no such file, it fails or has no get_config(), an unknown field (the nearest is
         named), a missing one, or a value of the wrong type.
+
+    Example:
+      >>> config = load("demo", {"model.depth": "2"})
+      >>> config.model.depth, config.dataset.name
+      (2, 'stdlib')
     """
     config = experiments.read(*experiments.find(path))
     # The command line has the last word.

@@ -22,8 +22,13 @@ def entries(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tup
     """Every leaf as (dotted name, value or placeholder), in the order of the names.
 
     A placeholder of ml_collections is a `FieldReference` whose value is None so far.
+
+    Raises:
+      UserError: a name that is no text.
     """
     for name, value in config.items(preserve_field_references=True):
+        if not isinstance(name, str):
+            raise UserError(f"--config: expected names of fields in {prefix[:-1]}, found {name!r}")
         if isinstance(value, ml_collections.ConfigDict):
             yield from entries(value, f"{prefix}{name}.")
         else:
@@ -85,6 +90,7 @@ def _read(text: str, kind: type, old: Any) -> Any:
     # A field that is None says nothing of its type.
     if kind is type(None):
         return _read_anything(text)
+    # The rest is text as it stands.
     if kind is float:
         return float(text)
     if kind is str:
@@ -106,6 +112,7 @@ def _read_tuple(text: str, old: tuple | None) -> tuple:
 
 def _read_anything(text: str) -> Any:
     """A number or a truth value as Python writes it; everything else is a text."""
+    # As in Python's source: 3, 1e-3, True.
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -122,6 +129,7 @@ def _whole_number(text: str) -> int:
 
 def _expected(kind: type, old: Any) -> str:
     """What a message asks for."""
+    # Of numbers, as base.py has them; other tuples tell their form by an example.
     if kind is tuple and not (old and type(old[0]) is not int):
         return "whole numbers with commas between, such as 20000,40000"
     if kind not in KINDS:
@@ -191,6 +199,7 @@ def _require_kind(name: str, value: Any, default: Any) -> None:
 
 def _can_be_stored(value: Any) -> bool:
     """Whether a value is the same when it is read back from JSON."""
+    # A list would come back as a tuple.
     if type(value) is tuple:
         return all(_can_be_stored(element) for element in value)
     return type(value) in KINDS
@@ -200,6 +209,7 @@ def _short(value: Any) -> str:
     """A value on one line, with its type where the value does not tell."""
     if type(value) in KINDS:
         return repr(value)
+    # An array's own text has many lines.
     text = " ".join(repr(value).split())
     if len(text) > 60:
         text = f"{text[:60]}..."

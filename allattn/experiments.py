@@ -103,6 +103,7 @@ def summary(name: str) -> dict[str, str]:
     text = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf8"))) or ""
     # The first paragraph tells what it is; wrapped lines are joined.
     found = {"what": " ".join(text.partition("\n\n")[0].split())}
+    # In a sentence of its own or in the first one.
     if count := re.search(r"(?:about )?[\d,]+(?=\s+parameters)", text):
         found["parameters"] = count[0]
     for title, content in _SECTION.findall(text):
@@ -141,6 +142,9 @@ def read(file: Path, argument: str | None = None) -> ml_collections.ConfigDict:
         raise UserError(
             f"--config: expected get_config() in {file} that returns a ConfigDict, found none"
         )
+    # Settings change it, so a frozen one is thawed.
+    if isinstance(config, ml_collections.FrozenConfigDict):
+        return ml_collections.ConfigDict(config)
     return config
 
 

@@ -61,6 +61,11 @@ def plot_curves(runs: Runs, unit: str | None = None) -> Figure:
 
     Raises:
       UserError: another unit.
+
+    Example:
+      >>> figure = plot_curves({"mine": workdir}, unit="bpc")
+      >>> figure.axes[0].get_xlabel()
+      'training step'
     """
     rows_by_name = {name: _rows(run) for name, run in _by_name(runs).items()}
     unit = unit or _usual_unit(rows_by_name.values())

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -61,6 +61,7 @@ class Run:
         protocol: str | None = None,
         text: str | None = None,
         data_dir: str | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> dict[str, Any]:
         """Score a split of the run's data set, or a text file.
 
@@ -72,6 +73,7 @@ class Run:
           text: path or bucket URL of a file, or a folder of files, to score instead; "-": standard
             input.
           data_dir: where the data set is, if not where training had it.
+          progress: called with the blocks that are scored, and all of them, as it goes on.
 
         Returns:
           split, protocol, step, nll, bpc, ppl and tokens; of words also ppl_words.
@@ -103,6 +105,7 @@ class Run:
                 vocabulary=self.vocabulary,
                 bytes_per_token=scored.bytes_per_token,
                 stop=preemption,
+                progress=progress,
                 **protocols.options(self.config),
             )
         return {"split": text or split, "protocol": protocol, "step": self.step, **scores}
@@ -136,7 +139,12 @@ class Run:
         )
 
     def generate(
-        self, prompt: str | bytes, length: int = 200, sampling: Sampling = Sampling(), seed: int = 0
+        self,
+        prompt: str | bytes,
+        length: int = 200,
+        sampling: Sampling = Sampling(),
+        seed: int = 0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Iterator[bytes]:
         """Continue a prompt.
 
@@ -145,6 +153,7 @@ class Run:
           length: symbols to draw.
           sampling: temperature, top-k and top-p.
           seed: of the draws.
+          progress: called with the symbols that have been read, and those to read in all.
 
         Returns:
           The text of each symbol as it is drawn; words and line ends come with the space that goes
@@ -158,7 +167,7 @@ class Run:
         prompt = os.fsencode(prompt)
         # At once, so that a prompt is refused here and not when its continuation is read.
         ids = self.vocabulary.encode(prompt)
-        tokens = sampler.generate(self.model, self.params, ids, length, sampling, seed)
+        tokens = sampler.generate(self.model, self.params, ids, length, sampling, seed, progress)
         return self._texts(tokens, prompt)
 
     def _texts(self, tokens: Iterator[int], before: bytes) -> Iterator[bytes]:
@@ -223,6 +232,12 @@ def load(workdir: str | os.PathLike[str], step: int | str | None = None) -> Run:
 
     Raises:
       UserError: no such checkpoint, or it cannot be read.
+
+    Example:
+      >>> run = load(workdir, step="best")
+      >>> spans_XH = run.spans_XH()
+      >>> spans_XH.shape == (run.config.model.depth, run.config.model.heads)
+      True
     """
     with checkpoint.Checkpointer(workdir, create=False) as checkpoints:
         # Which one is the newest may differ between processes, while another run writes there.
@@ -279,6 +294,11 @@ def evaluate(
 
     Raises:
       UserError, PreemptedError: as `load` and `Run.evaluate`.
+
+    Example:
+      >>> scores = evaluate(workdir, split="valid")
+      >>> sorted(scores)
+      ['bpc', 'nll', 'ppl', 'protocol', 'split', 'step', 'tokens']
     """
     run = load(workdir, step)
     return run.evaluate(split, protocol, text, data_dir)
@@ -309,6 +329,11 @@ def generate(
 
     Raises:
       UserError: what `load` and `Run.generate` refuse.
+
+    Example:
+      >>> pieces = generate(workdir, prompt="abc", length=5, temperature=0.8, seed=1)
+      >>> len(b"".join(pieces))
+      5
     """
     run = load(workdir, step)
     return run.generate(prompt, length, Sampling(temperature, top_k, top_p), seed)

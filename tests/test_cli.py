@@ -1,5 +1,6 @@
 """The command line from start to finish on a text of our own, and one line for every mistake."""
 
+import doctest
 import json
 import math
 import shlex
@@ -18,6 +19,7 @@ from command_line import ROOT, Result, call, flags, process
 import allattn
 from allattn import commands, config, experiments, train
 from allattn.__main__ import main
+from allattn.commands import waiting
 from allattn.commands.command import Command
 
 LETTERS = "abcdefghijklmn"
@@ -186,6 +188,17 @@ def test_public_names_in_any_order_of_imports(first: str) -> None:
     assert done.stdout.count("no checkpoint in nowhere") == 2, done.stderr
 
 
+@pytest.mark.parametrize("name", sorted(allattn._HOMES.keys() - {"train_and_evaluate"}))
+def test_examples_of_docstrings(place: Place, name: str) -> None:
+    """What they print is as they say, of a run in `workdir`."""
+    function = getattr(allattn, name)
+    names = {**function.__globals__, "workdir": str(place.run)}
+    (example,) = doctest.DocTestFinder(recurse=False).find(function, name, globs=names)
+    assert example.examples
+    runner = doctest.DocTestRunner(verbose=False)
+    assert runner.run(example).failed == 0
+
+
 def test_learned_spans(place: Place) -> None:
     """In tokens, as the log has them."""
     spans_XH = allattn.load(place.run).spans_XH()
@@ -214,6 +227,57 @@ def test_evaluate_data_elsewhere(place: Place, tmp_path: Path) -> None:
     (tmp_path / "moved").symlink_to(place.texts)
     found = call("evaluate", f"--workdir={place.run}", f"--data_dir={tmp_path}/moved").last()
     assert found["nll"] == place.trained.last()["nll"]
+
+
+def test_generate_samples(place: Place) -> None:
+    """Several texts, each with a seed one higher, and an empty line between two."""
+    words = ["generate", f"--workdir={place.run}", "--prompt=abc", "--length=9"]
+    texts = [call(*words, f"--seed={seed}").out for seed in (3, 4)]
+    assert call(*words, "--seed=3", "--samples=2").out == "\n".join(texts)
+
+
+def test_generate_from_a_file(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes of the file or of standard input, line ends included."""
+    (tmp_path / "prompt").write_bytes(b"abc\nab")
+    words = ["generate", f"--workdir={place.run}", "--length=9"]
+    typed = call(*words, "--prompt=abc\nab").out
+    assert call(*words, f"--prompt_file={tmp_path}/prompt").out == typed
+    for flag in ("--prompt=-", "--prompt_file=-"):
+        with (tmp_path / "prompt").open() as file:
+            monkeypatch.setattr("sys.stdin", file)
+            assert call(*words, flag).out == typed
+
+
+def test_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Lines where there is no terminal, one that changes where there is; nothing at first."""
+    times = iter([0, 1, 2, 11, 12, 22, 0, 0, 4, 5])
+    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    with waiting.Waiting("scoring", "blocks") as progress:
+        for done in range(5):
+            progress(done, 100)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "scoring: 2 of 100 blocks, about 0:08:10 left"
+    assert second == "scoring: 4 of 100 blocks, about 0:08:24 left"
+
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with waiting.Waiting("scoring", "blocks") as progress:
+        for done in range(3):
+            progress(done, 2000)
+    out = capsys.readouterr().err
+    assert "\n" not in out and out.endswith("\r\x1b[K")
+    assert "scoring: 1 of 2,000 blocks" in out
+
+
+def test_progress_of_both_commands(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On standard error, beside what they print; all of it is done at the end."""
+    monkeypatch.setattr(waiting.Waiting.__init__, "__defaults__", (-1.0, -1.0))
+    scored = call("evaluate", f"--workdir={place.run}")
+    assert scored.last() == place.trained.last()
+    assert "scoring: 0 of " in scored.err
+    drawn = call("generate", f"--workdir={place.run}", "--prompt=abc", "--length=5")
+    assert "text 1 of 1: 7 of 7 symbols" in drawn.err and len(drawn.out) == 9
 
 
 def test_generate(place: Place) -> None:
@@ -538,7 +602,11 @@ MISTAKES = [
         {},
         "full: expected at least 2 tokens, found 0",
     ),
-    (WRITE, {}, "required: --prompt"),
+    (WRITE, {}, "one of the arguments --prompt --prompt_file is required"),
+    (f"{WRITE} --prompt=a --prompt_file=b", {}, "not allowed with argument --prompt"),
+    (f"{WRITE} --prompt_file={{folder}}/none", {}, "--prompt_file: expected a file, found"),
+    (f"{WRITE} --prompt_file={{folder}}", {}, "--prompt_file: expected a file, found"),
+    (f"{WRITE} --prompt=a --samples=0", {}, "--samples: expected at least 1, found 0"),
     (f"{WRITE} --prompt=", {}, "--prompt: expected at least one symbol"),
     (f"{WRITE} --prompt=ab?", {}, "byte b'?' at offset 2"),
     (f"{WRITE} --prompt=a\udcff", {}, "byte b'\\xff' at offset 1"),

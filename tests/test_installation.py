@@ -1,5 +1,6 @@
 """What is installed: the files of the package, and that they work away from the repository."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -72,6 +73,19 @@ def test_version() -> None:
     citation = (ROOT / "CITATION.cff").read_text()
     assert re.search(r"^version: (.*)$", citation, re.M)[1] == allattn.__version__
     assert metadata.version("allattn") == allattn.__version__
+
+
+def test_notebook_finds_public_names() -> None:
+    """Before anything is imported, with the signatures and texts of the functions themselves."""
+    assert set(allattn.__all__) <= set(dir(allattn)) and "__version__" in dir(allattn)
+    parameters = inspect.signature(allattn.train_and_evaluate).parameters
+    assert list(parameters)[:2] == ["config", "workdir"]
+    assert "position_HLK" in inspect.signature(allattn.all_attention).parameters
+    for name in set(allattn.__all__) - {"RunError", "UserError"}:
+        parameters = inspect.signature(getattr(allattn, name)).parameters
+        kinds = {parameter.kind for parameter in parameters.values()}
+        assert not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+        assert all(word in getattr(allattn, name).__doc__ for word in ("Args:", "Returns:"))
 
 
 def test_checkout_that_is_not_installed(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ ORDER = [
     {"data"},
     {"model", "storage"},
     {"sharding", "config", "config_checks", "config_values", "experiments"},
-    {"attention", "configs", "errors", "signals", "urls"},
+    {"attention", "configs", "errors", "signals", "urls", "version"},
 ]
 LEVEL = {package: level for level, packages in enumerate(reversed(ORDER)) for package in packages}
 

@@ -106,6 +106,13 @@ def all_attention(
     Raises:
       ValueError: an argument has the wrong shape, dtype or range.
       NotImplementedError: the named implementation does not support the case.
+
+    Example:
+      >>> query_BTHK = key_BSHK = value_BSHK = jnp.ones((1, 4, 2, 8))
+      >>> position_HLK = jnp.zeros((2, 3, 8))
+      >>> out_BTHK = all_attention(query_BTHK, key_BSHK, value_BSHK, position_HLK=position_HLK)
+      >>> out_BTHK[0, :, 0, 0].tolist()  # the first query has no earlier key
+      [0.0, 1.0, 1.0, 1.0]
     """
     # Check ranks first: everything after reads sizes from the shapes.
     _check_rank(

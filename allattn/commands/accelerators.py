@@ -17,6 +17,7 @@ def say_if_unused() -> None:
     # Whoever names the platform knows.
     if os.environ.get("JAX_PLATFORMS") or jax.process_index():
         return
+    # Files are there where the driver is, the program where it may be reached by another way.
     nvidia = any(map(os.path.exists, NVIDIA_FILES)) or shutil.which("nvidia-smi") is not None
     tpu = any(map(os.path.exists, TPU_FILES))
     text = remark(jax.default_backend(), nvidia, tpu, jax.__version__)

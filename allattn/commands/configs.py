@@ -14,6 +14,7 @@ def _run(_: argparse.Namespace, __: dict[str, str]) -> None:
 
     # The larger experiments first, then those that compare variants.
     names = sorted(experiments.names(), key=lambda name: ("/" in name, name))
+    # A block for each.
     for name in names:
         print(name)
         for title, text in experiments.summary(name).items():

@@ -2,7 +2,7 @@
 
 import argparse
 
-from allattn.commands import flags, session
+from allattn.commands import flags, session, waiting
 from allattn.commands.command import Command
 
 
@@ -39,14 +39,13 @@ def _run(arguments: argparse.Namespace, _: dict[str, str]) -> None:
     session.enable_compilation_cache()
     session.join(arguments)
     sharding.use_cores(protocols.AUTHORS_ROWS, processes=processes.count())
-    scores = run.evaluate(
-        arguments.workdir,
-        arguments.split,
-        arguments.protocol,
-        arguments.text,
-        arguments.data_dir,
-        arguments.step,
-    )
+    loaded = run.load(arguments.workdir, arguments.step)
+    with waiting.Waiting("scoring", "blocks") as progress:
+        # The first of several processes shows how far all are.
+        shown = waiting.unseen if processes.index() else progress
+        scores = loaded.evaluate(
+            arguments.split, arguments.protocol, arguments.text, arguments.data_dir, shown
+        )
     # All processes have the scores; the first prints them.
     if processes.index() == 0:
         print(reported.to_json(scores), flush=True)

@@ -6,10 +6,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import allattn
 from allattn.commands import settings
 from allattn.commands.command import Command
 from allattn.errors import UserError
+from allattn.version import __version__
 
 # --- the parser of all commands
 
@@ -18,14 +18,11 @@ class Parser(argparse.ArgumentParser):
     """A parser whose mistakes end the command with one line, and whose help tells the defaults."""
 
     def __init__(self, **options: Any) -> None:
-        # Names of the flags, of which a misspelt one means the nearest.
-        self.names: list[str] = []
         super().__init__(formatter_class=_Help, allow_abbrev=False, **options)
 
-    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        action = super().add_argument(*names, **options)
-        self.names += action.option_strings
-        return action
+    def names(self) -> list[str]:
+        """Names of the flags, of which a misspelt one means the nearest."""
+        return list(self._option_string_actions)
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -63,7 +60,11 @@ def parse(
     words = _help_on_fields(words)
     if not words[0].startswith("-"):
         _require_near(words[0], words[0], list(parsers), "allattn")
-        _require_known(words[1:], parsers[words[0]])
+        known = parsers[words[0]].names()
+        # Settings are flags too, of the commands that take them.
+        if any(command.takes_settings for command in commands if command.name == words[0]):
+            known += [settings.SET, settings.UNSET]
+        _require_known(words[1:], known, parsers[words[0]].prog)
     arguments, rest = parser.parse_known_args(words)
 
     # What is left are settings.
@@ -78,6 +79,7 @@ def parse(
 
 def _parsers(commands: Sequence[Command]) -> tuple[Parser, dict[str, Parser]]:
     """The parser of a command line, and that of each command."""
+    # One line for each, the words below each other.
     width = max(len(command.name) for command in commands)
     examples = [f"  {command.name:{width}}  {command.example}" for command in commands]
     parser = Parser(
@@ -85,10 +87,11 @@ def _parsers(commands: Sequence[Command]) -> tuple[Parser, dict[str, Parser]]:
         description="The all-attention network.",
         epilog="\n".join(["an example of each:", *examples]),
     )
-    parser.add_argument("--version", action="version", version=f"allattn {allattn.__version__}")
+    parser.add_argument("--version", action="version", version=f"allattn {__version__}")
     names = parser.add_subparsers(
         dest="command", required=True, parser_class=Parser, metavar="COMMAND", title="commands"
     )
+    # Each with its own flags, and those that all have.
     for command in commands:
         one = names.add_parser(
             command.name,
@@ -101,9 +104,6 @@ def _parsers(commands: Sequence[Command]) -> tuple[Parser, dict[str, Parser]]:
             "--verbose", action="store_true", help="show the lines of the libraries as well"
         )
         one.set_defaults(chosen=command)
-        # Settings are flags too, of the commands that take them.
-        if command.takes_settings:
-            one.names += [settings.SET, settings.UNSET]
     return parser, names.choices
 
 
@@ -117,7 +117,7 @@ def _help_on_fields(words: Sequence[str]) -> Sequence[str]:
     return ["config", f"--config={known.config or 'base'}"]
 
 
-def _require_known(words: Sequence[str], parser: Parser) -> None:
+def _require_known(words: Sequence[str], known: Sequence[str], prog: str) -> None:
     """Refuse a flag that the command does not have."""
     for word in words:
         # argparse takes a word with a space for a value, and all after -- too.
@@ -126,13 +126,14 @@ def _require_known(words: Sequence[str], parser: Parser) -> None:
         if word.startswith("--") and " " not in word:
             # Of a setting only the beginning is known.
             flag, dot, _ = word.partition("=")[0].partition(".")
-            _require_near(flag + dot, word, parser.names, parser.prog)
+            _require_near(flag + dot, word, known, prog)
 
 
 def _require_near(part: str, word: str, known: Sequence[str], prog: str) -> None:
     """Refuse a word whose part is not known, and name the nearest that is."""
     if part in known:
         return
+    # Far from all that there is, nothing is guessed.
     hint = f"`{prog} --help` lists what there is"
     for nearest in difflib.get_close_matches(part, known, 1):
         hint = f"did you mean {word.replace(part, nearest, 1)}?"

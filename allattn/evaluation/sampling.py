@@ -17,7 +17,7 @@ by side, D model width, V vocabulary.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -57,6 +57,7 @@ def generate(
     length: int,
     sampling: Sampling = Sampling(),
     seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[int]:
     """Continue a prompt, one symbol at a time.
 
@@ -67,6 +68,7 @@ def generate(
       length: symbols to draw.
       sampling: temperature, top-k and top-p.
       seed: of the draws.
+      progress: called with the symbols that have been read, and those to read in all.
 
     Yields:
       The id of each symbol as it is drawn.
@@ -77,7 +79,7 @@ def generate(
     # Checked here and not in the generator, which would only refuse when it is first asked.
     _check(prompt, length, sampling, seed)
     ids = np.asarray(prompt, np.int32)
-    return _stream(model, params, ids, length, sampling, jax.random.key(seed))
+    return _stream(model, params, ids, length, sampling, jax.random.key(seed), progress)
 
 
 def _check(prompt: np.ndarray, length: int, sampling: Sampling, seed: int) -> None:
@@ -101,7 +103,13 @@ def _check(prompt: np.ndarray, length: int, sampling: Sampling, seed: int) -> No
 
 
 def _stream(
-    model: Model, params: Params, prompt: np.ndarray, length: int, sampling: Sampling, key: Array
+    model: Model,
+    params: Params,
+    prompt: np.ndarray,
+    length: int,
+    sampling: Sampling,
+    key: Array,
+    progress: Callable[[int, int], None],
 ) -> Iterator[int]:
     # Every query sees equally many distances, wherever in a block it stands.
     model = model.windowed(model.config.limit)
@@ -123,6 +131,7 @@ def _stream(
             cache, logits_V = advance(model, params, cache, tokens_BT, position, read)
             position += len(block)
             read += len(block)
+            progress(read, len(prompt) + length - 1)
 
         # A key per symbol, so that a seed gives the same text whatever its length.
         token = draw(logits_V, jax.random.fold_in(key, drawn), sampling)

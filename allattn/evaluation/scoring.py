@@ -71,6 +71,7 @@ def evaluate_tokens(
     vocabulary: Vocabulary | None = None,
     bytes_per_token: float = 1.0,
     stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """Score a split.
 
@@ -86,6 +87,7 @@ def evaluate_tokens(
       vocabulary: where its symbols are words, `ppl_words` is reported as well.
       bytes_per_token: of the whole split; only `bpc` depends on it.
       stop: asked before every block whether to stop there.
+      progress: called before every block with the blocks that are done, and all of them.
 
     Returns:
       nll (mean over tokens, nats), bpc (bits per byte), ppl and tokens (targets scored); for words
@@ -117,7 +119,7 @@ def evaluate_tokens(
     end_of_line = None
     if vocabulary and vocabulary.unit == "word":
         end_of_line = vocabulary.end_of_line
-    total = score(model, params, tokens, plan, block, context, mesh, end_of_line, stop)
+    total = score(model, params, tokens, plan, block, context, mesh, end_of_line, stop, progress)
     return summary(total, plan.targets(), bytes_per_token)
 
 
@@ -158,6 +160,7 @@ def score(
     mesh: Mesh,
     end_of_line: int | None,
     stop: Callable[[], bool],
+    progress: Callable[[int, int], None],
 ) -> Total:
     """Sums of the scored targets' negative log-likelihoods.
 
@@ -171,6 +174,7 @@ def score(
       mesh: devices that the rows are spread over.
       end_of_line: the id that is no word; None: symbols are not words.
       stop: asked before every block whether to stop there.
+      progress: called before every block with the blocks that are done, and all of them.
 
     Raises:
       PreemptedError: it was stopped.
@@ -187,6 +191,7 @@ def score(
         # A sum over part of a split is no score, so nothing is returned.
         if stop():
             raise PreemptedError("stopped while scoring", "run again to score")
+        progress(number, plan.blocks)
         arrays = [spread.place(x_RT) for x_RT in read_block(tokens, local_plan, block, number)]
         cache, sums = score_block(model, mesh, end_of_line, params, cache, number * block, *arrays)
         # Sums are fetched one block late, so that the device never waits for this loop.

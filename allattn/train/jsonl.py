@@ -94,6 +94,11 @@ def read_jsonl(workdir: str) -> list[dict[str, Any]]:
 
     Returns:
       One dictionary per row, "step" and numbers or texts by name; empty where there is no log.
+
+    Example:
+      >>> rows = read_jsonl(workdir)
+      >>> [row["step"] for row in rows if "dev_nll" in row]
+      [4, 8, 12]
     """
     rows: dict[tuple[int, str | None], dict[str, Any]] = {}
     # The names of part files hold their times, so sorted they are in the order of the starts.
