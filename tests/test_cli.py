@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -135,7 +136,7 @@ def test_train_from_another_vocabulary(place: Place, tmp_path: Path) -> None:
     )
     assert found.code == 2 and not (tmp_path / "new").exists()
     line = f"allattn: train.init_from: {place.run}: expected the vocabulary of files, found another"
-    assert found.err.splitlines()[-1] == line
+    assert found.err.splitlines()[-1] == f"{line}: symbol 1 is 'a' there, 'z' here"
 
 
 def test_profile(place: Place, tmp_path: Path) -> None:
@@ -253,7 +254,7 @@ def test_generate_from_a_file(
 def test_progress(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Lines where there is no terminal, one that changes where there is; nothing at first."""
     times = iter([0, 1, 2, 11, 12, 22, 0, 0, 4, 5])
-    monkeypatch.setattr("time.monotonic", lambda: next(times))
+    monkeypatch.setattr(waiting, "time", SimpleNamespace(monotonic=lambda: next(times)))
     with waiting.Waiting("scoring", "blocks") as progress:
         for done in range(5):
             progress(done, 100)
@@ -553,7 +554,7 @@ MISTAKES = [
     (TRAIN, {"model__vocab_size": 7}, "16 symbols in files; found 7"),
     (TRAIN, {"dataset__name": "enwik9"}, "unknown data set 'enwik9': did you mean 'enwik8'?"),
     (TRAIN, {"dataset__data_dir": "{folder}/none"}, "missing: train.txt, valid.txt, test.txt"),
-    (TRAIN, {"dataset__unit": "line"}, "unit must be byte or word, found 'line'"),
+    (TRAIN, {"dataset__unit": "line"}, "unit must be byte or word or bpe, found 'line'"),
     (
         TRAIN,
         {"model__layer": "transformer_xl"},
@@ -579,7 +580,7 @@ MISTAKES = [
     (
         f"{SCORE} --step=5",
         {},
-        "no checkpoint of step 5 in {run}: expected best or one of [4, 8, 12]",
+        "no checkpoint of step 5 in {run}: expected best, sound or one of [4, 8, 12]",
     ),
     (f"{SCORE} --step=-1", {}, "no checkpoint of step -1"),
     (f"{SCORE} --step=worst", {}, "no checkpoint of step worst"),
@@ -697,7 +698,7 @@ def test_loss_that_is_not_a_number(
     found = call(*words)
     assert (found.code, found.err) == (
         1,
-        "allattn: the loss of step 6 is not a number; the last good checkpoint is kept\n",
+        "allattn: the loss of step 6 is not a number; the last good checkpoint is that of step 4\n",
     )
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["4"]
     monkeypatch.setattr(train.Trainer, "step", advance)
