@@ -20,10 +20,11 @@ class Waiting:
         self._live = sys.stderr.isatty()
         # A live line may change often, a file is not to fill with lines.
         self._every = every
-        self._next = time.monotonic() + every
+        wait = every
         if self._live:
             self._every = 0.2
-            self._next = time.monotonic() + after
+            wait = after
+        self._next = time.monotonic() + wait
         self._begin: tuple[int, float] | None = None
 
     def __call__(self, done: int, total: int) -> None:
