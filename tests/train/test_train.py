@@ -15,6 +15,7 @@ import ml_collections
 import numpy as np
 import pytest
 from command_line import settings, trained, trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from allattn import data, train
 from allattn.attention import all_attention
@@ -338,6 +339,10 @@ def test_rows_of_partial_intervals(
     train.train_and_evaluate(c, workdir)
     rows = [row for row in read_jsonl(workdir) if "nll" in row]
     assert [row["step"] for row in rows] == [5, 10, 13, 14]
+    events = EventAccumulator(workdir).Reload().Scalars("nll")
+    assert [(event.step, event.value) for event in events] == [
+        (row["step"], pytest.approx(row["nll"])) for row in rows
+    ]
     for row in rows:
         assert row["tokens_per_s"] > 0
 
