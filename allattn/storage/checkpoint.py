@@ -235,7 +235,9 @@ class Checkpointer:
         except RunError as failure:
             if error is None:
                 raise
-            logging.warning("%s", failure)
+            # Orbax may say once more what has just been said.
+            if str(failure) != str(error):
+                logging.warning("%s", failure)
 
     def close(self) -> None:
         """Finish what is being written.
@@ -677,9 +679,7 @@ def _move_aside(folder: epath.Path) -> str:
         if not target.exists():
             break
         target = aside / f"{folder.name}-{number}"
-    if not paths.is_url(aside):
-        aside.mkdir(exist_ok=True)
-    folder.rename(target)
+    paths.move(folder, target)
     return checksums.place(target)
 
 

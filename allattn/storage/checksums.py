@@ -5,8 +5,9 @@
          "files": {"params/d/0123": [bytes, checksum], ...}}
 
 Process 0 writes them when Orbax has written all else and before it removes an older checkpoint. To
-make them every file is read back, which costs a core about a second per gigabyte, in the background
-of the training; to verify them costs as much before a checkpoint is restored.
+make them every file is read back, which costs a core about a second per gigabyte and the disk or
+bucket the reading, in the background of the training; to verify them costs as much before a
+checkpoint is restored.
 
 A checkpoint says in its meta that it has checksums. Without the file such a one is not finished: a
 process died in between. Checkpoints of before say nothing there, and are read unverified.
@@ -14,7 +15,7 @@ process died in between. Checkpoints of before say nothing there, and are read u
 
 import json
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -56,7 +57,7 @@ def write(folder: epath.Path) -> None:
       folder: of one checkpoint, whole but for its checksums.
     """
     # An older file of checksums is none of the checkpoint's content.
-    names = [name for name in _names(folder) if name != NAME]
+    names = [name for name in paths.files_below(folder) if name != NAME]
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(lambda name: _sum(folder / name), names))
     _write_sums(folder, dict(zip(names, found, strict=True)))
@@ -81,16 +82,6 @@ def _write_sums(folder: epath.Path, sums: Sums) -> None:
     # They appear at once, with a checksum of their own.
     text = json.dumps({"crc32": _sum_of(sums), "files": sums}) + "\n"
     paths.replace(folder / NAME, text)
-
-
-def _names(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """The files below a folder, by their names relative to it."""
-    for path in sorted(folder.iterdir()):
-        name = f"{prefix}{path.name}"
-        if path.is_dir():
-            yield from _names(path, f"{name}/")
-        else:
-            yield name
 
 
 def _sum(path: epath.Path) -> list[int]:

@@ -145,6 +145,27 @@ def matching(folder: epath.Path, pattern: str) -> list[epath.Path]:
     return sorted(path for path in folder.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
 
+def files_below(folder: epath.Path, prefix: str = "") -> Iterator[str]:
+    """The files in a folder and in its folders, by their names relative to it."""
+    for path in sorted(folder.iterdir()):
+        name = f"{prefix}{path.name}"
+        if path.is_dir():
+            yield from files_below(path, f"{name}/")
+        else:
+            yield name
+
+
+def move(folder: epath.Path, target: epath.Path) -> None:
+    """Give a folder another name; in a bucket its files are copied, and then removed."""
+    if not is_url(folder):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(target)
+        return
+    for name in files_below(folder):
+        (folder / name).copy(target / name)
+    folder.rmtree()
+
+
 def _is_mistake(error: Exception) -> bool:
     """Whether trying again is no use."""
     mistakes = (

@@ -20,10 +20,11 @@ from command_line import Result, call, process
 from etils import epath
 from several_processes import Processes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_checkpoint import abstract, save
 
 from allattn import RunError, UserError
 from allattn.data import builders, prepare
-from allattn.storage import paths
+from allattn.storage import lock, paths
 from allattn.storage.checkpoint import Checkpointer
 from allattn.train import jsonl
 
@@ -343,6 +344,44 @@ def test_what_a_run_leaves_in_a_bucket(trained: dict[str, Any], tmp_path: Path) 
     best = min(rows, key=lambda step: rows[step])
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"12", str(best)}
     assert json.loads((run / "scores.json").read_text())["nll"] == trained["nll"]
+
+
+def test_damage_in_a_bucket(server: None) -> None:
+    """It is named, the one before is taken instead, and what is damaged is set aside."""
+    run = epath.Path("gs://bucket/damaged")
+    with Checkpointer(str(run)) as checkpoints:
+        for step in (10, 20):
+            save(checkpoints, step)
+    (file,) = [path for path in (run / "checkpoints/20/params/d").iterdir()][:1]
+    content = file.read_bytes()
+    file.write_bytes(bytes(len(content)))
+    name = f"checkpoints/20/params/d/{file.name} is not as it was written"
+    with Checkpointer(str(run), create=False) as checkpoints:
+        assert checkpoints.resolve("sound") == 10
+        with pytest.raises(UserError, match=name):
+            checkpoints.restore_params(abstract({})[0], 20)
+    with Checkpointer(str(run)) as checkpoints:
+        assert checkpoints.restore_newest(abstract)[-1]["step"] == 10
+        assert checkpoints.steps() == [10]
+    aside = run / "checkpoints-damaged/20/params/d" / file.name
+    assert aside.read_bytes() == bytes(len(content))
+
+
+def test_the_lock_of_a_bucket(server: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held, released, left by a process that is gone, and taken over."""
+    monkeypatch.setattr(lock, "SETTLE", 0.05)
+    url = "gs://bucket/locked"
+    with Checkpointer(url):
+        with pytest.raises(UserError, match=f"{url}: expected no other run there, found process"):
+            Checkpointer(url)
+        held = (epath.Path(url) / lock.NAME).read_text()
+    assert not (epath.Path(url) / lock.NAME).exists()
+    (epath.Path(url) / lock.NAME).write_text(held.replace('"began": "', '"began": "1'))
+    with Checkpointer(url) as first:
+        with pytest.raises(RunError, match=f"{url} was taken over by process"):
+            with Checkpointer(url, force=True):
+                save(first, 10)
+                first.steps()
 
 
 def test_two_processes_and_a_bucket(

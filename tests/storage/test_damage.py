@@ -15,6 +15,7 @@ from typing import Any
 
 import command_line
 import pytest
+import several_processes
 from comparison import assert_same
 from test_checkpoint import abstract, fill, save, trees
 
@@ -286,3 +287,24 @@ def test_a_score_that_is_added(workdir: Path) -> None:
         assert checkpoints.resolve("best") == 20
     folder = checksums.epath.Path(workdir / "checkpoints/20")
     assert checksums.verify(folder, ITEMS)
+
+
+@pytest.mark.slow
+def test_two_processes_pass_over_damage(tmp_path: Path, own_data_dir: None) -> None:
+    """Process 0 compares the files, and both go on from the same checkpoint."""
+    texts = several_processes.prepared_texts(tmp_path)
+    workdir = tmp_path / "run"
+    settings = several_processes.RUN | {"train__steps": 8}
+    assert command_line.call(
+        "train", f"--workdir={workdir}", *command_line.flags(texts, **settings)
+    )
+    flip(files_of(workdir / "checkpoints/8/params/d")[0])
+    evaluation = several_processes.evaluate(workdir, 2, 1)
+    with evaluation as both:
+        for result in both.results():
+            assert result.code == 2 and "step 4 is sound" in result.err, result.err
+    with several_processes.train(texts, workdir, 2, 1, train__steps=8) as both:
+        for result in both.results():
+            assert result.code == 0, result.err[-2000:]
+    assert os.listdir(workdir / "checkpoints-damaged") == ["8"]
+    assert not (workdir / "lock.json").exists()

@@ -67,7 +67,9 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, capfd: Any) -> None:
     found = command_line.call("train", f"--workdir={small_disk / 'run'}", *flags)
     said = capfd.readouterr().err
     assert (found.code, "Traceback" in said) == (1, False), said
+    # The rest is progress.
     last = found.err.splitlines()[-1]
+    assert "No space" not in said + found.err.removesuffix(last + "\n")
     assert last.startswith(f"allattn: {small_disk}/run") and last.endswith(
         "No space left on device"
     )
@@ -125,10 +127,11 @@ def test_a_bucket_whose_name_is_a_pattern() -> None:
 
 
 @pytest.mark.parametrize("name", ["run [v2]", "back\\slash\nand line"])
-def test_a_run_under_any_path(tmp_path: Path, name: str) -> None:
-    """Trained, resumed, scored, sampled; its texts and metrics read."""
+def test_a_run_under_any_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Trained, resumed, scored, sampled; its texts, its prepared data and its metrics read."""
     folder = tmp_path / name
     folder.mkdir()
+    monkeypatch.setenv("ALLATTN_DATA_DIR", str(folder / "prepared"))
     texts = command_line.write_texts(folder)
     workdir = f"--workdir={folder / 'run'}"
     for steps in (4, 8):
@@ -139,3 +142,4 @@ def test_a_run_under_any_path(tmp_path: Path, name: str) -> None:
     assert command_line.call("generate", workdir, "--prompt=a", "--length=2").code == 0
     rows = jsonl.read_jsonl(str(folder / "run"))
     assert [row["step"] for row in rows if "nll" in row] == list(range(1, 9))
+    assert os.listdir(tmp_path) == [name]

@@ -59,7 +59,7 @@ def test_other_numbers_of_the_symbols(place: Path) -> None:
 def test_other_symbols_of_parameters_alone(place: Path, tmp_path: Path) -> None:
     """A converted workdir is refused likewise."""
     with Checkpointer(str(place / "run"), create=False) as checkpoints:
-        meta = checkpoints.restore_meta() | {"params_only": True}
+        meta = checkpoints.restore_meta() | {"params_only": True, "step": 0}
     with Checkpointer(str(tmp_path / "run")) as checkpoints:
         checkpoints.save_params(2, allattn.load(place / "run").params, meta)
     found = run(tmp_path / "run", place / "renumbered")
