@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -148,12 +149,23 @@ def with_vocabulary(
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
-    """A configuration as JSON text, for a checkpoint."""
-    return json.dumps(config.to_dict(), sort_keys=True)
+    """A configuration as JSON text, for a checkpoint.
+
+    Raises:
+      UserError: a field is NaN or infinite, which JSON has no word for.
+    """
+    for name, value in fields(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name}: expected a finite number, found {value}")
+    return json.dumps(config.to_dict(), sort_keys=True, allow_nan=False)
 
 
 def from_json(text: str) -> ml_collections.ConfigDict:
-    """The inverse of `to_json`."""
+    """The inverse of `to_json`.
+
+    Raises:
+      UserError: the text is no configuration that a run has stored.
+    """
 
     # JSON has no tuples, and a configuration no lists.
     def with_tuples(section: dict[str, Any]) -> dict[str, Any]:
@@ -162,10 +174,44 @@ def from_json(text: str) -> ml_collections.ConfigDict:
             for name, value in section.items()
         }
 
-    config = ml_collections.ConfigDict(json.loads(text, object_hook=with_tuples))
-    if "dataset" in config:
-        _complete(config.dataset)
+    try:
+        stored = json.loads(text, object_hook=with_tuples)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"a stored configuration: expected JSON, found {error}") from error
+    if not isinstance(stored, dict):
+        raise UserError(f"a stored configuration: expected an object, found {stored!r:.80}")
+    _require_sections(stored)
+
+    # What is newer than the text gets the value that it had then.
+    config = ml_collections.ConfigDict(stored)
+    _complete(config.dataset)
+    _require_stored_kinds(config)
     return config.lock()
+
+
+def _require_sections(stored: dict[str, Any]) -> None:
+    """Refuse a configuration that lacks a section, or has something else in its place."""
+    for name, section in base.get_config().items():
+        if not isinstance(section, ml_collections.ConfigDict):
+            continue
+        if not isinstance(stored.get(name), dict):
+            raise UserError(
+                f"a stored configuration: expected a section {name}, found {stored.get(name)!r:.80}"
+            )
+
+
+def _require_stored_kinds(config: ml_collections.ConfigDict) -> None:
+    """Refuse a model that lacks a field, and fields of other types that are read again.
+
+    A run may be older than other fields, and than the types of those of its training.
+    """
+    found = dict(fields(config))
+    kinds = {}
+    for name, default in fields(base.get_config()):
+        is_there = name in found and name.startswith(("dataset.", "evaluate."))
+        if is_there or name.startswith("model."):
+            kinds[name] = default
+    config_values.require_kinds(config, kinds)
 
 
 def _complete(dataset: ml_collections.ConfigDict) -> None:

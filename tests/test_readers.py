@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import damage
 import jax
@@ -21,15 +22,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_model import geometry, random_params
 
-from allattn import data, sweep
+from allattn import config, data, sweep
+from allattn.attention import tuning
 from allattn.data import Vocabulary
 from allattn.data.sources import Text
 from allattn.errors import UserError
 from allattn.interchange import paper_checkpoints
 from allattn.interchange.paper_state_dicts import SOURCES
-from allattn.model import Model
+from allattn.model import Model, ModelConfig
 from allattn.plots import plot_curves
 from allattn.train.jsonl import read_jsonl
+from configs import base
 
 MODEL = Model(geometry(depth=1, vocab_size=9))
 TABLE = SOURCES["adaptive-span"]
@@ -244,6 +247,44 @@ def test_vocabularies_of_another_structure(profile: settings) -> None:
             ids = vocabulary.encode(vocabulary.decode(range(vocabulary.size)))
             assert vocabulary.unit == "word" or ids.tolist() == list(range(vocabulary.size))
             assert vocabulary.to_json().items() <= changed.items()
+
+        damage.refuses_or_reads(read)
+
+    damage.run(profile, reads)
+
+
+@damage.both
+def test_configurations_of_another_structure(profile: settings) -> None:
+    """A network can be described from one that is read."""
+    stored = json.loads(config.to_json(base.get_config()))
+
+    @given(damage.damaged_json(stored))
+    def reads(changed: Any) -> None:
+        text = json.dumps(changed)
+        damage.refuses_or_reads(lambda: ModelConfig.from_config(config.from_json(text)))
+
+    damage.run(profile, reads)
+
+
+def test_a_configuration_is_strict_json() -> None:
+    """Of a field that is NaN or infinite there is no JSON."""
+    c = base.get_config()
+    c.optimizer.clip = math.inf
+    with pytest.raises(UserError, match=r"optimizer.clip: expected a finite number, found inf"):
+        config.to_json(c)
+
+
+@damage.both
+def test_tables_of_tiles_of_another_structure(profile: settings) -> None:
+    """Any call gets tiles from one that is read."""
+    rows = tuning.TABLE[:2]
+    sizes = {"T": 128, "L": 256, "N": 0, "K": 64}
+
+    @given(damage.damaged_json(rows).map(json.dumps) | damage.damaged_text(json.dumps(rows)))
+    def reads(text: str) -> None:
+        def read() -> None:
+            with mock.patch.object(tuning, "TABLE", tuning.read_table(text)):
+                assert min(tuning.tiles("xla", **sizes)) > 0
 
         damage.refuses_or_reads(read)
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from allattn.errors import UserError, first_line
+
 
 class XlaTiles(NamedTuple):
     """Tiles of the XLA implementation.
@@ -47,9 +49,47 @@ class GpuTiles(NamedTuple):
 
 # What was measured nowhere near, and what `python -m benchmarks.attention --tune` measured.
 DEFAULTS: dict[str, Any] = {"xla": XlaTiles(), "pallas_tpu": TpuTiles(), "pallas_gpu": GpuTiles()}
-TABLE: list[dict[str, Any]] = json.loads(
-    resources.files(__package__).joinpath("tuned.json").read_text(encoding="utf8")
-)
+# The sizes that a call is compared by.
+SIZES = {"T", "L", "N", "K"}
+
+
+def read_table(text: str) -> list[dict[str, Any]]:
+    """The rows of `tuned.json`, each checked.
+
+    Raises:
+      UserError: the text is none that `benchmarks.tune` writes.
+    """
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"tuned.json: expected JSON, found {first_line(error)}") from error
+    # A list of rows, of which others may follow.
+    if not isinstance(rows, list):
+        raise UserError(f"tuned.json: expected a list, found {rows!r:.80}")
+    for row in rows:
+        if not _is_row(row):
+            raise UserError(f"tuned.json: expected rows of tiles, found {row!r:.200}")
+    return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether tiles of an implementation that there is were measured for sizes of a call."""
+    if not isinstance(row, dict) or not isinstance(row.get("device"), str):
+        return False
+    # A name that cannot be one, such as a list, is looked up as text.
+    default = DEFAULTS.get(str(row.get("implementation")))
+    sizes = row.get("sizes")
+    tiles = row.get("tiles")
+    if default is None or not isinstance(sizes, dict) or not isinstance(tiles, dict):
+        return False
+    if set(sizes) != SIZES or not set(tiles) <= set(default._fields):
+        return False
+    # A truth value is a whole number to Python.
+    numbers = [*sizes.values(), *tiles.values()]
+    return all(type(x) is int and 0 <= x < 2**31 for x in numbers) and all(tiles.values())
+
+
+TABLE = read_table(resources.files(__package__).joinpath("tuned.json").read_text("utf8"))
 
 
 def device() -> tuple[str, str]:

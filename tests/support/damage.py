@@ -63,6 +63,11 @@ def damaged(draw: Callable, content: bytes) -> bytes:
     return bytes(changed)
 
 
+def damaged_text(text: str) -> st.SearchStrategy[str]:
+    """The same of a text of ASCII; what is not Unicode any more is replaced."""
+    return damaged(text.encode()).map(lambda changed: changed.decode(errors="replace"))
+
+
 @st.composite
 def damaged_json(draw: Callable, value: Any) -> Any:
     """A value of JSON with one to three members replaced, removed or added."""
