@@ -267,8 +267,6 @@ class Files(TextBuilder):
     """
 
     name = "files"
-    # Since bytes are numbered by value, words have a <unk>, and bytes are counted.
-    VERSION = tfds.core.Version("1.1.0")
 
     def __init__(
         self, *, texts: Mapping[str, OwnText], symbols: Symbols, variant: str, **options: Any

@@ -301,7 +301,7 @@ def _options(
         raise UserError("data set files needs data_dir, a text: a file, or a folder of files")
     with paths.reached(asked):
         texts = find_splits(asked)
-        variant = f"{symbols}-{fingerprint(texts)}"
+        variant = f"{symbols}_{fingerprint(texts)}"
     return default_data_dir(), options | {"texts": texts, "symbols": symbols, "variant": variant}
 
 

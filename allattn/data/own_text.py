@@ -69,7 +69,9 @@ def find_splits(path: epath.Path) -> dict[str, OwnText]:
     present = [name for name in SPLIT_FILES if (path / name).is_file()]
     # Two of the three are not taken for a folder of texts: the third was most often forgotten.
     if len(present) < 2 and path.is_dir():
-        return _split_in_order(path, files_below(path))
+        files = files_below(path)
+        if files:
+            return _split_in_order(path, files)
     return _three_files(path, present)
 
 

@@ -125,7 +125,7 @@ class Stopped(NamedTuple):
     def resumed(self, workdir: Path) -> tuple[Result, int]:
         """What a copy says that goes on in this process, and the step at which it is complete."""
         shutil.copytree(self.workdir, workdir)
-        data.prepare("files", self.texts)
+        data.prepare("files", self.texts, numbering="appearance")
         # A program knows the last step, so few numbers make few programs to compile.
         last = 50 * (1 + self.step // 50)
         changes = {**RUN, "train__steps": last, "checkpoint__every": 100_000}
@@ -225,7 +225,7 @@ def test_different_texts(tmp_path: Path) -> None:
     texts = [prepared_texts(tmp_path), tmp_path / "other"]
     shutil.copytree(*texts)
     (texts[1] / "valid.txt").write_bytes((texts[0] / "valid.txt").read_bytes()[::-1])
-    data.prepare("files", texts[1])
+    data.prepare("files", texts[1], numbering="appearance")
     with train(
         texts[0], tmp_path / "run", 2, 1, each=lambda i: {"dataset__data_dir": texts[i]}
     ) as two:

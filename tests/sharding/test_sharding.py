@@ -212,7 +212,7 @@ def test_training_on_a_mesh(tmp_path: Path, own_data_dir: None) -> None:
     one that cancels.
     """
     texts = write_texts(tmp_path)
-    data.prepare("files", texts)
+    data.prepare("files", texts, numbering="appearance")
 
     def run(parts: int) -> dict[str, np.ndarray]:
         file = tmp_path / f"{parts}.npz"

@@ -32,7 +32,7 @@ def free_port() -> int:
 def prepared_texts(folder: Path) -> Path:
     """Texts that are prepared already, so that a process has nothing to say of that."""
     texts = write_texts(folder)
-    data.prepare("files", texts)
+    data.prepare("files", texts, numbering="appearance")
     return texts
 
 

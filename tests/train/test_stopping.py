@@ -42,7 +42,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALLATTN_DATA_DIR", str(folder / "prepared"))
         texts = write_texts(folder)
-        data.prepare("files", texts)
+        data.prepare("files", texts, numbering="appearance")
         yield texts
 
 
