@@ -156,7 +156,7 @@ def test_wheel_in_an_empty_folder(installed: Callable[..., str], tmp_path: Path)
     assert "enwik8_small" in installed("allattn", "configs")
 
     # The demo for two steps, and a model of the paper made small on a text of our own.
-    small = ["--config.train.steps=2", "--config.model.depth=1", "--config.evaluate.max_tokens=99"]
+    small = ["--config.train.steps=2", "--config.model.depth=1", "--config.evaluate.max_tokens=999"]
     installed("allattn", "train", "--config=demo", "--workdir=demo", *small)
     changes = settings(write_texts(tmp_path))
     words = [f"--config.{name}={value}" for name, value in changes.items()]
