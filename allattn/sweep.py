@@ -248,8 +248,9 @@ def _check_same(job: Job, c: ml_collections.ConfigDict) -> None:
         raise UserError("train.steps: expected at least 1 step in a sweep, found 0")
     note = job.workdir / "started.json"
     if not note.exists():
-        job.workdir.mkdir(parents=True, exist_ok=True)
-        note.write_text(configuration.to_json(c), encoding="utf8")
+        with paths.written(note):
+            job.workdir.mkdir(parents=True, exist_ok=True)
+            paths.replace(note, configuration.to_json(c))
 
     # A single run may be lengthened, but a table compares runs of one length.
     free = tuple(name for name in config_checks.MAY_CHANGE_ON_RESUMING if name not in STEPS)
@@ -355,16 +356,18 @@ def write(folder: epath.Path, results: Sequence[Result]) -> str:
     """Write the table as Markdown and CSV, and the plot; returns the Markdown."""
     rows = list(_rows(results))
     text = _markdown(rows)
-    (folder / "sweep.md").write_text(text, encoding="utf8")
 
     # The same for programs.
     lines = io.StringIO()
     writer = csv.DictWriter(lines, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    (folder / "sweep.csv").write_text(lines.getvalue(), encoding="utf8")
 
-    _plot(folder / "sweep.png", [result for result in results if result.scores])
+    # Each is replaced as a whole, since there is one after every run.
+    with paths.written(folder):
+        paths.replace(folder / "sweep.md", text)
+        paths.replace(folder / "sweep.csv", lines.getvalue())
+        _plot(folder / "sweep.png", [result for result in results if result.scores])
     return text
 
 

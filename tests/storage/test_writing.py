@@ -17,6 +17,7 @@ import pytest
 from comparison import assert_same
 from test_checkpoint import abstract, save, trees
 
+from allattn import sweep
 from allattn.errors import RunError, UserError
 from allattn.storage import paths
 from allattn.storage.checkpoint import Checkpointer
@@ -88,6 +89,11 @@ def test_a_log_cannot_be_written(
     found = command_line.call("train", f"--workdir={tmp_path}/run", *flags)
     line = f"allattn: {tmp_path}/run cannot be written: {os.strerror(errno.EDQUOT)}"
     assert (found.code, found.err.splitlines()[-1]) == (1, line)
+
+
+def test_a_table_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=f"^{tmp_path}/gone cannot be written: No such file"):
+        sweep.write(paths.epath.Path(tmp_path / "gone"), [])
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.ESTALE, errno.ENOTCONN])
