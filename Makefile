@@ -30,7 +30,7 @@ demo: install  ## train, evaluate and sample a small model on Python's own sourc
 	$(BIN)/python -m allattn generate --workdir=$(WORKDIR) --prompt="def " --length=300 --temperature=0.7 --seed=1
 
 notebook: install  ## execute launch/colab.ipynb on this machine and keep its outputs
-	rm -rf launch/runs
+	rm -rf launch/runs launch/my.txt
 	$(BIN)/jupyter-execute --inplace launch/colab.ipynb
 
 test: install  ## everything that is quick; CI runs this

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -148,6 +149,22 @@ class Dataset:
                 split: round(count * self.bytes_per_token(split)) for split, count in tokens.items()
             },
         }
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """Within, TensorFlow Datasets does not warn that a data set's configuration is ours."""
+    logger = logging.getLogger("absl")
+
+    def is_none(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Using custom data configuration")
+
+    # Other programs in this process keep their logs as they are.
+    logger.addFilter(is_none)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_none)
 
 
 @contextmanager
@@ -320,7 +337,7 @@ def _builder(name: str, **options: Any) -> "TextBuilder":
     from allattn.data import builders
 
     # It reads what was prepared before.
-    with _refused_if_damaged(options["data_dir"] / name):
+    with _refused_if_damaged(options["data_dir"] / name), _without_remarks():
         return getattr(builders, name.capitalize())(**options)
 
 

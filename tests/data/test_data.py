@@ -327,3 +327,13 @@ def test_types_are_public(tmp_path: Path) -> None:
     data = prepare("files", write_texts(tmp_path / "texts", b"abc\n"))
     assert isinstance(data, Dataset) and isinstance(data.tokens("train"), Tokens)
     assert json.loads(json.dumps(data.summary()))["dataset"] == data.name == "files"
+
+
+@pytest.mark.usefixtures("own_data_dir")
+def test_no_remarks_of_the_library(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A notebook shows no warning about what is as it should be."""
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("a\n" * 9)
+    with caplog.at_level("WARNING"):
+        prepare("files", tmp_path)
+    assert not [record for record in caplog.records if record.name == "absl"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import IPython
 import jax
 import nbformat
 import pytest
@@ -58,7 +59,7 @@ def test_committed_outputs() -> None:
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == 4
+    assert sum("image/png" in o.get("data", {}) for o in outputs) == 5
     words = json.dumps([texts_of(cell) for cell in cells])
     assert not re.search(r"/(root|home|tmp|work|Users|usr|opt)/", words) and str(ROOT) not in words
     assert FILE.stat().st_size < 300_000
@@ -66,16 +67,47 @@ def test_committed_outputs() -> None:
 
 def test_only_public_functions() -> None:
     source = "\n".join(cell.source for cell in read().cells if cell.cell_type == "code")
-    used = set(re.findall(r"\ballattn\.(\w+)", source)) - {"__file__"}
+    used = set(re.findall(r"\ballattn\.(\w+)", source)) - {"__version__"}
     assert used == {
         "load",
         "load_config",
         "train_and_evaluate",
         "evaluate",
         "generate",
-        "read_metrics",
+        "plot_curves",
     }
     assert used <= set(allattn.__all__) and "from allattn" not in source
+    # Figures come from public functions as well.
+    assert ".plot_spans()" in source and "matplotlib" not in source
+
+
+def test_nothing_is_to_be_typed() -> None:
+    """In a fresh runtime the cell of settings names a repository, which is one constant."""
+    notebook = read()
+    found: dict[str, Any] = {}
+    exec(notebook.cells[parameters(notebook)].source, found)
+    assert found["REPOSITORY"].startswith("https://") and found["REVISION"]
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    assert code.count(found["REPOSITORY"]) == 1
+    assert (
+        f"{found['REPOSITORY'].removeprefix('https://github.com/')}/blob"
+        in notebook.cells[0].source
+    )
+
+
+def test_tensorboard_is_for_colab(capsys: pytest.CaptureFixture) -> None:
+    """Elsewhere its cell says how to start it."""
+    source = IPython.core.inputtransformer2.TransformerManager().transform_cell(
+        cell_with(read(), "%tensorboard").source
+    )
+    ran: list[tuple[str, str]] = []
+    shell = SimpleNamespace(run_line_magic=lambda *words: ran.append(words))
+    names = {"sys": sys, "FOLDER": Path("runs"), "get_ipython": lambda: shell}
+    exec(source, names)
+    assert capsys.readouterr().out == "tensorboard --logdir=runs\n" and ran == []
+    names["sys"] = SimpleNamespace(modules={"google.colab": None})
+    exec(source, names)
+    assert [name for name, _ in ran] == ["load_ext", "tensorboard"]
 
 
 # --- installing -----------------------------------------------------------------------------------
@@ -145,21 +177,12 @@ def test_install_says_which_jax_is_expected(
     assert not any("pip" in words for words in bare)
 
 
-def test_installation_without_experiments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The notebook refuses an installation that has no experiments."""
-    monkeypatch.setattr(allattn, "__file__", str(tmp_path / "allattn" / "__init__.py"))
-    with pytest.raises(
-        SystemExit, match="configs: expected the experiments, found none; .* pip install -e"
-    ):
-        exec(cell_with(read(), "CONFIGS = ").source, {"Path": Path, "sys": sys, "DRIVE": ""})
-
-
 # --- settings -------------------------------------------------------------------------------------
 
 
 def functions(overrides: dict[str, Any], config: str = "demo") -> SimpleNamespace:
     """The notebook's, with these settings."""
-    names = {"CONFIG": config, "OVERRIDES": overrides, "STEPS": STEPS, "CONFIGS": ROOT / "configs"}
+    names = {"CONFIG": config, "OVERRIDES": overrides, "STEPS": STEPS, "Path": Path}
     names |= {"FOLDER": Path("runs"), "allattn": allattn}
     exec(cell_with(read(), "def experiment").source, names)
     return SimpleNamespace(**names)
@@ -168,6 +191,14 @@ def functions(overrides: dict[str, Any], config: str = "demo") -> SimpleNamespac
 def folder(overrides: dict[str, Any], config: str = "demo") -> str:
     made = functions(overrides, config)
     return made.folder(made.experiment())
+
+
+def test_a_run_of_a_text_is_named_by_it(tmp_path: Path) -> None:
+    texts = write_texts(tmp_path)
+    made = functions({})
+    own = made.experiment(str(texts))
+    assert own.dataset.name == "files" and own.dataset.data_dir == str(texts)
+    assert made.folder(own, str(texts)) == "runs/texts-256"
 
 
 def test_a_run_is_named_by_its_settings() -> None:
@@ -228,14 +259,16 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> tuple[nbformat.Noteboo
     first run was.
     """
     mounted = tmp_path_factory.mktemp("colab")
+    texts = write_texts(mounted)
     overrides = {
         name: value
         for name, value in TINY.items()
         if not name.startswith(("train.steps", "train.fine"))
     }
-    overrides |= {"dataset.data_dir": str(write_texts(mounted))}
+    overrides |= {"dataset.data_dir": str(texts)}
     settings = (
         f"CONFIG, STEPS, OTHER_N, PROMPT, DRIVE = 'base', {STEPS}, 3, 'abc', {str(mounted)!r}\n"
+        f"TEXT = {str(texts)!r}\n"
     )
     notebook = read()
     notebook.cells.insert(
@@ -268,8 +301,8 @@ def test_runs_from_top_to_bottom(executed: tuple) -> None:
         expected += f"test {scores['bpc']:.3f} bpc after {STEPS} steps"
         assert line == expected
     assert "'protocol': 'full'" in texts_of(cell_with(notebook, "allattn.evaluate"))
-    assert re.match(r"abc[a-h\n]{300}\n$", texts_of(cell_with(notebook, "allattn.generate")))
-    for text in ("scores = {first: train", "train(other", "def spans", "size = sum"):
+    assert re.match(r"abc[a-h\n]{300}\n$", texts_of(cell_with(notebook, "generate(runs")))
+    for text in ("scores = {first: train", "train(other", "[first]).plot", "size = sum", "own = "):
         assert any("image/png" in o.get("data", {}) for o in cell_with(notebook, text).outputs), (
             text
         )
@@ -287,4 +320,4 @@ def test_goes_on_from_a_mounted_folder(executed: tuple) -> None:
 def test_a_mistake_is_one_line(executed: tuple) -> None:
     (output,) = executed[0].cells[-1].outputs
     (line,) = output.traceback
-    assert line.startswith("UserError: --config: expected a Python file") and "unknown.py" in line
+    assert line.startswith("UserError: --config: expected a Python file") and "unknown" in line
