@@ -341,12 +341,6 @@ TRAINING_RULES = (
         holds=lambda c: not c.model.span.adaptive or c.model.span.ramp <= c.model.span.limit,
         expected=lambda c: f"at most model.span.limit {c.model.span.limit}",
     ),
-    Rule(
-        name="an initial span where spans are learned",
-        field="model.span.init",
-        holds=lambda c: c.model.span.adaptive or not c.model.span.init,
-        expected="0 without model.span.adaptive",
-    ),
     # The cache gains one block per step: after this many even the longest one holds only real
     # states, and the context may grow.
     Rule(

@@ -79,7 +79,6 @@ BROKEN = {
     "weight decay in adamw only": {"optimizer.weight_decay": 0.1},
     "a choice of recomputation that exists": {"train.remat": "all"},
     "a ramp within the limit": {"model.span.limit": 16},
-    "an initial span where spans are learned": {"model.span.adaptive": False, "model.span.init": 1},
     "time to fill the cache between choices of the context length": {"model.span.check_every": 15},
 }
 

@@ -89,7 +89,7 @@ def _is_row(row: Any) -> bool:
     return all(type(x) is int and 0 <= x < 2**31 for x in numbers) and all(tiles.values())
 
 
-TABLE = read_table(resources.files(__package__).joinpath("tuned.json").read_text("utf8"))
+TABLE = read_table(resources.files(__package__).joinpath("tuned.json").read_text(encoding="utf8"))
 
 
 def device() -> tuple[str, str]:

@@ -89,10 +89,8 @@ def test_processes_with_different_texts(trained: Path, tmp_path: Path) -> None:
     ), line
     texts[1].unlink()
     line = refused(lambda i: [f"--text={texts[i]}"], trained)
-    assert (
-        f"another task than process 0: --text: expected a file, found none at {texts[1]} instead of"
-        in line
-    )
+    missing = f"--text: expected a file or a folder of files, found none at {texts[1]}"
+    assert f"another task than process 0: {missing} instead of" in line
 
 
 def test_processes_with_different_checkpoints(trained: Path, tmp_path: Path) -> None:

@@ -74,7 +74,8 @@ def test_a_full_disk(small_disk: Path, tmp_path: Path, capfd: Any) -> None:
     assert last.startswith(f"allattn: {small_disk}/run") and last.endswith(
         "No space left on device"
     )
-    assert command_line.call("evaluate", f"--workdir={small_disk / 'run'}").last()["step"] == 4
+    # One checkpoint or two have fitted before.
+    assert command_line.call("evaluate", f"--workdir={small_disk / 'run'}").last()["step"] in (4, 8)
 
 
 @pytest.mark.parametrize("writer", [jsonl.JsonlWriter, event_files.EventFileWriter])
