@@ -8,6 +8,7 @@
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -58,23 +59,38 @@ def plain(folder: epath.Path) -> Iterator[epath.Path]:
 def quiet() -> Iterator[None]:
     """Leave what a failing write says of itself to the error that is raised in the end.
 
-    Orbax logs a traceback in each thread that comes to know of it, and TensorStore prints one for
-    each write that ends when nobody waits for it any more.
+    Orbax logs a traceback in each thread that comes to know of it.
     """
+    _silence_late_writes()
     logger = logging.getLogger("absl")
-    show = sys.excepthook
-
-    def show_others(kind: Any, error: Any, trace: Any) -> None:
-        if str(error) != "Event loop is closed":
-            show(kind, error, trace)
-
     logger.addFilter(_is_no_traceback_of_orbax)
-    sys.excepthook = show_others
     try:
         yield
     finally:
-        sys.excepthook = show
         logger.removeFilter(_is_no_traceback_of_orbax)
+
+
+@functools.cache
+def _silence_late_writes() -> None:
+    """Print nothing of writes that end when nobody waits for them any more.
+
+    After one write has failed, Orbax gives the others up while TensorStore still makes them. Each
+    then finds its event loop closed, the last ones when the process is about to end: so this stays.
+    """
+    show = sys.unraisablehook
+
+    def show_others(told: Any) -> None:
+        if str(told.exc_value) != "Event loop is closed":
+            show(told)
+
+    sys.unraisablehook = show_others
+    logging.getLogger("asyncio").addFilter(_is_no_late_write)
+
+
+def _is_no_late_write(record: logging.LogRecord) -> bool:
+    # "OCDBT" is the format of TensorStore in which Orbax writes arrays.
+    message = record.getMessage()
+    return not ("exception was never retrieved" in message and "OCDBT" in message)
 
 
 def _is_no_traceback_of_orbax(record: logging.LogRecord) -> bool:
