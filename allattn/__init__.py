@@ -7,13 +7,14 @@ line answers at once.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from allattn.errors import RunError, UserError
+from allattn.errors import PreemptedError, RunError, UserError
 from allattn.version import __version__ as __version__
 
 # For editors and type checkers, which do not run `__getattr__`.
 if TYPE_CHECKING:
     from allattn.attention import all_attention as all_attention
     from allattn.config import load as load_config  # noqa: F401
+    from allattn.evaluation.sampling import Sampling as Sampling
     from allattn.plots import plot_curves as plot_curves
     from allattn.run import evaluate as evaluate
     from allattn.run import generate as generate
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # Module and attribute behind each public name.
 _HOMES = {
+    "Sampling": ("allattn.evaluation.sampling", "Sampling"),
     "all_attention": ("allattn.attention", "all_attention"),
     "evaluate": ("allattn.run", "evaluate"),
     "generate": ("allattn.run", "generate"),
@@ -33,7 +35,7 @@ _HOMES = {
     "train_and_evaluate": ("allattn.train", "train_and_evaluate"),
 }
 
-__all__ = ["RunError", "UserError", *_HOMES]
+__all__ = ["PreemptedError", "RunError", "UserError", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:
@@ -45,4 +47,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """What a notebook offers behind `allattn.`, before anything is imported."""
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__version__"])

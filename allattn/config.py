@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_collections
@@ -26,14 +26,15 @@ _FIELD_LINE = re.compile(r"c\.(?P<name>[\w.]+) = .*?(  # (?P<comment>.*))?")
 
 
 def load(
-    path: str, overrides: dict[str, str] | None = None, text: str | None = None
+    path: str, overrides: Mapping[str, Any] | None = None, text: str | None = None
 ) -> ml_collections.ConfigDict:
     """The configuration of an experiment file, with overrides.
 
     Args:
       path: a Python file with `get_config()`, or the name of one of ours, such as `demo` or
         `ablations/joint_tiny`; `:ARGUMENT` behind it goes to get_config().
-      overrides: values as text, by dotted name; each is read in the type of the field.
+      overrides: values by dotted name, as Python has them or as text; each is read in the type of
+        the field.
       text: a text of one's own, a file or a folder, in the place of the file's data set.
 
     Returns:
@@ -44,19 +45,26 @@ def load(
         named), a missing one, or a value of the wrong type.
 
     Example:
-      >>> config = load("demo", {"model.depth": "2"})
+      >>> config = allattn.load_config("demo", {"model.depth": 2})
       >>> config.model.depth, config.dataset.name
       (2, 'stdlib')
     """
     config = experiments.read(*experiments.find(path))
     # The command line has the last word.
-    values = _fields_of_text(text) | (overrides or {})
+    values = _fields_of_text(text) | dict(overrides or {})
     for name, value in values.items():
-        set_field(config, name, value)
+        set_field(config, name, _as_text(value))
 
     # Types are checked here, as everything after this relies on them; ranges where they matter.
     config_values.require_kinds(config, dict(fields(base.get_config())))
     return config.copy_and_resolve_references().lock()
+
+
+def _as_text(value: Any) -> str:
+    """A value as the command line has it: (20, 40) is 20,40."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return str(value)
 
 
 def _fields_of_text(text: str | None) -> dict[str, str]:

@@ -63,7 +63,7 @@ def plot_curves(runs: Runs, unit: str | None = None) -> Figure:
       UserError: another unit.
 
     Example:
-      >>> figure = plot_curves({"mine": workdir}, unit="bpc")
+      >>> figure = allattn.plot_curves({"mine": workdir}, unit="bpc")
       >>> figure.axes[0].get_xlabel()
       'training step'
     """

@@ -9,6 +9,7 @@ Dimension key: X layer, H head.
 import dataclasses
 import functools
 import hashlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ class _Scored(NamedTuple):
     name: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Run:
     """A model with its parameters, configuration and vocabulary."""
 
@@ -54,6 +55,12 @@ class Run:
     vocabulary: data.Vocabulary
     # Updates made.
     step: int
+    # Full name of the data that it was trained on last; "": an older checkpoint.
+    dataset: str = ""
+
+    def __repr__(self) -> str:
+        c = self.config
+        return f"Run({c.model.layer}, {c.dataset.name}, step {self.step})"
 
     def evaluate(
         self,
@@ -131,6 +138,12 @@ class Run:
         if dataset.vocabulary != self.vocabulary:
             raise UserError(
                 f"{dataset.path}: expected the vocabulary of the checkpoint, found another"
+            )
+        if self.dataset not in ("", dataset.full_name):
+            logging.warning(
+                "other text than this run was trained on: %s then, %s now; its splits may overlap",
+                self.dataset,
+                dataset.full_name,
             )
         return _Scored(
             dataset.tokens(split),
@@ -234,7 +247,7 @@ def load(workdir: str | os.PathLike[str], step: int | str | None = None) -> Run:
       UserError: no such checkpoint, or it cannot be read.
 
     Example:
-      >>> run = load(workdir, step="best")
+      >>> run = allattn.load(workdir, step="best")
       >>> spans_XH = run.spans_XH()
       >>> spans_XH.shape == (run.config.model.depth, run.config.model.heads)
       True
@@ -262,7 +275,7 @@ def _restore(checkpoints: checkpoint.Checkpointer, step: int) -> Run:
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     params = checkpoints.restore_params(checkpoint.on_one_device(abstract), step)
     check_spans(params, f"checkpoint {step} in {checkpoints.workdir}")
-    return Run(model, params, config, vocabulary, step)
+    return Run(model, params, config, vocabulary, step, meta.get("dataset", ""))
 
 
 def _advice(checkpoints: checkpoint.Checkpointer, damaged: int) -> str:
@@ -287,7 +300,7 @@ def evaluate(
     Args:
       workdir: folder or bucket URL of the run.
       split, protocol, text, data_dir: as in `Run.evaluate`.
-      step: a step, "best", or None for the newest.
+      step: a step, "best", "sound", or None for the newest.
 
     Returns:
       As `Run.evaluate`.
@@ -296,7 +309,7 @@ def evaluate(
       UserError, PreemptedError: as `load` and `Run.evaluate`.
 
     Example:
-      >>> scores = evaluate(workdir, split="valid")
+      >>> scores = allattn.evaluate(workdir, split="valid")
       >>> sorted(scores)
       ['bpc', 'nll', 'ppl', 'protocol', 'split', 'step', 'tokens']
     """
@@ -322,7 +335,7 @@ def generate(
       length: symbols to draw.
       temperature, top_k, top_p: as in `Sampling`.
       seed: of the draws.
-      step: a step, "best", or None for the newest.
+      step: a step, "best", "sound", or None for the newest.
 
     Returns:
       The text of each symbol as it is drawn, as `Run.generate`.
@@ -331,7 +344,7 @@ def generate(
       UserError: what `load` and `Run.generate` refuse.
 
     Example:
-      >>> pieces = generate(workdir, prompt="abc", length=5, temperature=0.8, seed=1)
+      >>> pieces = allattn.generate(workdir, prompt="abc", length=5, temperature=0.8, seed=1)
       >>> len(b"".join(pieces))
       5
     """

@@ -30,7 +30,7 @@ import ml_collections
 from etils import epath
 
 from allattn import config as configuration
-from allattn import config_checks
+from allattn import config_checks, experiments
 from allattn.errors import UserError
 from allattn.model import ModelConfig, forward_flops
 from allattn.storage import checkpoint, paths
@@ -160,16 +160,18 @@ def sweep(
 
 def _experiments(configs: str, only: str, seeds: int, budget: int) -> list[Path]:
     """The files to run; refuses a sweep of nothing."""
+    for flag, number, least in (("--seeds", seeds, 1), ("--budget", budget, 0)):
+        if number < least:
+            raise UserError(f"{flag}: expected at least {least}, found {number}")
+    # A folder of ours goes by its name as well.
+    folder = Path(configs)
+    if not folder.exists():
+        folder = experiments.FOLDER / configs
     pattern = f"{only}.py"
-    files = sorted(path for path in Path(configs).glob(pattern) if not path.name.startswith("_"))
-    if not files or seeds < 1 or budget < 0:
-        expected = (
-            f"a folder with experiment files ({pattern}), "
-            f"--seeds of at least 1 and --budget of at least 0"
-        )
-        raise UserError(
-            f"--configs: expected {expected}, found {len(files)} in {configs}, {seeds} and {budget}"
-        )
+    files = sorted(path for path in folder.glob(pattern) if not path.name.startswith("_"))
+    if not files:
+        expected = f"a folder with experiment files ({pattern})"
+        raise UserError(f"--configs: expected {expected}, found none in {configs}")
     return files
 
 

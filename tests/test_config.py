@@ -418,3 +418,15 @@ def test_combinations_that_exist() -> None:
 def test_combinations_that_do_not(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=f"^{message}"):
         start(changed(**changes))
+
+
+def test_values_as_python_has_them() -> None:
+    """The Python API takes numbers, truth values and tuples beside their texts."""
+    values = {
+        "train.steps": 300,
+        "model.adaptive_io.cutoffs": (20, 40),
+        "model.span.adaptive": False,
+    }
+    found = configuration.load("base", values)
+    assert (found.train.steps, found.model.span.adaptive) == (300, False)
+    assert found.model.adaptive_io.cutoffs == (20, 40)

@@ -81,7 +81,7 @@ def test_notebook_finds_public_names() -> None:
     parameters = inspect.signature(allattn.train_and_evaluate).parameters
     assert list(parameters)[:2] == ["config", "workdir"]
     assert "position_HLK" in inspect.signature(allattn.all_attention).parameters
-    for name in set(allattn.__all__) - {"RunError", "UserError"}:
+    for name in set(allattn.__all__) - {"PreemptedError", "RunError", "UserError"}:
         parameters = inspect.signature(getattr(allattn, name)).parameters
         kinds = {parameter.kind for parameter in parameters.values()}
         assert not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}

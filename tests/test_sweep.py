@@ -131,7 +131,7 @@ def test_what_has_ended_is_not_run_again(swept: Swept, monkeypatch: pytest.Monke
         ("--config.seed=7", "--config.seed: a sweep sets it"),
         ("--config.train.steps=7", "--config.train.steps: a sweep sets it"),
         ("--config.train.batch=0", "train.batch: expected at least 1"),
-        ("--seeds=0", "--seeds of at least 1"),
+        ("--seeds=0", "--seeds: expected at least 1"),
         ("--launcher='a", "--launcher"),
         ("--launcher=no-such-program", "--launcher"),
     ],
@@ -197,3 +197,6 @@ def test_a_folder_without_experiments_is_refused(tmp_path: Path) -> None:
     found = call("sweep", f"--configs={tmp_path}", f"--workdir={tmp_path / 'runs'}")
     assert found.code == 2 and "--configs: expected a folder with experiment files" in found.err
     assert not (tmp_path / "runs").exists()
+    # Each flag by itself.
+    found = call("sweep", "--configs=ablations", f"--workdir={tmp_path / 'runs'}", "--seeds=0")
+    assert found.code == 2 and "--seeds: expected at least 1, found 0" in found.err

@@ -170,7 +170,8 @@ def add_config(
         required=required and not default,
         default=default,
         type=path,
-        help="experiment file, or name of one of ours; --config.a.b=value changes one field",
+        help="experiment file, or name of one of ours; --config.a.b=value changes one field, "
+        "--help=config lists them",
     )
 
 

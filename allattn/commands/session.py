@@ -14,6 +14,8 @@ def set_logging(verbose: bool) -> None:
 
     import absl.logging
 
+    # A warning of ours looks like an error of ours.
+    logging.basicConfig(format="allattn: %(message)s")
     if verbose:
         absl.logging.set_verbosity(absl.logging.INFO)
         logging.getLogger("jax").setLevel(logging.INFO)

@@ -72,6 +72,10 @@ def find_splits(path: epath.Path) -> dict[str, OwnText]:
         files = files_below(path)
         if files:
             return _split_in_order(path, files)
+    # In a bucket a folder that is empty is not there either.
+    if not (paths.is_url(path) or path.exists()):
+        expected = "a text file, a folder of texts, or one with train.txt, valid.txt and test.txt"
+        raise UserError(f"files: expected {expected}; found nothing at {path}")
     return _three_files(path, present)
 
 

@@ -40,13 +40,25 @@ LEAST_TEMPERATURE = 1e-30
 
 
 class Sampling(NamedTuple):
-    """How the next symbol is drawn."""
+    """How the next symbol is drawn.
 
-    # Logits are divided by it; 0: always the likeliest.
+    Args:
+      temperature: logits are divided by it; 0: always the likeliest symbol.
+      top_k: only so many of the likeliest; 0: all.
+      top_p: only the likeliest that together reach this probability.
+
+    Returns:
+      What `Run.generate` takes as `sampling`.
+
+    Example:
+      >>> run = allattn.load(workdir)
+      >>> pieces = run.generate("a", length=3, sampling=allattn.Sampling(temperature=0))
+      >>> len(list(pieces))
+      3
+    """
+
     temperature: float = 1.0
-    # Only the k likeliest; 0: all.
     top_k: int = 0
-    # Only the likeliest that together reach this probability.
     top_p: float = 1.0
 
 

@@ -435,7 +435,7 @@ class Checkpointer:
         if sound is None:
             raise UserError(
                 f"no sound checkpoint in {self.workdir}: "
-                f"none of {steps} is as its checksums say, or it has none"
+                f"expected one whose files are as their checksums say, found none among {steps}"
             )
         return sound
 
@@ -538,7 +538,9 @@ class Checkpointer:
         # to resume from. The checkpoint of step 0 comes from elsewhere and cannot be made again.
         if damaged and not (len(steps) == 1 and steps[0] and self._left_unfinished(steps[0])):
             raise UserError(
-                f"no checkpoint in {self.workdir} can be read: tried {damaged} under {self.folder}"
+                f"no checkpoint in {self.workdir} can be read: "
+                f"tried {damaged} under {self.folder}; "
+                f"put back a copy, or begin anew in another --workdir"
             )
         self._set_aside(damaged)
         return None

@@ -96,7 +96,7 @@ def read_jsonl(workdir: str) -> list[dict[str, Any]]:
       One dictionary per row, "step" and numbers or texts by name; empty where there is no log.
 
     Example:
-      >>> rows = read_jsonl(workdir)
+      >>> rows = allattn.read_metrics(workdir)
       >>> [row["step"] for row in rows if "dev_nll" in row]
       [4, 8, 12]
     """

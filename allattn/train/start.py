@@ -69,7 +69,7 @@ def restore(
     check_spans(params, f"the checkpoint of step {meta['step']} in {checkpoints.workdir}")
     if meta.get("params_only"):
         return trainer.fresh_state(params)
-    _report_other_text(meta, trainer.dataset)
+    _check_text(meta, trainer, checkpoints.workdir)
     return trainer.restored_state((params, optimizer, cache_XBSD), meta)
 
 
@@ -90,14 +90,28 @@ def _first_difference(meta: dict[str, Any], dataset: Dataset, sides: tuple[str, 
     return f"{name}: {before.get(name)!r:.40} {sides[0]}, {after[name]!r:.40} {sides[1]}"
 
 
-def _report_other_text(meta: dict[str, Any], dataset: Dataset) -> None:
-    """Say that a run goes on with other text than it was trained on; older checkpoints lack it."""
-    # The name of own text is made from its contents.
-    before = meta.get("dataset", dataset.full_name)
-    if before != dataset.full_name and not jax.process_index():
+def _check_text(meta: dict[str, Any], trainer: Trainer, workdir: str) -> None:
+    """Say that a run goes on with other text than it was trained on.
+
+    Raises:
+      UserError: there is nothing to train any more, and the scores would be of the other text.
+    """
+    # The name of own text is made from its contents; older checkpoints do not have it.
+    now = trainer.dataset.full_name
+    before = meta.get("dataset", now)
+    if before == now:
+        return
+    train = trainer.config.train
+    total = train.steps + train.finetune_steps
+    if meta["step"] >= total:
+        raise UserError(
+            f"{workdir} is complete, {meta['step']} of {total} steps: expected its text, {before}, "
+            f"found {now}; raise train.steps to go on with that, or choose another --workdir"
+        )
+    if not jax.process_index():
         print(
             f"other text than this run was trained on so far, in the same symbols: {before} "
-            f"before, {dataset.full_name} from now on",
+            f"before, {now} from now on",
             flush=True,
         )
 

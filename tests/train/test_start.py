@@ -56,6 +56,17 @@ def test_other_numbers_of_the_symbols(place: Path) -> None:
     assert line in found.err.splitlines()[-1] and contents(place / "run") == before
 
 
+def test_other_text_of_a_complete_run(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is left to train, so its scores stay those of its text; a score of another warns."""
+    before = contents(place / "run")
+    found = run(place / "run", place / "other")
+    assert found.code == 2 and "is complete, 2 of 2 steps: expected its text, files/" in found.err
+    assert contents(place / "run") == before
+    # The same folder with another text in it.
+    scored = call("evaluate", f"--workdir={place / 'run'}", f"--data_dir={place / 'other'}")
+    assert scored.code == 0 and "other text than this run was trained on" in caplog.text
+
+
 def test_other_symbols_of_parameters_alone(place: Path, tmp_path: Path) -> None:
     """A converted workdir is refused likewise."""
     with Checkpointer(str(place / "run"), create=False) as checkpoints:
