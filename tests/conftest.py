@@ -2,7 +2,9 @@
 
 import gc
 import os
+import resource
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -29,3 +31,12 @@ gc.set_threshold(100_000, 50, 100)
 def own_data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test's processes share what is prepared, and leave nothing behind."""
     monkeypatch.setenv("ALLATTN_DATA_DIR", str(tmp_path / "prepared"))
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may become longer than 100 kB, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

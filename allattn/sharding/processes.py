@@ -257,20 +257,11 @@ def first_on_leader(name: str, action: Callable[[], T]) -> T:
     if count() == 1:
         return action()
     key = f"allattn/{next(_calls)}/{name}"
+    if index() == 0:
+        return _tell(key, action, lambda _: "")
     # The others wait for the leader, and fail as it does.
-    if index() > 0:
-        message = _read_message(key)
-        if message.error:
-            _raise_error(message)
-        return action()
-    # The leader tells how it went, so that nobody waits for what failed.
-    try:
-        result = action()
-    except (UserError, RunError) as error:
-        _write_message(key, Message(_error_name(error), str(error)))
-        raise
-    _write_message(key, Message("", ""))
-    return result
+    _hear(key)
+    return action()
 
 
 def text_of_leader(name: str, action: Callable[[], str]) -> str:
@@ -286,18 +277,28 @@ def text_of_leader(name: str, action: Callable[[], str]) -> str:
     if count() == 1:
         return action()
     key = f"allattn/{next(_calls)}/{name}"
-    if index() > 0:
-        message = _read_message(key)
-        if message.error:
-            _raise_error(message)
-        return message.text
+    if index() == 0:
+        return _tell(key, action, str)
+    return _hear(key)
+
+
+def _tell(key: str, action: Callable[[], T], text: Callable[[T], str]) -> T:
+    """Do something on the leader, and write how it went, so that nobody waits for what failed."""
     try:
-        text = action()
+        result = action()
     except (UserError, RunError) as error:
         _write_message(key, Message(_error_name(error), str(error)))
         raise
-    _write_message(key, Message("", text))
-    return text
+    _write_message(key, Message("", text(result)))
+    return result
+
+
+def _hear(key: str) -> str:
+    """What the leader has written; raises the error that it met."""
+    message = _read_message(key)
+    if message.error:
+        _raise_error(message)
+    return message.text
 
 
 def describe_difference(leader_text: str, own_text: str) -> str:

@@ -2,10 +2,8 @@
 
 import io
 import os
-import resource
 import tempfile
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -205,15 +203,6 @@ def test_leaves_nothing_and_no_codes(tmp_path: Path, home: Path) -> None:
     assert list(temporary.iterdir()) == []
     assert "\x1b" not in found.out + found.err and "\r" not in found.out + found.err
     assert found.err == "" and found.out.count("\n") == 2
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may become longer than 100 kB, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("unit", ["byte", "word"])

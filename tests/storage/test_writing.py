@@ -5,7 +5,6 @@ Paths of any kind are in here, too: what is written under them can be read again
 
 import errno
 import os
-import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,15 +23,6 @@ from allattn.storage.checkpoint import Checkpointer
 from allattn.train import event_files, jsonl
 
 # --- failures of writing -------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may become longer than 100 kB."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_checkpoint_cannot_be_written(tmp_path: Path, small_files: None, capfd: Any) -> None:
