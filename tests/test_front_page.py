@@ -67,9 +67,16 @@ def commands(page: Path) -> list[str]:
     return [call for call in calls if call.startswith("allattn ")]
 
 
+def test_pages_have_commands():
+    """Those that teach the command line are read by the test below."""
+    taught = [page.name for page in PAGES if commands(page)]
+    assert {"README.md", "usage.md", "data.md"} <= set(taught)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_commands(page):
     """Every command of a page has the flags that it is given there; another is a UserError."""
     for call in commands(page):
         _, *words = shlex.split(call)
-        flags.parse(COMMANDS, words)
+        arguments, _ = flags.parse(COMMANDS, words)
+        assert arguments.chosen.name == words[0], call

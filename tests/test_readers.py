@@ -260,8 +260,11 @@ def test_configurations_of_another_structure(profile: settings) -> None:
 
     @given(damage.damaged_json(stored))
     def reads(changed: Any) -> None:
-        text = json.dumps(changed)
-        damage.refuses_or_reads(lambda: ModelConfig.from_config(config.from_json(text)))
+        def read() -> None:
+            found = config.from_json(json.dumps(changed))
+            assert ModelConfig.from_config(found).depth == found.model.depth
+
+        damage.refuses_or_reads(read)
 
     damage.run(profile, reads)
 
