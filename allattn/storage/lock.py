@@ -37,6 +37,8 @@ BEAT = 10.0
 WATCH = 30.0
 # Seconds after which two that took over at the same time know which of them was the later.
 SETTLE = 0.5
+# How many heartbeats of the former holder, begun before a lock was taken over, are outlived.
+HEARTBEATS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,12 +166,27 @@ class WorkdirLock:
         found = _read(self._path)
         if found is not None and not self._force and _lives_here(found, self._mine):
             self._refuse(found)
-        # Of several that got here, the last to write has it.
+        winner = self._write_last(text)
+        # A heartbeat that had read the lock before may have hidden ours; its next sees ours.
+        for _ in range(HEARTBEATS):
+            if winner is None or not self._is_taken_from(winner, found):
+                break
+            winner = self._write_last(text)
+        if winner is not None:
+            self._refuse(winner)
+
+    def _is_taken_from(self, winner: Holder, found: Holder | None) -> bool:
+        """Whether who has the lock is the one it is taken from by force."""
+        return self._force and found is not None and winner.token == found.token
+
+    def _write_last(self, text: str) -> Holder | None:
+        """Write the lock; whoever wrote it after that, since the last to write has it."""
         paths.replace(self._path, text)
         time.sleep(SETTLE)
         winner = _read(self._path)
-        if winner is not None and not self._is_mine(winner):
-            self._refuse(winner)
+        if self._is_mine(winner):
+            return None
+        return winner
 
     # --- holding it
 

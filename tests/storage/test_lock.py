@@ -140,6 +140,33 @@ def test_force(tmp_path: Path) -> None:
         assert checkpoints.steps() == [10, 20]
 
 
+def test_force_against_a_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A heartbeat that had read the lock before it was taken over writes it once more."""
+    monkeypatch.setattr(lock, "BEAT", 1000)
+    holder = write_lock(tmp_path)
+    replace = lock.paths.replace
+    written = []
+
+    def overtaken(path: Any, text: str) -> None:
+        replace(path, text)
+        written.append(text)
+        if len(written) == 1:
+            write_lock(tmp_path, token=holder.token, beat=1)
+
+    monkeypatch.setattr(lock.paths, "replace", overtaken)
+    with Checkpointer(tmp_path, force=True):
+        assert json.loads((tmp_path / lock.NAME).read_text())["token"] != holder.token
+    assert len(written) == 2
+
+
+def test_two_take_over_by_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The later has it, and the earlier does not write again."""
+    write_lock(tmp_path)
+    monkeypatch.setattr(lock.paths, "replace", lambda path, text: write_lock(tmp_path, token="b"))
+    with pytest.raises(UserError, match="expected no other run there"):
+        Checkpointer(tmp_path, force=True)
+
+
 def test_the_lock_on_the_command_line(tmp_path: Path, caplog: Any) -> None:
     flags = command_line.flags(command_line.write_texts(tmp_path), train__steps=1)
     workdir = tmp_path / "run"
