@@ -190,10 +190,10 @@ def from_json(text: str) -> ml_collections.ConfigDict:
         raise UserError(f"a stored configuration: expected an object, found {stored!r:.80}")
     _require_sections(stored)
 
-    # What is newer than the text gets the value that it had then.
+    # What is newer than the text gets the value that it had then; all had the name of a data set.
     config = ml_collections.ConfigDict(stored)
-    _complete(config.dataset)
     _require_stored_kinds(config)
+    _complete(config.dataset)
     return config.lock()
 
 
@@ -213,11 +213,12 @@ def _require_stored_kinds(config: ml_collections.ConfigDict) -> None:
 
     A run may be older than other fields, and than the types of those of its training.
     """
-    found = dict(fields(config))
     kinds = {}
     for name, default in fields(base.get_config()):
-        is_there = name in found and name.startswith(("dataset.", "evaluate."))
-        if is_there or name.startswith("model."):
+        section, _, field = name.partition(".")
+        # Also where a section stands in the place of the field.
+        is_there = section in ("dataset", "evaluate") and field in config[section]
+        if is_there or name.startswith(("model.", "dataset.name")):
             kinds[name] = default
     config_values.require_kinds(config, kinds)
 

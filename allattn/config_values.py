@@ -207,10 +207,10 @@ def _can_be_stored(value: Any) -> bool:
 
 def _short(value: Any) -> str:
     """A value on one line, with its type where the value does not tell."""
-    if type(value) in KINDS:
-        return repr(value)
-    # An array's own text has many lines.
+    # An array's own text has many lines, and a text may be a damaged file's.
     text = " ".join(repr(value).split())
     if len(text) > 60:
         text = f"{text[:60]}..."
+    if type(value) in KINDS:
+        return text
     return f"{text} ({type(value).__name__})"

@@ -28,7 +28,7 @@ class PreemptedError(RunError):
     """
 
     def __init__(self, what: str, advice: str) -> None:
-        super().__init__(f"{what}: this machine is being taken away; {advice}")
+        super().__init__(f"{what} by SIGTERM or SIGHUP; {advice}")
         self.what = what
         self.advice = advice
 

@@ -60,7 +60,7 @@ def plot_curves(runs: Runs, unit: str | None = None) -> Figure:
       The figure. A run that has logged nothing yet is in its legend.
 
     Raises:
-      UserError: another unit.
+      UserError: another unit, or a workdir that is not there.
 
     Example:
       >>> figure = allattn.plot_curves({"mine": workdir}, unit="bpc")

@@ -1,7 +1,7 @@
 """The signals that stop a run, and the command `train` where it has no loop yet to obey them.
 
     signal            what it means                  exit code
-    SIGTERM, SIGHUP   the machine is taken away      75
+    SIGTERM, SIGHUP   as of a machine taken away     75
     SIGINT            Ctrl-C                         130
 
 Until a run has something to save, the first of them ends the command at once. Then the loop takes

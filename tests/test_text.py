@@ -135,9 +135,12 @@ def test_mistakes(
 
 
 def test_text_or_an_experiment(text: Path, tmp_path: Path) -> None:
-    assert "required: --config" in call("train", f"--workdir={tmp_path}/run").err
+    assert (
+        "expected --config or --text, found neither"
+        in call("train", f"--workdir={tmp_path}/run").err
+    )
     assert "found an empty name" in train(tmp_path / "run", "--text=").err
-    assert "required: --dataset" in call("data").err
+    assert "expected --dataset or --text, found neither" in call("data").err
     assert "expected no --dataset" in call("data", f"--text={text}", "--dataset=enwik8").err
 
 

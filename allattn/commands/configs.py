@@ -14,11 +14,12 @@ def _run(_: argparse.Namespace, __: dict[str, str]) -> None:
 
     # The larger experiments first, then those that compare variants.
     names = sorted(experiments.names(), key=lambda name: ("/" in name, name))
-    # A block for each.
+    # A block for each, and all at once: a reader such as `head` may leave before the end.
+    lines = []
     for name in names:
-        print(name)
-        for title, text in experiments.summary(name).items():
-            print(f"    {title:10} {text}")
+        lines.append(name)
+        lines += [f"    {title:10} {text}" for title, text in experiments.summary(name).items()]
+    print("\n".join(lines), flush=True)
 
 
 COMMAND = Command(

@@ -12,10 +12,8 @@ UNITS = ("byte", "word", "bpe")
 
 
 def _flags(parser: argparse.ArgumentParser) -> None:
-    dataset = parser.add_argument(
-        "--dataset", required=True, help="enwik8, text8, wikitext103, stdlib or files"
-    )
-    flags.add_text(parser, instead_of=dataset)
+    parser.add_argument("--dataset", help="enwik8, text8, wikitext103, stdlib or files")
+    flags.add_text(parser)
     parser.add_argument("--data_dir", help="folder or bucket URL to put it; for `files` the text")
     # For data sets that their owners let nobody download by a program.
     parser.add_argument("--manual_dir", help="folder or bucket URL of hand-placed archives")
@@ -39,6 +37,7 @@ def _flags(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace, _: dict[str, str]) -> None:
     from allattn import data
 
+    flags.require_one(arguments, "dataset", "text")
     text = session.text_of(arguments)
     # A text of one's own is the data set `files`.
     name = arguments.dataset

@@ -22,7 +22,16 @@ class Parser(argparse.ArgumentParser):
 
     def names(self) -> list[str]:
         """Names of the flags, of which a misspelt one means the nearest."""
-        return list(self._option_string_actions)
+        names = list(self._option_string_actions)
+        # Settings are flags too, of the commands that take them.
+        if self.takes_settings():
+            names += [settings.SET, settings.UNSET]
+        return names
+
+    def takes_settings(self) -> bool:
+        """Whether this is the parser of a command that takes settings."""
+        command = self.get_default("chosen")
+        return command is not None and command.takes_settings
 
     def error(self, message: str) -> None:  # type: ignore[override]
         raise UserError(f"{message}; see `{self.prog} --help`")
@@ -60,11 +69,7 @@ def parse(
     words = _help_on_fields(words)
     if not words[0].startswith("-"):
         _require_near(words[0], words[0], list(parsers), "allattn")
-        known = parsers[words[0]].names()
-        # Settings are flags too, of the commands that take them.
-        if any(command.takes_settings for command in commands if command.name == words[0]):
-            known += [settings.SET, settings.UNSET]
-        _require_known(words[1:], known, parsers[words[0]].prog)
+        _require_known(words[1:], parsers[words[0]])
     arguments, rest = parser.parse_known_args(words)
 
     # What is left are settings.
@@ -117,8 +122,9 @@ def _help_on_fields(words: Sequence[str]) -> Sequence[str]:
     return ["config", f"--config={known.config or 'base'}"]
 
 
-def _require_known(words: Sequence[str], known: Sequence[str], prog: str) -> None:
+def _require_known(words: Sequence[str], parser: Parser) -> None:
     """Refuse a flag that the command does not have."""
+    known = parser.names()
     for word in words:
         # argparse takes a word with a space for a value, and all after -- too.
         if word == "--":
@@ -126,7 +132,17 @@ def _require_known(words: Sequence[str], known: Sequence[str], prog: str) -> Non
         if word.startswith("--") and " " not in word:
             # Of a setting only the beginning is known.
             flag, dot, _ = word.partition("=")[0].partition(".")
-            _require_near(flag + dot, word, known, prog)
+            if flag not in known and not dot and parser.takes_settings():
+                _refuse_bare_field(flag, word)
+            _require_near(flag + dot, word, known, parser.prog)
+
+
+def _refuse_bare_field(flag: str, word: str) -> None:
+    """Refuse a setting that lacks its path, as in --steps=3, and name the whole of it."""
+    names = [settings.SET + field for field in settings.fields_named(flag.removeprefix("--"))]
+    if names:
+        meant = " or ".join(word.replace(flag, name, 1) for name in names)
+        raise UserError(f"unknown argument {word!r}; did you mean {meant}?")
 
 
 def _require_near(part: str, word: str, known: Sequence[str], prog: str) -> None:
@@ -163,9 +179,9 @@ def workdir(text: str) -> str:
 
 def add_config(
     parser: argparse.ArgumentParser, required: bool = True, default: str | None = None
-) -> argparse.Action:
+) -> None:
     """The experiment, whose fields settings may change; one with a default is not required."""
-    return parser.add_argument(
+    parser.add_argument(
         "--config",
         required=required and not default,
         default=default,
@@ -175,20 +191,22 @@ def add_config(
     )
 
 
-def add_text(parser: argparse.ArgumentParser, instead_of: argparse.Action) -> None:
+def add_text(parser: argparse.ArgumentParser) -> None:
     """A text of one's own, which makes another flag needless."""
-
-    class Given(argparse.Action):
-        def __call__(self, _: Any, namespace: argparse.Namespace, value: Any, *rest: Any) -> None:
-            namespace.text = value
-            instead_of.required = False
-
     parser.add_argument(
         "--text",
-        action=Given,
         help="your own text: a file, a folder of files (split 90/5/5 in order), or with train.txt, "
         "valid.txt and test.txt; -: standard input",
     )
+
+
+def require_one(arguments: argparse.Namespace, *names: str) -> None:
+    """Refuse a command line that has none of several flags."""
+    if all(getattr(arguments, name) is None for name in names):
+        flags = " or ".join(f"--{name}" for name in names)
+        raise UserError(
+            f"expected {flags}, found neither; see `allattn {arguments.command} --help`"
+        )
 
 
 def add_workdir(parser: argparse.ArgumentParser) -> None:

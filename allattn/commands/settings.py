@@ -44,6 +44,14 @@ def read(words: Sequence[str], experiment: str) -> dict[str, str]:
     return overrides
 
 
+def fields_named(name: str) -> list[str]:
+    """Dotted names of the fields of every experiment whose last part is a name."""
+    from allattn import config
+
+    fields = [field for field, _ in config.fields(config.load("base"))]
+    return [field for field in fields if field.split(".")[-1] == name]
+
+
 def _value_behind(field: str, rest: list[str], experiment: str) -> str:
     """The value of `--config.field`, which is the next word but of truth values, as in absl."""
     if field in _booleans(experiment):

@@ -10,8 +10,8 @@ from allattn.commands.command import Command
 
 def _flags(parser: argparse.ArgumentParser) -> None:
     # What to train, and where it is kept.
-    config = flags.add_config(parser)
-    flags.add_text(parser, instead_of=config)
+    flags.add_config(parser, required=False)
+    flags.add_text(parser)
     flags.add_workdir(parser)
     parser.add_argument(
         "--force",
@@ -29,6 +29,7 @@ def _run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     from allattn.sharding import processes
 
     # A text of one's own needs no experiment file.
+    flags.require_one(arguments, "config", "text")
     experiment = arguments.config or "demo"
     text = session.text_of(arguments)
     # Mistakes in the configuration first, then what must precede the first use of JAX.

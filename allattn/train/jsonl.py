@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from allattn.errors import UserError
 from allattn.storage import paths
 
 # Marks the row of a start that resumed: rows of later steps above it were lost with their process.
@@ -93,16 +94,25 @@ def read_jsonl(workdir: str) -> list[dict[str, Any]]:
       workdir: folder or bucket URL of the run.
 
     Returns:
-      One dictionary per row, "step" and numbers or texts by name; empty where there is no log.
+      One dictionary per row, "step" and numbers or texts by name; none before anything is logged.
+
+    Raises:
+      UserError: no such folder.
 
     Example:
       >>> rows = allattn.read_metrics(workdir)
       >>> [row["step"] for row in rows if "dev_nll" in row]
       [4, 8, 12]
     """
+    folder = epath.Path(workdir)
+    with paths.reached(folder):
+        files = paths.matching(folder, "metrics*.jsonl")
+        if not files and not folder.exists():
+            raise UserError(f"{workdir}: expected the workdir of a run, found nothing")
+
     rows: dict[tuple[int, str | None], dict[str, Any]] = {}
     # The names of part files hold their times, so sorted they are in the order of the starts.
-    for path in paths.matching(epath.Path(workdir), "metrics*.jsonl"):
+    for path in files:
         for row in _rows(path):
             # Of a later start the row stands later, and replaces the older one here.
             first_name = next((name for name in row if name != "step"), None)

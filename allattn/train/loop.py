@@ -38,7 +38,7 @@ def train_and_evaluate(
       UserError: the configuration does not fit the data, the devices or the workdir, or differs
         between processes; another run holds the workdir.
       RunError: the loss is not a number.
-      PreemptedError: this machine is being taken away (SIGTERM, SIGHUP); the state is saved.
+      PreemptedError: SIGTERM or SIGHUP came, as before a machine is taken away; the state is saved.
       StoppedByKeyboard: Ctrl-C, a KeyboardInterrupt; the state is saved.
     """
     # The order of a start. Do not change it:

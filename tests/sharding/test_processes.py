@@ -155,7 +155,7 @@ def test_a_machine_that_is_taken_away(stopped: Stopped, tmp_path: Path) -> None:
     """SIGTERM to one of two processes: both save and exit with 75; the run resumes; only process 0
     writes logs.
     """
-    line = f"stopped at step {stopped.step}: this machine is being taken away; run again to resume"
+    line = f"stopped at step {stopped.step} by SIGTERM or SIGHUP; run again to resume"
     for result in stopped.results:
         assert (result.code, result.err.strip().splitlines()[-1]) == (75, f"allattn: {line}")
     assert stopped.results[1].out == "" and len(list(stopped.workdir.glob("events*"))) == 1

@@ -137,7 +137,7 @@ def test_a_score_that_is_interrupted(trained: Path, tmp_path: Path) -> None:
     expect(
         results,
         75,
-        "allattn: stopped while scoring: this machine is being taken away; run again to score",
+        "allattn: stopped while scoring by SIGTERM or SIGHUP; run again to score",
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from allattn.errors import UserError
 from allattn.train import jsonl, metrics
 from allattn.train.logs import Logs
 from allattn.train.progress import RunProgress
@@ -76,7 +77,8 @@ def test_lines_that_are_no_rows(tmp_path: Path) -> None:
         file.write(b'not JSON\n\xff\n[1]\n3\nnull\n{"nll": 1}\n{"step": "ten"}\n\n')
     (tmp_path / "metrics-1.jsonl").mkdir()
     assert jsonl.read_jsonl(str(tmp_path)) == [{"step": 10, "nll": 3.0}]
-    assert jsonl.read_jsonl(str(tmp_path / "nowhere")) == []
+    with pytest.raises(UserError, match="nowhere: expected the workdir of a run, found nothing"):
+        jsonl.read_jsonl(str(tmp_path / "nowhere"))
 
 
 def test_beginning_again(tmp_path: Path) -> None:

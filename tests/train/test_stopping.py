@@ -93,7 +93,7 @@ def test_stopped_while_it_evaluates(texts: Path, tmp_path: Path) -> None:
             evaluate = calls_first(number, train.Trainer.evaluate, stop)
             patch.setattr(train.Trainer, "evaluate", evaluate)
             found = run(texts, tmp_path / "run")
-        assert found.code == 75 and f"stopped at step {step}: " in found.err
+        assert found.code == 75 and f"stopped at step {step} by SIGTERM or SIGHUP" in found.err
     assert run(texts, tmp_path / "run").code == 0
     rows = [row for row in read_jsonl(str(tmp_path / "run")) if "dev_nll" in row]
     assert [row["step"] for row in rows] == [4, 6]
@@ -108,7 +108,7 @@ def test_stopped_before_the_first_step(texts: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.Trainer, "fresh_state", fresh)
         found = run(texts, tmp_path / "run")
-    assert found.code == 75 and "stopped at step 0: " in found.err
+    assert found.code == 75 and "stopped at step 0 by SIGTERM or SIGHUP" in found.err
 
 
 # --- in a program or a notebook
@@ -117,7 +117,7 @@ def test_stopped_before_the_first_step(texts: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_machine_taken_away(number: signal.Signals) -> None:
     """A closed terminal stops a run as SIGTERM does."""
-    with pytest.raises(PreemptedError, match="^stopped: this machine is being taken away; go on$"):
+    with pytest.raises(PreemptedError, match="^stopped by SIGTERM or SIGHUP; go on$"):
         with Preemption() as preemption:
             signal.raise_signal(number)
             assert preemption()
