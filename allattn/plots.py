@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib.figure
 import numpy as np
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
@@ -57,10 +58,10 @@ def plot_curves(runs: Runs, unit: str | None = None) -> Figure:
         of everything else.
 
     Returns:
-      The figure. A run that has logged nothing yet is in its legend.
+      The figure. A run that has logged nothing yet, or has no workdir yet, is in its legend.
 
     Raises:
-      UserError: another unit, or a workdir that is not there.
+      UserError: another unit.
 
     Example:
       >>> figure = allattn.plot_curves({"mine": workdir}, unit="bpc")
@@ -100,9 +101,12 @@ def _by_name(runs: Runs) -> Mapping[str, Workdir | Rows]:
 
 
 def _rows(run: Workdir | Rows) -> Rows:
-    if isinstance(run, str | os.PathLike):
-        return read_jsonl(os.fspath(run))
-    return run
+    if not isinstance(run, str | os.PathLike):
+        return run
+    # A picture that is drawn while its run goes on begins before the run does.
+    if not epath.Path(run).exists():
+        return []
+    return read_jsonl(os.fspath(run))
 
 
 def _usual_unit(runs: Any) -> str:
