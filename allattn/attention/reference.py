@@ -173,13 +173,17 @@ def all_attention(
     if dropout_rate:
         row_B111 = row_offset + jnp.arange(B)[:, None, None, None]
         head_H11 = head_offset + jnp.arange(H)[:, None, None]
-        owner = (dropout_seed, row_B111, head_H11, query_T[:, None])
-        context_key = dropout.query_key(*owner, dropout.CONTEXT)
-        persistent_key = dropout.query_key(*owner, dropout.PERSISTENT)
-        kept_BHTS = dropout.keep(context_key, distance_BTS[:, None], dropout_rate)
-        context_BHTS *= kept_BHTS / (1 - dropout_rate)
-        kept_BHTN = dropout.keep(persistent_key, jnp.arange(N), dropout_rate)
-        persistent_BHTN *= kept_BHTN / (1 - dropout_rate)
+        # A key counts from its row's first query.
+        index_B11S = (key_S - query_start_B[:, None])[:, None, None]
+
+        def kept(index: Array, domain: int) -> Array:
+            owner = (dropout_seed, row_B111, head_H11)
+            query_words = dropout.query_words(*owner, query_T[:, None], domain)
+            column_words = dropout.column_words(*owner, index, domain)
+            return dropout.keep(query_words, column_words, dropout_rate)
+
+        context_BHTS *= kept(index_B11S, dropout.CONTEXT) / (1 - dropout_rate)
+        persistent_BHTN *= kept(jnp.arange(N), dropout.PERSISTENT) / (1 - dropout_rate)
 
     # The weighted sum of values.
     out_BTHK = jnp.einsum("bhts,bshk->bthk", context_BHTS, value_BSHK)

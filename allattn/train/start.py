@@ -1,10 +1,12 @@
 """Where a run starts from: its own newest checkpoint, or the parameters of another run."""
 
 import itertools
+import logging
 from typing import Any
 
 import jax
 
+from allattn.attention import dropout
 from allattn.config import changed_fields, from_json
 from allattn.config_checks import MAY_CHANGE_ON_RESUMING, MAY_CHANGE_ON_WARM_START
 from allattn.data import Dataset, Vocabulary
@@ -26,8 +28,8 @@ def restore(
     """The state of the newest readable checkpoint and its context length; None in a new workdir.
 
     Everything that gives the numbers their meaning must be as it was: the configuration, and the
-    symbols that the rows of the embedding stand for. Other text in these symbols is a choice, which
-    a line on the screen tells.
+    symbols that the rows of the embedding stand for. Other text in these symbols is a choice, and
+    another mask of dropout comes with a version: a line tells either.
 
     Args:
       trainer: of the run.
@@ -70,6 +72,7 @@ def restore(
     if meta.get("params_only"):
         return trainer.fresh_state(params)
     _check_text(meta, trainer, checkpoints.workdir)
+    _tell_other_mask(meta, trainer, checkpoints.workdir)
     return trainer.restored_state((params, optimizer, cache_XBSD), meta)
 
 
@@ -114,6 +117,25 @@ def _check_text(meta: dict[str, Any], trainer: Trainer, workdir: str) -> None:
             f"before, {now} from now on",
             flush=True,
         )
+
+
+def _tell_other_mask(meta: dict[str, Any], trainer: Trainer, workdir: str) -> None:
+    """Say that the rest of a run drops other weights than the version that began it would have."""
+    # Checkpoints of the first generation do not have it.
+    before = meta.get("dropout_mask", 1)
+    now = dropout.GENERATION
+    train = trainer.config.train
+    complete = meta["step"] >= train.steps + train.finetune_steps
+    if before == now or complete or not trainer.model.config.drops or jax.process_index():
+        return
+    logging.warning(
+        "%s: dropout's mask was of generation %d until step %d, and is of generation %d from now "
+        "on: the same distribution, other draws",
+        workdir,
+        before,
+        meta["step"],
+        now,
+    )
 
 
 def warm_start(program: TrainProgram, dataset: Dataset) -> Params | None:

@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from allattn import data, sharding
+from allattn.attention import dropout
 from allattn.config_checks import check_training
 from allattn.errors import NotANumberError
 from allattn.evaluation import protocols, scoring
@@ -138,6 +139,8 @@ class Trainer(TrainProgram):
         meta["key"] = np.asarray(state.key).tolist()
         # The name of the context length in every checkpoint so far.
         meta["bucket"] = context_length
+        # Another version may draw other masks, which a run that goes on with it says.
+        meta["dropout_mask"] = dropout.GENERATION
         return meta
 
 

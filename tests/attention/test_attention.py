@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from new_process import fresh
 
 from allattn import attention
-from allattn.attention import dropout, tuning
+from allattn.attention import tuning
 
 IMPLEMENTATIONS = [name for name in attention.IMPLEMENTATIONS if name != "reference"]
 
@@ -289,20 +289,6 @@ def test_dropout_does_not_depend_on_the_cut(
     others = [0, 2, 3]
     found = output(case, implementation)({**inputs, **padded}, 7)
     np.testing.assert_allclose(found[:, :, others], whole[:, :, others], **close)
-
-
-def test_dropout_rate() -> None:
-    key = dropout.query_key(
-        3, jnp.arange(20)[:, None, None], jnp.arange(4)[:, None], jnp.arange(32), dropout.CONTEXT
-    )
-    stays = np.asarray(dropout.keep(key[..., None], jnp.arange(64), 0.3))
-    assert abs(stays.mean() - 0.7) < 4 * np.sqrt(0.21 / stays.size)
-    for axis in range(4):  # no place is favoured
-        rest = tuple(i for i in range(4) if i != axis)
-        count = stays.size / stays.shape[axis]
-        assert np.abs(stays.mean(rest) - 0.7).max() < 5 * np.sqrt(0.21 / count)
-    other = np.asarray(dropout.keep(key[..., None] + 0, jnp.arange(1, 65), 0.3))
-    assert abs((stays == other).mean() - 0.58) < 0.01  # neighbours are independent: 0.7^2 + 0.3^2
 
 
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,16 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from command_line import Result, call, flags
+from command_line import Result, call, flags, trainer
 
 import allattn
+from allattn.attention import dropout
 from allattn.storage.checkpoint import Checkpointer
+from allattn.train import start
 
 WORDS = {"dataset__unit": "word", "train__steps": 2, "train__finetune_steps": 0}
 
@@ -92,3 +95,33 @@ def test_other_text_in_the_same_symbols(place: Path, tmp_path: Path) -> None:
     # From now on it is the text of this run.
     with Checkpointer(str(tmp_path / "run"), create=False) as checkpoints:
         assert f"{checkpoints.restore_meta()['dataset']} from now on\n" in found.out
+
+
+@pytest.mark.parametrize("rate", [0.25, 0.0])
+def test_another_mask_of_dropout(
+    rate: float, place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run with dropout that an older version began says that it goes on with other draws."""
+    by = trainer(place / "texts", **WORDS, model__embedding_dropout=rate)
+    state, context_length = by.fresh_state()
+    meta = by.meta(state, context_length)
+
+    def told(name: str, **changes: Any) -> list[str]:
+        """What a start says of a checkpoint whose meta has these changes."""
+        with Checkpointer(str(tmp_path / name)) as checkpoints:
+            arrays = (state.params, state.optimizer, state.cache)
+            stored = {name: x for name, x in {**meta, **changes}.items() if x is not None}
+            checkpoints.save(changes["step"], *arrays, stored)
+            caplog.clear()
+            assert start.restore(by, checkpoints) is not None
+        return [line for line in caplog.messages if "dropout" in line]
+
+    # Without the entry, as checkpoints were before masks were counted.
+    line = (
+        f"{tmp_path / 'older'}: dropout's mask was of generation 1 until step 1, and is of "
+        f"generation {dropout.GENERATION} from now on: the same distribution, other draws"
+    )
+    assert told("older", step=1, dropout_mask=None) == [line] * bool(rate)
+    assert told("same", step=1) == []
+    # Nothing is left to train.
+    assert told("complete", step=2, dropout_mask=None) == []

@@ -299,26 +299,24 @@ class HeadRow:
         """Which weights of keys dropout keeps; None: all."""
         if not self.static.dropout_rate:
             return None
-        # The index of a key is its distance; the query's part of it is added for all keys at once.
-        word = self._dropout_key(query, dropout.CONTEXT)
-        word = dropout.moved(word, self.query_start + query)
-        return dropout.keep(word, -key, self.static.dropout_rate)
+        # The mask counts keys from the block's first query.
+        return self._keeps(query, key - self.query_start, dropout.CONTEXT)
 
     def keeps_pairs(self, query: Array, pair: Array) -> Array | None:
         """Which weights of persistent pairs dropout keeps; None: all."""
         if not self.static.dropout_rate:
             return None
-        word = self._dropout_key(query, dropout.PERSISTENT)
-        return dropout.keep(word, pair, self.static.dropout_rate)
+        return self._keeps(query, pair, dropout.PERSISTENT)
 
-    def _dropout_key(self, query: Array, domain: int) -> Array:
-        """The hash that all weights of a query share."""
+    def _keeps(self, query: Array, index: Array, domain: int) -> Array:
+        """Which weights dropout keeps, of queries and the index of each column."""
         seed = self.scalars.seed_and_offsets[0]
         row_offset = self.scalars.seed_and_offsets[1]
         head_offset = self.scalars.seed_and_offsets[2]
-        row = row_offset + self.row
-        head = head_offset + self.head
-        return dropout.query_key(seed, row, head, query, domain)
+        owner = (seed, row_offset + self.row, head_offset + self.head)
+        query_words = dropout.query_words(*owner, query, domain)
+        column_words = dropout.column_words(*owner, index, domain)
+        return dropout.keep(query_words, column_words, self.static.dropout_rate)
 
 
 def _align(number: Array) -> Array:

@@ -242,6 +242,12 @@ class TilePosition:
         index_C1 = first + jax.lax.broadcasted_iota(jnp.int32, (x_CK.shape[0], 1), 0)
         return jnp.where((index_C1 >= self.oldest) & (index_C1 <= self.newest), x_CK, 0)
 
+    def from_first_query(self, key_tile: Array) -> Array:
+        """Indices of a tile's keys, counted from the block's first query, as (1, C)."""
+        index_1C = jax.lax.broadcasted_iota(jnp.int32, (1, self.sizes.key_tile), 1)
+        query_start = self.begin - self.first_query
+        return key_tile * self.sizes.key_tile - query_start + index_1C
+
     def distances(self, key_tile: Array) -> tuple[Array, Array]:
         """Distance of every pair, and whether it exists."""
         shape = (self.sizes.query_tile, self.sizes.key_tile)
@@ -312,16 +318,16 @@ def _dropout_factors(
     row: Array,
     head: Array,
     domain: int,
-    index_TX: Array,
+    index_1X: Array,
 ) -> Array:
     """Factors of the weights, 0 or 1 / (1 - rate)."""
-    row_T1 = jax.lax.broadcasted_iota(jnp.int32, (index_TX.shape[0], 1), 0)
+    row_T1 = jax.lax.broadcasted_iota(jnp.int32, (tile.sizes.query_tile, 1), 0)
     query_T1 = tile.first_query + row_T1
-    seed = seed_and_offsets[0]
-    global_row = seed_and_offsets[1] + row
-    global_head = seed_and_offsets[2] + head
-    key_T1 = dropout.query_key(seed, global_row, global_head, query_T1, domain)
-    keeps_TX = dropout.keep(key_T1, index_TX, static.dropout_rate)
+    owner = (seed_and_offsets[0], seed_and_offsets[1] + row, seed_and_offsets[2] + head)
+    # Hash the edges of the tile alone: a weight then costs three operations.
+    words_T1 = dropout.query_words(*owner, query_T1, domain)
+    column_1X = dropout.column_words(*owner, index_1X, domain)
+    keeps_TX = dropout.keep(words_T1, column_1X, static.dropout_rate)
     return jnp.where(keeps_TX, 1 / (1 - static.dropout_rate), 0.0)
 
 
@@ -361,7 +367,7 @@ def _lanes(sizes: Sizes, p: int) -> slice:
 
 
 def _pair_index(sizes: Sizes) -> Array:
-    return jax.lax.broadcasted_iota(jnp.int32, (sizes.query_tile, sizes.N), 1)
+    return jax.lax.broadcasted_iota(jnp.int32, (1, sizes.N), 1)
 
 
 # --- forward --------------------------------------------------------------------------------------
@@ -458,7 +464,7 @@ def forward_kernel(
                     row,
                     head,
                     dropout.CONTEXT,
-                    distance_TC,
+                    tile.from_first_query(key_tile),
                 )
             sums[p] = sums[p] * shrink_T1 + dot(weight_TC.astype(dtype), value_CK)
 
@@ -598,7 +604,7 @@ def backward_kernel(
                     row,
                     head,
                     dropout.CONTEXT,
-                    distance_TC,
+                    tile.from_first_query(key_tile),
                 )
                 d_weight_TC = d_weight_TC * factor_TC
                 dropped_TC = weight_TC * factor_TC

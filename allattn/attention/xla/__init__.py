@@ -187,31 +187,42 @@ def _logits(work: Work, tile: Tile) -> tuple[Array, Array]:
     return context_GTC, persistent_GTN
 
 
-def _factors_by_index(work: Work, tile: Tile, domain: int, index_TX: Array) -> Array:
-    """Dropout's factors of weights that each query of a tile knows by an index, as factors_GTX."""
+def _kept_by_index(work: Work, tile: Tile, domain: int, index_TX: Array) -> Array:
+    """Which weights dropout keeps, as kept_GTX.
+
+    Args:
+      work, tile: whose weights.
+      domain: CONTEXT or PERSISTENT.
+      index_TX: of the weights as `dropout.column_words` has it; its T may be 1, for all queries.
+    """
     dynamic = work.dynamic
-    rate = work.static.dropout_rate
     G, T, _ = tile.query_GTK.shape
     # Global row and head, and the query's place in the block: they name a weight on any mesh.
-    row_G1 = (dynamic.row_offset + tile.first_row + jnp.arange(G))[:, None]
-    head = dynamic.head_offset + work.head.number
-    query_T = tile.first_query + jnp.arange(T)
-    key_GT = dropout.query_key(dynamic.dropout_seed, row_G1, head, query_T, domain)
-    return dropout.keep(key_GT[..., None], index_TX, rate) / (1 - rate)
+    row_G11 = (dynamic.row_offset + tile.first_row + jnp.arange(G))[:, None, None]
+    owner = (dynamic.dropout_seed, row_G11, dynamic.head_offset + work.head.number)
+    query_T1 = (tile.first_query + jnp.arange(T))[:, None]
+    words_GT1 = dropout.query_words(*owner, query_T1, domain)
+    column_GTX = dropout.column_words(*owner, index_TX, domain)
+    return dropout.keep(words_GT1, column_GTX, work.static.dropout_rate)
 
 
-def _dropout_factors(work: Work, tile: Tile) -> tuple[Array, Array]:
-    """Dropout's factors, 0 or 1 / (1 - rate), for the windows and for the persistent pairs."""
-    R = work.R
-    T = work.shape.tile(R)
-    C = R + T
-    # Column 0 of query 0 is the farthest distance.
-    farthest = work.static.first_distance + R - 1
-    distance_TC = farthest + jnp.arange(T)[:, None] - jnp.arange(C)
-    context_GTC = _factors_by_index(work, tile, dropout.CONTEXT, distance_TC)
+def _after_dropout(
+    work: Work, tile: Tile, context_GTC: Array, persistent_GTN: Array
+) -> tuple[Array, Array]:
+    """Weights of the windows and of the persistent pairs, or their gradients, with 0 for dropped.
+
+    Those that stay are not yet divided by 1 - rate.
+    """
+    if not work.static.dropout_rate:
+        return context_GTC, persistent_GTN
+    # Keys count from the block's first query; column 0 of the tile's first is the farthest.
+    farthest = work.static.first_distance + work.R - 1
+    index_1C = (tile.first_query - farthest + jnp.arange(context_GTC.shape[2]))[None]
+    kept_GTC = _kept_by_index(work, tile, dropout.CONTEXT, index_1C)
+    # Pairs have their numbers.
     pair_1N = jnp.arange(work.shape.N)[None]
-    persistent_GTN = _factors_by_index(work, tile, dropout.PERSISTENT, pair_1N)
-    return context_GTC, persistent_GTN
+    kept_GTN = _kept_by_index(work, tile, dropout.PERSISTENT, pair_1N)
+    return jnp.where(kept_GTC, context_GTC, 0), jnp.where(kept_GTN, persistent_GTN, 0)
 
 
 def _head_forward(
@@ -242,15 +253,13 @@ def _tile_forward(work: Work, number: Array) -> tuple[Array, Array, Array]:
     total_GT1 = jnp.where(total_GT1 > 0, total_GT1, 1)
 
     # Dropout acts on the weights and not on their sum.
-    if work.static.dropout_rate:
-        factor_GTC, factor_GTN = _dropout_factors(work, tile)
-        context_GTC = context_GTC * factor_GTC
-        persistent_GTN = persistent_GTN * factor_GTN
+    context_GTC, persistent_GTN = _after_dropout(work, tile, context_GTC, persistent_GTN)
 
-    # The division comes last, where there are fewer numbers.
+    # The divisions come last, where there are fewer numbers.
     out_GTK = _dot("gtc,gkc->gtk", context_GTC, tile.value_GKC)
     out_GTK += _dot("gtn,kn->gtk", persistent_GTN, work.head.persistent_value_KN)
-    return out_GTK / total_GT1, (persistent_GT1 / total_GT1)[..., 0], lse_GT1[..., 0]
+    out_GTK = out_GTK / (total_GT1 * (1 - work.static.dropout_rate))
+    return out_GTK, (persistent_GT1 / total_GT1)[..., 0], lse_GT1[..., 0]
 
 
 def _from_tiles(shape: Shape, x_XGTK: Array) -> Array:
@@ -305,7 +314,8 @@ def _head_backward(
     # Cut what the forward pass left and the output's gradient into tiles.
     d_out_BTHK, lse_HBT, delta_HBT = extra
     d_out_BTK = jax.lax.dynamic_index_in_dim(d_out_BTHK, head.number, 2, keepdims=False)
-    d_out_BTK = d_out_BTK.astype(lse_HBT.dtype)
+    # Only weights that dropout keeps meet it: their scale is taken in here.
+    d_out_BTK = d_out_BTK.astype(lse_HBT.dtype) / (1 - static.dropout_rate)
     lse_BT1 = lse_HBT[head.number][..., None]
     delta_BT1 = delta_HBT[head.number][..., None]
     by_tile = tuple(_to_tiles(shape, R, x) for x in (d_out_BTK, lse_BT1, delta_BT1))
@@ -350,16 +360,13 @@ def _tile_backward(work: Work, sums: Sums, operands: tuple) -> tuple[Sums, tuple
     context_GTC = jnp.exp(context_GTC - lse_GT1)
     persistent_GTN = jnp.exp(persistent_GTN - lse_GT1)
 
-    # Gradients of the weights after dropout, then those of the logits: w (f d_w - delta).
+    # Gradients of the weights, 0 for those that were dropped; then of the logits: w (d_w - delta).
     d_context_GTC = _dot("gtk,gkc->gtc", d_out_GTK, tile.value_GKC)
     d_persistent_GTN = _dot("gtk,kn->gtn", d_out_GTK, head.persistent_value_KN)
-    factor_GTC = factor_GTN = jnp.ones((), lse_GT1.dtype)
-    if static.dropout_rate:
-        factor_GTC, factor_GTN = _dropout_factors(work, tile)
-    dropped_GTC = context_GTC * factor_GTC
-    dropped_GTN = persistent_GTN * factor_GTN
-    d_context_GTC = context_GTC * (d_context_GTC * factor_GTC - delta_GT1)
-    d_persistent_GTN = persistent_GTN * (d_persistent_GTN * factor_GTN - delta_GT1)
+    d_context_GTC, d_persistent_GTN = _after_dropout(work, tile, d_context_GTC, d_persistent_GTN)
+    dropped_GTC, dropped_GTN = _after_dropout(work, tile, context_GTC, persistent_GTN)
+    d_context_GTC = context_GTC * (d_context_GTC - delta_GT1)
+    d_persistent_GTN = persistent_GTN * (d_persistent_GTN - delta_GT1)
 
     # Gradients of the queries. One query that serves both products gets the sum of its gradients.
     d_position_GTP = unskew(d_context_GTC)
@@ -444,8 +451,9 @@ def _tile_end_gradient(work: Work, last: Array, column: Array, operands: tuple) 
         logits_GT += jax.lax.dynamic_slice_in_dim(tile.absent_C, column, T)
     d_weight_GT = _dot("gtk,gkt->gt", d_out_GTK, value_GKT)
     if work.static.dropout_rate:
-        factor_GT1 = _factors_by_index(work, tile, dropout.CONTEXT, last[None, None])
-        d_weight_GT *= factor_GT1[..., 0]
+        index_T1 = (tile.first_query + jnp.arange(T) - last)[:, None]
+        kept_GT1 = _kept_by_index(work, tile, dropout.CONTEXT, index_T1)
+        d_weight_GT = jnp.where(kept_GT1[..., 0], d_weight_GT, 0)
     # A weight over m, which is what counts for m's derivative, with its bound.
     excess_GT = logits_GT - lse_GT1[..., 0]
     bare_GT = jnp.exp(jnp.minimum(excess_GT, math.log(MAX_MASK_DERIVATIVE)))
