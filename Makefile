@@ -10,7 +10,7 @@ STAMP := .venv/.installed-$(VERSION)
 FRESH = $(if $(wildcard .venv/bin/python$(VERSION)),,--clear)
 
 .PHONY: help install demo notebook test test-all test-tpu-compile test-gpu-compile test-slurm same-program lint bench bench-gpu \
-    bench-peers clean
+    bench-peers bench-tpu-schedule clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,7 +42,8 @@ test-all: install  ## and the slow ones
 test-tpu-compile:  ## compile the TPU kernels and every model's step for v4 to tpu7x; fetches libtpu, needs no TPU
 	@test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
 	@.venv-tpu/bin/python -m pip install -q --disable-pip-version-check -e '.[test,tpu]'
-	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -q -s tests/attention/test_tpu_compile.py
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m pytest -q -s tests/attention/test_tpu_compile.py \
+	    tests/benchmarks/test_schedule.py
 	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m benchmarks.compile
 
 test-gpu-compile:  ## compile the GPU kernels, and a step for a node of H100; needs CUDA's compiler, which is fetched, but no GPU
@@ -84,6 +85,11 @@ bench-peers: install  ## a training step of ours beside PyTorch's, in three minu
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/python -m pip install -q --disable-pip-version-check '$(TORCH)' 'x-transformers>=2.31,<3'
 	$(BIN)/python -m benchmarks.peers
+
+bench-tpu-schedule:  ## the TPU kernels' share of the matrix units by libtpu's schedule, in ten minutes; needs no TPU
+	@test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
+	@.venv-tpu/bin/python -m pip install -q --disable-pip-version-check -e '.[test,tpu]'
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m benchmarks.schedule
 
 clean:  ## remove environments and caches
 	rm -rf .venv .venv-tpu .venv-gpu .venv-peers .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
