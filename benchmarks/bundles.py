@@ -57,7 +57,8 @@ class Instruction(NamedTuple):
 class Program(NamedTuple):
     """A kernel as libtpu schedules it."""
 
-    # Scalar instructions of those bundles that have any, in the order of evaluation.
+    # Of those bundles that have any, the scalar instructions on which a branch or a transfer
+    # depends, in the order of evaluation.
     instructions: dict[int, list[Instruction]]
     # Uses of every unit by every bundle, and how many each unit can take.
     used_XU: np.ndarray
@@ -94,9 +95,11 @@ _TARGET = re.compile(r"target bundleno = (\d+)")
 _OPERAND = re.compile(r"inlined_call_operand.*index: (\d+)")
 # Operands in VMEM or in v4's CMEM.
 _RESIDENT = re.compile(r"inlined_call_operand\.[vc]mem \[shape: [a-z]+(\d+)\[([\d,]*)\]")
-# Scalar, predicate and control instructions; of all others only transfers matter.
+# Scalar, predicate and control instructions; of all others only transfers from and to HBM and into
+# scalar memory matter.
 _SCALAR = re.compile(
-    r"s(?!fence|halt|yncpa)\w+|p(?!op)\w+|int_to_ptr|scalar_\w+|dma\.\w+_to_|inlined_\w+"
+    r"s(?!fence|halt|yncpa)\w+|p(?!op)\w+|int_to_ptr|scalar_\w+|inlined_\w+"
+    r"|dma\.(?:hbm_to_|\w+_to_[hs])"
 )
 
 
@@ -137,7 +140,32 @@ def parse(bundles: str, utilization: str) -> Program:
     # The table lacks the last bundle.
     missing = np.zeros((count - len(used_XU), len(units)), int)
     used_XU = np.concatenate([used_XU, missing])
-    return Program(instructions, used_XU, capacity_U, units, _resident(bundles))
+    return Program(_deciding(instructions), used_XU, capacity_U, units, _resident(bundles))
+
+
+def _deciding(instructions: dict[int, list[Instruction]]) -> dict[int, list[Instruction]]:
+    """Branches, transfers, and what they depend on; most of the others compute addresses."""
+    needed: set[str] = set()
+
+    def decides(instruction: Instruction) -> bool:
+        if instruction.operation == "sst":
+            allocations = [term for term in instruction.address if term.startswith("#")]
+            return not allocations or not needed.isdisjoint(allocations)
+        if instruction.operation == "sbr.rel" or instruction.operation.startswith("dma"):
+            return True
+        return instruction.result in needed
+
+    # From each on to what it depends on, until there is no more.
+    known = -1
+    while known < len(needed):
+        known = len(needed)
+        for bundle in reversed(instructions.values()):
+            for instruction in filter(decides, bundle):
+                needed.update(instruction.operands, instruction.address)
+                needed.update((instruction.predicate, instruction.otherwise))
+        needed.discard("")
+    kept = {number: list(filter(decides, bundle)) for number, bundle in instructions.items()}
+    return {number: bundle for number, bundle in kept.items() if bundle}
 
 
 def _resident(bundles: str) -> int:
@@ -188,7 +216,7 @@ def _instruction(text: str) -> Instruction | None:
         rest = rest.replace(match[0], "")
     if match := _TARGET.search(rest):
         rest = match[1]
-    operands = [part.strip() for part in rest.split(",")]
+    operands = [part.strip(" []") for part in rest.split(",")]
     return Instruction(
         result=result or "",
         operation=operation,
@@ -290,11 +318,11 @@ class _Machine:
         self.granules = 0
 
     def value(self, operand: str) -> Any:
-        """A name's value, a literal's, or an allocation as it is."""
+        """A name's value, a number's, or an allocation as it is."""
         if operand in self.values:
             return self.values[operand]
-        if operand.startswith(("[", "#")):
-            return operand.strip("[]")
+        if operand.startswith("#"):
+            return operand
         try:
             return int(operand, 0) & WORD
         except ValueError:
@@ -385,6 +413,7 @@ class _Machine:
             return
         source, size, target = values[:3]
         assert holds is not None and size is not None, instruction
+        # Strides and other operands behind these matter to no one here.
         if "hbm" in instruction.operation:
             self.granules += size
         if instruction.operation.endswith("to_smem"):
