@@ -248,12 +248,14 @@ _ARITHMETIC: dict[str, Callable[..., int]] = {
     "sadd": operator.add,
     "ssub": operator.sub,
     "smul": operator.mul,
+    "smulhi": lambda x, y: x * y >> 32,
     "sand": operator.and_,
     "sor": operator.or_,
     "sxor": operator.xor,
     "sshll": lambda x, places: x << places,
     "sshrl": operator.rshift,
     "sshra": _shift_right,
+    "pxor": operator.xor,
 }
 _ORDERED: dict[str, Callable[[int, int], Any]] = {
     "eq": operator.eq,
@@ -316,6 +318,8 @@ class _Machine:
         # Allocation 0 is the number of the core.
         self.memory: dict[tuple[str, int] | None, Any] = {("#allocation0", 0): core}
         self.granules = 0
+        # Operations that this module does not know.
+        self.unknown: set[str] = set()
 
     def value(self, operand: str) -> Any:
         """A name's value, a number's, or an allocation as it is."""
@@ -399,7 +403,10 @@ class _Machine:
             return list(divmod(number, divisor))
         if operation == "spop.drf":
             return values[0].pop(0)
-        return _compute(operation, values)
+        result = _compute(operation, values)
+        if result is None and "f32" not in operation and None not in values:
+            self.unknown.add(operation)
+        return result
 
     def _effect(self, instruction: Instruction, holds: Any) -> None:
         """Store a word, or count and follow a transfer."""
@@ -461,7 +468,8 @@ def run(
       How often it issued each bundle, and what it moved.
 
     Raises:
-      RuntimeError: a branch depends on a value from the vector units.
+      RuntimeError: a branch depends on a value from the vector units, or on an operation that is
+        not known here.
     """
     machine = _Machine(arguments, core)
     bundles = len(program.used_XU)
@@ -489,7 +497,10 @@ def run(
                 continue
             taken = machine.holds(instruction)
             if taken is None:
-                raise RuntimeError(f"bundle {at}: a branch depends on a vector")
+                raise RuntimeError(
+                    f"bundle {at}: expected a branch that depends on scalars and operations that "
+                    f"are known, found a vector or one of {sorted(machine.unknown)}"
+                )
             if taken:
                 branch = (at + branch_slots, int(instruction.operands[0]))
         at += 1

@@ -73,7 +73,7 @@ def test_regions_of_a_program(loop: bundles.Program) -> None:
 
 def test_branches_on_vectors_are_refused(loop: bundles.Program) -> None:
     """A bound that is not known is no bound of 0."""
-    with pytest.raises(RuntimeError, match="bundle 66: a branch depends on a vector"):
+    with pytest.raises(RuntimeError, match="bundle 66: expected a branch that depends on sc"):
         bundles.run(loop, {}, core=0, branch_slots=4, granule=32)
 
 
