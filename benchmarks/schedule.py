@@ -1,13 +1,14 @@
 """Share of a TPU's matrix rate that the operation reaches, by libtpu's own schedule: needs no TPU.
 
 Command:  python -m benchmarks.schedule [--chips=v5e,v6e] [--widths=64] [--dropout=0.3]
-              [--spans=full,zero] [--regions=8]     (needs libtpu: pip install -e '.[tpu]')
+              [--spans=full,zero] [--kinds=operation] [--regions=8]
+          (needs libtpu: pip install -e '.[tpu]')
 
 Compiles the operation as a model calls it, forward and backward, for chips that are not here, and
-beside it jax's splash attention (causal, without positions, spans, dropout or pairs) and a plain
-product. `bundles` says how the cycles of their kernels are counted; spans are arguments, so one
-program is counted for all of them. Full spans are L, zero spans leave the ramp, paper-like spans
-are the layers of paper_like_spans.json, one after the other.
+beside it jax's splash attention (over all pairs and causal, without positions, spans, dropout or
+persistent pairs) and a plain product. `bundles` says how the cycles of their kernels are counted;
+spans are arguments, so one program is counted for all of them. Full spans are L, zero spans leave
+the ramp, paper-like spans are the layers of paper_like_spans.json, one after the other.
 
 The share is that of required products (the backward pass: twice the forward's) over what the matrix
 units could have done in these cycles. A schedule does not say how long the core waits for
@@ -28,6 +29,7 @@ import concurrent.futures
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -61,6 +63,7 @@ RAMP = attention.RAMP
 WIDTHS = (64, 128)
 DROPOUT = (0.0, 0.3)
 SPANS = ("full", "zero", "paper")
+KINDS = ("operation", "splash", "causal-splash", "product")
 
 # Splash attention: as many queries as keys, in blocks that were best for it.
 SPLASH_LENGTH = 8192
@@ -128,7 +131,7 @@ class Case(NamedTuple):
     """What one process compiles."""
 
     chip: str
-    # "operation", "splash", "causal splash" or "product".
+    # One of KINDS.
     kind: str
     K: int
     dropout: float
@@ -560,19 +563,16 @@ def report(rows: Sequence[dict[str, Any]], here: dict[str, str]) -> str:
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
     """What is compiled, the slowest first."""
-    found = [
-        Case(chip, "operation", K, dropout)
-        for chip in arguments.chips
-        for K in arguments.widths
-        for dropout in arguments.dropout
-    ]
-    found += [
-        Case(chip, kind, K, 0.0)
-        for kind in ("splash", "causal splash")
-        for chip in arguments.chips
-        for K in arguments.widths
-    ]
-    return found + [Case(chip, "product", PRODUCT_DEPTH, 0.0) for chip in arguments.chips]
+    found = []
+    for kind, chip, K in itertools.product(KINDS, arguments.chips, arguments.widths):
+        # What has no dropout, or no heads, is compiled once.
+        rates = [0.0]
+        if kind == "operation":
+            rates = arguments.dropout
+        if kind == "product":
+            K = PRODUCT_DEPTH
+        found += [Case(chip, kind, K, dropout) for dropout in rates]
+    return [case for case in dict.fromkeys(found) if case.kind in arguments.kinds]
 
 
 def count(
@@ -616,6 +616,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--kinds", type=_listed(KINDS), default=list(KINDS))
     parser.add_argument("--chips", type=_listed(list(CORES)), default=list(CORES))
     parser.add_argument("--widths", type=_listed(WIDTHS), default=list(WIDTHS))
     parser.add_argument("--dropout", type=_listed(DROPOUT), default=list(DROPOUT))
@@ -639,8 +640,9 @@ def main() -> int:
     rows = count(cases(arguments), arguments.spans, arguments.regions, arguments.workers)
 
     # A whole table is kept.
-    chosen = (arguments.chips, arguments.widths, arguments.dropout, arguments.spans)
-    whole = [len(words) for words in chosen] == [len(CORES), len(WIDTHS), len(DROPOUT), len(SPANS)]
+    parts = (arguments.kinds, arguments.chips, arguments.widths, arguments.dropout, arguments.spans)
+    known = (KINDS, CORES, WIDTHS, DROPOUT, SPANS)
+    whole = [len(words) for words in parts] == [len(words) for words in known]
     file = arguments.output
     if whole and not file:
         file = ROOT / "benchmarks" / "results" / f"{here['date']}-tpu-schedule.jsonl"

@@ -171,5 +171,5 @@ def test_the_command_of_one_chip(
     shares = found["v5e"]["zero"]
     assert 0 < shares["forward"] < 1 and 0 < shares["both"] < 1
     kept = [json.loads(line) for line in file.read_text().splitlines()]
-    assert {row["kind"] for row in kept} == {"operation", "splash", "causal splash", "product"}
+    assert {row["kind"] for row in kept} == {"operation", "splash", "causal-splash", "product"}
     assert all(len(row["regions"]) == 2 and row["libtpu"] for row in kept)
