@@ -531,6 +531,24 @@ def summary(rows: Sequence[dict[str, Any]], K: int, dropout: float) -> dict[str,
     return found
 
 
+def paper_costs(rows: Sequence[dict[str, Any]]) -> str:
+    """What spans that differ cost: cycles over their part of those of full spans, a line each."""
+    cycles: dict[tuple, dict[str, float]] = {}
+    for name, group in groups(rows):
+        first = group[0]
+        if first["kind"] == "operation" and name == "both":
+            case = (first["chip"], first["K"], first["dropout"])
+            flops = sum(row["flops"] for row in group)
+            found = cycles.setdefault(case, {})
+            found[first["spans"]] = sum(row["cycles"] for row in group) / flops
+    return "\n".join(
+        f"- {chip}, K {K}, dropout {dropout}: paper-like spans take "
+        f"{per_flop['paper'] / per_flop['full']:.2f} x their share of the cycles of full spans"
+        for (chip, K, dropout), per_flop in cycles.items()
+        if {"paper", "full"} <= set(per_flop)
+    )
+
+
 def listing(rows: Sequence[dict[str, Any]]) -> str:
     """The regions of every kernel, if they were asked for."""
     lines = []
@@ -554,7 +572,7 @@ def report(rows: Sequence[dict[str, Any]], here: dict[str, str]) -> str:
         f"By `python -m benchmarks.schedule` at {versions}. No TPU was used; the head of "
         "`benchmarks/schedule.py` says what the columns mean, and what a schedule cannot say: "
         "how long the core waits for transfers, which lies between `share` and `at least`.\n\n"
-        f"{table(rows)}\n"
+        f"{table(rows)}\n\nForward and backward:\n\n{paper_costs(rows)}\n"
     )
 
 
@@ -653,6 +671,7 @@ def main() -> int:
 
     print(table(rows))
     print(listing(rows))
+    print(paper_costs(rows))
     print(json.dumps(summary(rows, arguments.widths[0], arguments.dropout[-1])))
     return int(any("error" in row for row in rows))
 

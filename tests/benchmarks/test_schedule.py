@@ -124,6 +124,10 @@ def test_shares_of_passes() -> None:
     assert schedule.summary(rows, 64, 0.3) == {"v5e": {"full": {"forward": 0.5, "both": 0.25}}}
     cells = [line.split(" | ") for line in schedule.table(rows).splitlines()]
     assert ["0.30" in line for line in cells[2:]] == [False, False, True, False, False]
+    # Two tenths of the work in four tenths of the cycles.
+    paper = [row(spans="paper", cycles=400, flops=row()["flops"] / 5)]
+    paper += [{**paper[0], "pass": "backward", "cycles": 1200}]
+    assert "spans take 2.00 x their" in schedule.paper_costs([*rows, *paper])
     failed = {"chip": "v4", "kind": "splash", "K": 64, "dropout": 0.0, "error": "too large"}
     assert "too large" in schedule.table([failed])
 
