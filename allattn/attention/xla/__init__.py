@@ -140,6 +140,17 @@ def _for_each_head(
 # --- one head ------------------------------------------------------------------------------------
 
 
+class Mask(NamedTuple):
+    """Dropout's words of one head (`dropout.keep` makes the mask of them), for all rows."""
+
+    # words (B, T rounded up to whole tiles), and those of all windows of keys
+    query: dropout.QueryWords
+    column_BC: Array
+    # the same for persistent pairs
+    pair_query: dropout.QueryWords
+    pair_BN: Array
+
+
 class Work(NamedTuple):
     """What every tile of one head needs, given R, the number of distances that the head sees."""
 
@@ -149,6 +160,7 @@ class Work(NamedTuple):
     head: Head
     dynamic: Dynamic
     position_AP: Array  # from `padded_positions`
+    mask: Mask | None  # from `_mask`
 
     def select(self, number: Array) -> Tile:
         """Tile `number` of the head."""
@@ -158,7 +170,8 @@ class Work(NamedTuple):
 def _dot(equation: str, *operands: Array) -> Array:
     """A product of float32 or float64 arrays.
 
-    XLA on CPU lacks bfloat16 products with float32 sums.
+    On a CPU without instructions for bfloat16, products of such arrays with float32 sums take 1.1
+    to 2 times as long.
     """
     return jnp.einsum(equation, *operands)
 
@@ -187,23 +200,33 @@ def _logits(work: Work, tile: Tile) -> tuple[Array, Array]:
     return context_GTC, persistent_GTN
 
 
-def _kept_by_index(work: Work, tile: Tile, domain: int, index_TX: Array) -> Array:
-    """Which weights dropout keeps, as kept_GTX.
+def _mask(static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic) -> Mask | None:
+    """What dropout's mask of one head is made from; None: nothing is dropped.
 
-    Args:
-      work, tile: whose weights.
-      domain: CONTEXT or PERSISTENT.
-      index_TX: of the weights as `dropout.column_words` has it; its T may be 1, for all queries.
+    Computed before the tiles, so that it is in memory: XLA would hash again for every weight.
     """
-    dynamic = work.dynamic
-    G, T, _ = tile.query_GTK.shape
+    if not static.dropout_rate:
+        return None
     # Global row and head, and the query's place in the block: they name a weight on any mesh.
-    row_G11 = (dynamic.row_offset + tile.first_row + jnp.arange(G))[:, None, None]
-    owner = (dynamic.dropout_seed, row_G11, dynamic.head_offset + work.head.number)
-    query_T1 = (tile.first_query + jnp.arange(T))[:, None]
-    words_GT1 = dropout.query_words(*owner, query_T1, domain)
-    column_GTX = dropout.column_words(*owner, index_TX, domain)
-    return dropout.keep(words_GT1, column_GTX, work.static.dropout_rate)
+    row_B1 = (dynamic.row_offset + jnp.arange(shape.B))[:, None]
+    owner = (dynamic.dropout_seed, row_B1, dynamic.head_offset + head.number)
+    query_T = jnp.arange(shape.length)
+    # From the farthest key of the first query; keys count from the block's first query.
+    farthest = static.first_distance + R - 1
+    index_C = jnp.arange(R + shape.length) - farthest
+    return Mask(
+        query=dropout.query_words(*owner, query_T, dropout.CONTEXT),
+        column_BC=dropout.column_words(*owner, index_C, dropout.CONTEXT),
+        pair_query=dropout.query_words(*owner, query_T, dropout.PERSISTENT),
+        pair_BN=dropout.column_words(*owner, jnp.arange(shape.N), dropout.PERSISTENT),
+    )
+
+
+def _queries_of(tile: Tile, words: dropout.QueryWords) -> dropout.QueryWords:
+    """Words of a tile's queries, both (G, T, 1), from those of all queries of the head."""
+    G, T, _ = tile.query_GTK.shape
+    start = (tile.first_row, tile.first_query)
+    return jax.tree.map(lambda x_BT: jax.lax.dynamic_slice(x_BT, start, (G, T))[..., None], words)
 
 
 def _after_dropout(
@@ -213,16 +236,27 @@ def _after_dropout(
 
     Those that stay are not yet divided by 1 - rate.
     """
-    if not work.static.dropout_rate:
+    mask = work.mask
+    if mask is None:
         return context_GTC, persistent_GTN
-    # Keys count from the block's first query; column 0 of the tile's first is the farthest.
-    farthest = work.static.first_distance + work.R - 1
-    index_1C = (tile.first_query - farthest + jnp.arange(context_GTC.shape[2]))[None]
-    kept_GTC = _kept_by_index(work, tile, dropout.CONTEXT, index_1C)
-    # Pairs have their numbers.
-    pair_1N = jnp.arange(work.shape.N)[None]
-    kept_GTN = _kept_by_index(work, tile, dropout.PERSISTENT, pair_1N)
+    rate = work.static.dropout_rate
+    G, _, C = context_GTC.shape
+    # The window begins at the farthest key of the tile's first query.
+    start = (tile.first_row, tile.first_query)
+    column_GC = jax.lax.dynamic_slice(mask.column_BC, start, (G, C))
+    kept_GTC = dropout.keep(_queries_of(tile, mask.query), column_GC[:, None], rate)
+    # Pairs are the same for every tile of the row.
+    pair_GN = jax.lax.dynamic_slice_in_dim(mask.pair_BN, tile.first_row, G)
+    kept_GTN = dropout.keep(_queries_of(tile, mask.pair_query), pair_GN[:, None], rate)
     return jnp.where(kept_GTC, context_GTC, 0), jnp.where(kept_GTN, persistent_GTN, 0)
+
+
+def _work(static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic) -> Work:
+    """What the tiles of a head that sees R distances need."""
+    positions_AP = padded_positions(static, shape, R, head)
+    return Work(
+        static, shape, R, head, dynamic, positions_AP, _mask(static, shape, R, head, dynamic)
+    )
 
 
 def _head_forward(
@@ -230,7 +264,7 @@ def _head_forward(
 ) -> tuple[Array, ...]:
     """out_BTK, mass_BT and lse_BT of one head, given R, the number of distances that it needs."""
     del extra
-    work = Work(static, shape, R, head, dynamic, padded_positions(static, shape, R, head))
+    work = _work(static, shape, R, head, dynamic)
     by_tile = jax.lax.map(functools.partial(_tile_forward, work), jnp.arange(shape.tiles(R)))
     return tuple(_from_tiles(shape, x) for x in by_tile)
 
@@ -309,7 +343,7 @@ def _head_backward(
     static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic, extra: tuple
 ) -> HeadGradients:
     """Gradients of one head's inputs, given R, the number of distances that it needs."""
-    work = Work(static, shape, R, head, dynamic, padded_positions(static, shape, R, head))
+    work = _work(static, shape, R, head, dynamic)
 
     # Cut what the forward pass left and the output's gradient into tiles.
     d_out_BTHK, lse_HBT, delta_HBT = extra
@@ -428,18 +462,18 @@ def _end_gradient(work: Work, by_tile: tuple[Array, ...]) -> Array:
     column = static.first_distance + work.R - 1 - last
 
     def all_tiles() -> Array:
-        one_tile = functools.partial(_tile_end_gradient, work, last, column)
+        one_tile = functools.partial(_tile_end_gradient, work, column)
         return jax.lax.map(one_tile, (jnp.arange(by_tile[0].shape[0]), by_tile)).sum()
 
     almost_0 = ramp_position(last, span, static.ramp) < 1 / MAX_MASK_DERIVATIVE
     return jax.lax.cond(almost_0 & (column >= 0), all_tiles, lambda: jnp.zeros_like(span))
 
 
-def _tile_end_gradient(work: Work, last: Array, column: Array, operands: tuple) -> Array:
+def _tile_end_gradient(work: Work, column: Array, operands: tuple) -> Array:
     """One tile's part of `_end_gradient`: a single key for each query, along a diagonal."""
     number, (d_out_GTK, lse_GT1, delta_GT1) = operands
     tile = work.select(number)
-    _, T, K = d_out_GTK.shape
+    G, T, K = d_out_GTK.shape
     # The keys and values at the last distance, one query after the other.
     key_GKT = jax.lax.dynamic_slice_in_dim(tile.key_GKC, column, T, 2)
     value_GKT = jax.lax.dynamic_slice_in_dim(tile.value_GKC, column, T, 2)
@@ -450,9 +484,11 @@ def _tile_end_gradient(work: Work, last: Array, column: Array, operands: tuple) 
     if tile.absent_C is not None:
         logits_GT += jax.lax.dynamic_slice_in_dim(tile.absent_C, column, T)
     d_weight_GT = _dot("gtk,gkt->gt", d_out_GTK, value_GKT)
-    if work.static.dropout_rate:
-        index_T1 = (tile.first_query + jnp.arange(T) - last)[:, None]
-        kept_GT1 = _kept_by_index(work, tile, dropout.CONTEXT, index_T1)
+    if work.mask is not None:
+        start = (tile.first_row, tile.first_query + column)
+        column_GT = jax.lax.dynamic_slice(work.mask.column_BC, start, (G, T))
+        query_words = _queries_of(tile, work.mask.query)
+        kept_GT1 = dropout.keep(query_words, column_GT[..., None], work.static.dropout_rate)
         d_weight_GT = jnp.where(kept_GT1[..., 0], d_weight_GT, 0)
     # A weight over m, which is what counts for m's derivative, with its bound.
     excess_GT = logits_GT - lse_GT1[..., 0]
