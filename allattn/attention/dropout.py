@@ -59,7 +59,7 @@ def query_words(
 
     Args:
       seed, row, head, query: integers that broadcast together; row and head are global.
-      domain: CONTEXT, PERSISTENT or FEATURE.
+      domain: CONTEXT, for persistent pairs too, which have columns of their own; or FEATURE.
 
     Returns:
       Words of the broadcast shape.

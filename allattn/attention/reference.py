@@ -176,9 +176,10 @@ def all_attention(
         # A key counts from its row's first query.
         index_B11S = (key_S - query_start_B[:, None])[:, None, None]
 
+        owner = (dropout_seed, row_B111, head_H11)
+        query_words = dropout.query_words(*owner, query_T[:, None], dropout.CONTEXT)
+
         def kept(index: Array, domain: int) -> Array:
-            owner = (dropout_seed, row_B111, head_H11)
-            query_words = dropout.query_words(*owner, query_T[:, None], domain)
             column_words = dropout.column_words(*owner, index, domain)
             return dropout.keep(query_words, column_words, dropout_rate)
 

@@ -29,10 +29,11 @@ class XlaTiles(NamedTuple):
 
 
 class TpuTiles(NamedTuple):
-    """Tiles of the TPU kernels; keys are halved on a TPU with little on-chip memory."""
+    """Tiles of the TPU kernels, multiples of 128, and keys that a step of their grids holds."""
 
     queries: int = 128
     keys: int = 512
+    segment: int = 16384
 
 
 class GpuTiles(NamedTuple):

@@ -41,7 +41,9 @@ def kept(
     keep: Keep = dropout.keep,
 ) -> jax.Array:
     """Which weights of one head of one row stay, as kept_TC."""
-    words_T1 = dropout.query_words(seed, row, head, jnp.arange(T)[:, None], domain)
+    # Queries have the same words for keys and pairs.
+    of_queries = CONTEXT if domain == PERSISTENT else domain
+    words_T1 = dropout.query_words(seed, row, head, jnp.arange(T)[:, None], of_queries)
     # Keys of the context before the block come first.
     index_C = jnp.arange(C) - C // 2
     return keep(words_T1, dropout.column_words(seed, row, head, index_C, domain), RATE)

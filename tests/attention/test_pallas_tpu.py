@@ -1,19 +1,14 @@
-"""The TPU kernels beyond the contract: they lower at real sizes, and the skew of a whole tile.
-
-Dimension key: B batch, S context key, H head, K head width, T query of a tile, C key of a tile, W
-column of the window.
-"""
+"""The TPU kernels beyond the contract: they lower at real sizes, and whole tiles are exact."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from attention_cases import GEOMETRIES, arrays, call, options
-from jax.experimental import pallas as pl
+from attention_cases import GEOMETRIES, Case, arrays, call, error, exact, options, results
 
-from allattn.attention.tpu import kernels
+from allattn.attention import tuning
+from allattn.attention.tpu import skew
 
 # Every geometry on the oldest kind, and one of each model on the newest; others lower like those.
 QUICK = [(name, "TPU v4") for name in GEOMETRIES]
@@ -42,22 +37,17 @@ def test_lowers_for_tpu(name: str, kind: str) -> None:
     assert text.count("tpu_custom_call") == 2
 
 
-def test_skew_of_a_whole_tile() -> None:
-    """Real tiles have more than the eight rows of the other tests."""
-    x_TW = np.random.default_rng(0).normal(size=(32, 256)).astype(np.float32)
-    offset = 40
+# Several blocks of queries and segments of keys, at both edges and inside, of both heads and of one
+# alone.
+LONG = Case(T=40, S=600, H=2, K=16, L=500, N=150, spans=(20.5, 460.0), ramp=32, dropout=0.3, B=1)
 
-    def kernel(x, skewed, back):
-        skewed[...] = kernels._skew(x[...], offset, 128)
-        back[...] = kernels._unskew(skewed[...], offset, 256)
 
-    shapes = [
-        jax.ShapeDtypeStruct((32, 128), jnp.float32),
-        jax.ShapeDtypeStruct((32, 256), jnp.float32),
-    ]
-    skewed_TC, back_TW = pl.pallas_call(kernel, out_shape=shapes, interpret=True)(x_TW)
-    column_TC = offset + np.arange(128) - np.arange(32)[:, None]
-    np.testing.assert_array_equal(skewed_TC, np.take_along_axis(x_TW, column_TC, 1))
-    expected_TW = np.zeros_like(x_TW)
-    np.put_along_axis(expected_TW, column_TC, np.asarray(skewed_TC), 1)
-    np.testing.assert_array_equal(back_TW, expected_TW)
+@pytest.mark.slow
+def test_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The definition's values and gradients, by the rotations of a v4, which has none by row."""
+    tiles = tuning.TpuTiles(queries=8, keys=128, segment=256)
+    monkeypatch.setitem(tuning.DEFAULTS, "pallas_tpu", tiles)
+    monkeypatch.setattr(skew, "can_stride", lambda: False)
+    with jax.default_matmul_precision("highest"):
+        found = results(LONG, arrays(LONG), "pallas_tpu")
+    assert error(found, exact(LONG)) <= 1e-5

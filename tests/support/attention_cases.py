@@ -221,7 +221,7 @@ def error(ours: dict[str, Any], reference: dict[str, Any]) -> float:
 # Small cases then have several; 16 is the least that Triton multiplies.
 SMALL_TILES = {
     "xla": tuning.XlaTiles(queries=8),
-    "pallas_tpu": tuning.TpuTiles(queries=8, keys=32),
+    "pallas_tpu": tuning.TpuTiles(queries=8, keys=128, segment=256),
     "pallas_gpu": tuning.GpuTiles(queries=16, keys=16, few=16),
 }
 

@@ -314,7 +314,7 @@ class HeadRow:
         row_offset = self.scalars.seed_and_offsets[1]
         head_offset = self.scalars.seed_and_offsets[2]
         owner = (seed, row_offset + self.row, head_offset + self.head)
-        query_words = dropout.query_words(*owner, query, domain)
+        query_words = dropout.query_words(*owner, query, dropout.CONTEXT)
         column_words = dropout.column_words(*owner, index, domain)
         return dropout.keep(query_words, column_words, self.static.dropout_rate)
 

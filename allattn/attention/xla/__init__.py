@@ -143,11 +143,9 @@ def _for_each_head(
 class Mask(NamedTuple):
     """Dropout's words of one head (`dropout.keep` makes the mask of them), for all rows."""
 
-    # words (B, T rounded up to whole tiles), and those of all windows of keys
+    # words (B, T rounded up to whole tiles), those of all windows of keys, and of persistent pairs
     query: dropout.QueryWords
     column_BC: Array
-    # the same for persistent pairs
-    pair_query: dropout.QueryWords
     pair_BN: Array
 
 
@@ -217,7 +215,6 @@ def _mask(static: Static, shape: Shape, R: int, head: Head, dynamic: Dynamic) ->
     return Mask(
         query=dropout.query_words(*owner, query_T, dropout.CONTEXT),
         column_BC=dropout.column_words(*owner, index_C, dropout.CONTEXT),
-        pair_query=dropout.query_words(*owner, query_T, dropout.PERSISTENT),
         pair_BN=dropout.column_words(*owner, jnp.arange(shape.N), dropout.PERSISTENT),
     )
 
@@ -244,10 +241,11 @@ def _after_dropout(
     # The window begins at the farthest key of the tile's first query.
     start = (tile.first_row, tile.first_query)
     column_GC = jax.lax.dynamic_slice(mask.column_BC, start, (G, C))
-    kept_GTC = dropout.keep(_queries_of(tile, mask.query), column_GC[:, None], rate)
+    query_GT1 = _queries_of(tile, mask.query)
+    kept_GTC = dropout.keep(query_GT1, column_GC[:, None], rate)
     # Pairs are the same for every tile of the row.
     pair_GN = jax.lax.dynamic_slice_in_dim(mask.pair_BN, tile.first_row, G)
-    kept_GTN = dropout.keep(_queries_of(tile, mask.pair_query), pair_GN[:, None], rate)
+    kept_GTN = dropout.keep(query_GT1, pair_GN[:, None], rate)
     return jnp.where(kept_GTC, context_GTC, 0), jnp.where(kept_GTN, persistent_GTN, 0)
 
 

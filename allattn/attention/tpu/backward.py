@@ -1,0 +1,820 @@
+"""The backward TPU kernel: all gradients, tile by tile of queries and keys.
+
+One step of the grid holds a segment of keys and a block of queries of one group of heads. All
+blocks of queries pass a segment before the next one comes, so gradients of keys and values stay on
+the chip until they are complete. The weights come again from one log-sum-exp per query (as in
+FlashAttention, Dao et al. 2022, arXiv 2205.14135). For each tile of queries the kernel works on the
+tiles of keys within reach (`tile.Tile`): 256 keys with the mask of the spans at both edges, 512
+keys without any mask between them. Each costs eight products,
+
+    logits, and gradients of the weights     q k'  (q p' skewed)  do v'       keys stream
+    gradients, from those of the logits      ds k                             keys stream
+        of the position queries              p (ds unskewed)'                 lanes stream
+        of values, keys and positions        do' w   q' ds   q' (ds unskewed)
+
+whose last four come out turned, lanes first: so the 64 lanes of a head stream through the matrix
+unit past the tile, and not the tile's 128 rows past the lanes.
+
+No factor is applied to a weight: those of the scale and of dropout, 1 / (1 - rate), multiply
+complete sums. Logits are in units of log2(e).
+
+Dimension key: B batch, H head, K head width, S context key, L distance, N persistent pair; T query
+of the tile, R row of the stack (T queries of each head), C key of a tile, X pair or key, Q column
+of a block of 128, W column of the window of positions, E the group's heads side by side, P head of
+the group.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from allattn.attention import dropout
+from allattn.attention.contract import Inputs, Static
+from allattn.attention.numerics import NT_DIMENSIONS, dot
+from allattn.attention.span import MAX_MASK_DERIVATIVE
+from allattn.attention.tpu import skew
+from allattn.attention.tpu.call import (
+    Arguments,
+    Grid,
+    Step,
+    operand_blocks,
+    query_block,
+    run,
+    statistic_block,
+)
+from allattn.attention.tpu.operands import SMALL_VMEM, Operands, heads_apart, pair_steps, vmem
+from allattn.attention.tpu.skew import LANES, SUBLANES
+from allattn.attention.tpu.tile import Blocks, Scalars, Sizes, Tile, side_by_side, stacked
+
+Array = jax.Array
+
+LOG2_E = math.log2(math.e)
+# Keys that a step of the grid holds, and keys of a tile, where there is little memory, at most.
+SMALL_SEGMENT = 2 * LANES
+# Of a logit less the log-sum-exp, where the span mask is 0 and nothing bounds it: exp(80) x 0 is 0,
+# inf x 0 is not a number.
+LARGEST_EXCESS = 80 * LOG2_E
+
+
+class BackwardOperands(NamedTuple):
+    """What the kernel reads: what the forward kernel reads, and three arrays more."""
+
+    operands: Operands
+    # (query_block, E)
+    d_out: Any
+    # (query_block, P): log-sum-exp, and out . d_out
+    lse: Any
+    delta: Any
+
+
+class Gradients(NamedTuple):
+    """What the kernel writes; all but gradients of keys and values in float32."""
+
+    # (all T, E)
+    d_query: Any
+    # (E, segment)
+    d_key: Any
+    d_value: Any
+    # (E, positions), and (E, N), but for the factors
+    d_position: Any
+    d_persistent_key: Any
+    d_persistent_value: Any
+    # (R, 128): parts of the sum over pairs on the ramp, but for the factors
+    d_span: Any
+    # (all T, E); None where the same queries ask keys and positions: d_query then has both parts
+    d_position_query: Any = None
+
+
+class Scratch(NamedTuple):
+    """What the kernel keeps between steps and stages."""
+
+    # (E, segment), float32: sums over queries
+    d_key: Any
+    d_value: Any
+    # of the tile of queries, stacked (R, E), and turned (E, T); the position queries turned have
+    # the order of rows of `skew.unskewed`
+    query: Any
+    position_query: Any
+    d_out: Any
+    query_turned: Any
+    position_query_turned: Any
+    d_out_turned: Any
+    # (R, 128), the same in all lanes
+    lse: Any
+    delta: Any
+    # dropout's words of the queries, (2, R, 128), int32
+    words: Any
+    # float32: (T, E); sums of gradients (R, E); and turned (E, T), with reversed rows
+    queries: Any
+    d_query: Any
+    d_position_query: Any
+    # of the tile of keys, (R, C) or (R, X): float32; gradients of logits take the place of these
+    logits: Any
+    d_weights: Any
+    # and as factors of products, the last one (R, W)
+    weights_factor: Any
+    d_logits_factor: Any
+    d_window_factor: Any
+
+
+def backward_kernel(
+    static: Static,
+    sizes: Sizes,
+    scalars: Scalars,
+    inputs: BackwardOperands,
+    outputs: Gradients,
+    scratch: Scratch,
+) -> None:
+    """Grid (group, row, segment of keys, query block); groups may run at once."""
+    group, row, segment, query_block = (pl.program_id(axis) for axis in range(4))
+    tile_at = functools.partial(Tile, static, sizes, scalars, group, row)
+    # Sums begin at 0: those of the group, and those of the segment.
+    is_first = (row == 0) & (segment == 0) & (query_block == 0)
+    pl.when(is_first)(lambda: _start_group(tile_at(0), outputs))
+    stretch = _reached(sizes, tile_at, segment)
+    pl.when(query_block == 0)(lambda: _start_keys(sizes, outputs, scratch, stretch))
+
+    # Every tile of queries adds its part.
+    def one_tile(number: Array, _: None) -> None:
+        first_query = query_block * sizes.query_block + number * sizes.query_tile
+        _TileGradients(tile_at(first_query), inputs, outputs, scratch, number).add(segment)
+
+    jax.lax.fori_loop(0, sizes.query_block // sizes.query_tile, one_tile, None)
+
+    # The last block of queries completes the gradients of keys and values.
+    @pl.when(query_block == sizes.T // sizes.query_block - 1)
+    def _finish() -> None:
+        _finish_keys(static, sizes, outputs, scratch, stretch)
+
+
+def _start_group(tile: Tile, outputs: Gradients) -> None:
+    """Sums over rows begin at 0."""
+    for output in (outputs.d_persistent_key, outputs.d_persistent_value, outputs.d_span):
+        output[...] = jnp.zeros(output.shape, output.dtype)
+
+    # Of the position table only columns that a window of any tile can have: the caller leaves out
+    # the others.
+    sizes = tile.sizes
+    before = sizes.left + sizes.L - tile.farthest_reach() - 4 * LANES
+    first = jax.lax.div(jnp.maximum(before, 0), LANES)
+
+    def one(number: Array, _: None) -> None:
+        chosen = _stretch(number * LANES, LANES)
+        outputs.d_position[:, chosen] = jnp.zeros((sizes.lanes, LANES), jnp.float32)
+
+    jax.lax.fori_loop(first, sizes.positions // LANES, one, None)
+
+
+def _reached(sizes: Sizes, tile_at: Callable[[int], Tile], segment: Array) -> Blocks:
+    """The keys of a segment that any query of the row reaches, in tiles of an edge."""
+    # The first tile of queries reaches the oldest of them, the last tile the newest.
+    first_key = segment * sizes.segment
+    oldest = jnp.maximum(tile_at(0).oldest - first_key, 0)
+    newest = tile_at(sizes.T - sizes.query_tile).newest - first_key
+    # Both ends lie inside the segment, the second not before the first.
+    first = jnp.minimum(jax.lax.div(oldest, sizes.edge_tile), sizes.segment // sizes.edge_tile)
+    stop = jnp.minimum(newest + sizes.edge_tile, sizes.segment)
+    return Blocks(first, jnp.maximum(jax.lax.div(stop, sizes.edge_tile), first))
+
+
+def _start_keys(sizes: Sizes, outputs: Gradients, scratch: Scratch, reached: Blocks) -> None:
+    """Keys that no query reaches have the gradient 0; the sums of the others begin at 0."""
+
+    def zero(*arrays: Any) -> Callable[[Array, None], None]:
+        def one(number: Array, _: None) -> None:
+            chosen = _stretch(number * sizes.edge_tile, sizes.edge_tile)
+            for array in arrays:
+                array[:, chosen] = jnp.zeros((sizes.lanes, sizes.edge_tile), array.dtype)
+
+        return one
+
+    # Before and behind what is reached, and within it.
+    zero_outputs = zero(outputs.d_key, outputs.d_value)
+    jax.lax.fori_loop(0, reached.first, zero_outputs, None)
+    jax.lax.fori_loop(reached.stop, sizes.segment // sizes.edge_tile, zero_outputs, None)
+    jax.lax.fori_loop(*reached, zero(scratch.d_key, scratch.d_value), None)
+
+
+def _finish_keys(
+    static: Static, sizes: Sizes, outputs: Gradients, scratch: Scratch, reached: Blocks
+) -> None:
+    """Write the complete sums."""
+
+    def one(number: Array, _: None) -> None:
+        chosen = _stretch(number * sizes.edge_tile, sizes.edge_tile)
+        # With the factors that they lack.
+        d_key_EC = scratch.d_key[:, chosen] * logit_factor(static)
+        d_value_EC = scratch.d_value[:, chosen] * weight_factor(static)
+        outputs.d_key[:, chosen] = d_key_EC.astype(outputs.d_key.dtype)
+        outputs.d_value[:, chosen] = d_value_EC.astype(outputs.d_value.dtype)
+
+    jax.lax.fori_loop(*reached, one, None)
+
+
+def weight_factor(static: Static) -> float:
+    """What a sum over kept weights lacks."""
+    return 1 / (1 - static.dropout_rate)
+
+
+def logit_factor(static: Static) -> float:
+    """What a sum over gradients of logits lacks."""
+    return static.scale * weight_factor(static)
+
+
+# The fields of `Scratch` that are factors of products over a tile of keys.
+_FACTORS = ("weights_factor", "d_logits_factor", "d_window_factor")
+
+
+class _TileGradients:
+    """What one tile of queries adds to all gradients; of all heads of the group, or of one."""
+
+    def __init__(
+        self,
+        tile: Tile,
+        inputs: BackwardOperands,
+        outputs: Gradients,
+        scratch: Scratch,
+        number: Array,
+    ):
+        self.tile = tile
+        # What is known, what is read and what is written.
+        self.static = tile.static
+        self.sizes = tile.sizes
+        self.inputs = inputs
+        self.operands = inputs.operands
+        self.outputs = outputs
+        self.scratch = scratch
+        self.dtype = inputs.d_out.dtype
+        self.number = number
+        # Its rows in the block of queries, and in all queries.
+        self.rows = _stretch(number * self.sizes.query_tile, self.sizes.query_tile)
+        self.all_rows = _stretch(tile.first_query, self.sizes.query_tile)
+        # Every head's lanes, and its rows in the stack.
+        K = self.sizes.K
+        heads = range(self.sizes.heads)
+        self.heads: list[tuple[Any, slice]] = [
+            (slice(p * K, (p + 1) * K), self._of_head(p)) for p in heads
+        ]
+
+    def add(self, segment: Array) -> None:
+        """Add the part of a segment of keys."""
+        pl.when(segment == 0)(self._start)
+        # The pairs come with the segment of the newest key, so that most tiles are laid out once.
+        reached = self.tile.reached(segment)
+        has_work = reached.first < reached.stop
+        has_pairs = segment == self.tile.home()
+        if self.sizes.N:
+            has_work |= has_pairs
+
+        @pl.when(has_work)
+        def _add() -> None:
+            self._lay_out()
+            if self.sizes.N:
+                pl.when(has_pairs)(self._add_pairs)
+            self._add_reached(segment)
+            self._finish()
+
+    def _of_head(self, p: int) -> slice:
+        """The rows of a head in the stack."""
+        return slice(p * self.sizes.query_tile, (p + 1) * self.sizes.query_tile)
+
+    # --- queries
+
+    def _start(self) -> None:
+        for output in (self.outputs.d_query, self.outputs.d_position_query):
+            if output is not None:
+                output[self.all_rows] = jnp.zeros(
+                    (self.sizes.query_tile, self.sizes.lanes), jnp.float32
+                )
+
+    def _lay_out(self) -> None:
+        """The tile's queries and numbers, as the products and the weights take them."""
+        scratch = self.scratch
+        # Stacked for products in which keys stream, turned for those in which lanes do.
+        self._lay_out_queries(scratch.query, scratch.query_turned, self.operands.query)
+        self._lay_out_queries(scratch.d_out, scratch.d_out_turned, self.inputs.d_out)
+        # Queries that ask positions, their rows reversed.
+        position_query_TE = self.operands.position_query[self.rows]
+        if not self.static.one_query:
+            scratch.position_query[...] = stacked(self.sizes, position_query_TE)
+        scratch.queries[...] = position_query_TE.astype(jnp.float32)
+        reversed_TE = skew.reversed_rows(scratch.queries, self.sizes.strided)
+        scratch.position_query_turned[...] = reversed_TE.T.astype(self.dtype)
+
+        # Numbers of every query as wide as a register: a column costs a permutation at every use.
+        shape = (self.sizes.query_tile, LANES)
+        lse_TP = self.inputs.lse[self.rows] * LOG2_E
+        delta_TP = self.inputs.delta[self.rows] * (1 - self.static.dropout_rate)
+        for p in range(self.sizes.heads):
+            scratch.lse[self._of_head(p)] = jnp.broadcast_to(lse_TP[:, p : p + 1], shape)
+            scratch.delta[self._of_head(p)] = jnp.broadcast_to(delta_TP[:, p : p + 1], shape)
+        # Dropout's words of the queries, for keys and pairs alike.
+        if self.static.dropout_rate:
+            for number, word_RQ in enumerate(self.tile.query_words()):
+                scratch.words[number] = word_RQ
+        # Sums over keys.
+        for sums in (scratch.d_query, scratch.d_position_query):
+            sums[...] = jnp.zeros(sums.shape, jnp.float32)
+
+    def _lay_out_queries(self, stack: Any, turned: Any, x: Any) -> None:
+        # Only registers of 32-bit numbers are turned.
+        x_TE = x[self.rows]
+        stack[...] = stacked(self.sizes, x_TE)
+        turned[...] = x_TE.astype(jnp.float32).T.astype(self.dtype)
+
+    def _finish(self) -> None:
+        """Add the gradients of the queries."""
+        # Each row's own lanes.
+        factor = logit_factor(self.static)
+        d_query_TE = side_by_side(self.sizes, self.scratch.d_query[...])
+        # What came from positions has reversed rows.
+        self.scratch.queries[...] = self.scratch.d_position_query[...].T
+        d_position_query_TE = skew.reversed_rows(self.scratch.queries, self.sizes.strided)
+        # Where the same queries ask keys and positions, both parts are one gradient.
+        if self.static.one_query:
+            d_query_TE += d_position_query_TE
+        else:
+            self.outputs.d_position_query[self.all_rows] += d_position_query_TE * factor
+        self.outputs.d_query[self.all_rows] += d_query_TE * factor
+
+    # --- persistent pairs
+
+    def _add_pairs(self) -> None:
+        pairs = pairs_at_once(self.sizes)
+        for first in range(0, self.operands.persistent_key.shape[0], pairs):
+            # The sums over rows are in the outputs.
+            chosen = slice(first, first + pairs)
+            key_XE = self.operands.persistent_key[chosen]
+            self._save(key_XE, self.operands.persistent_value[chosen])
+            weight_of = functools.partial(self._weight_of_pairs, first)
+            self._weigh(pairs, dropout.PERSISTENT, first, weight_of)
+            sums = (self.outputs.d_persistent_key, self.outputs.d_persistent_value)
+            self._add_products(chosen, key_XE, *sums)
+
+    def _weight_of_pairs(
+        self, first: int, column: int, excess_RQ: Array, d_weight_RQ: Array
+    ) -> Array:
+        # Pairs that only fill the step do not count.
+        # The keys of those are zeros, whose weights may overflow.
+        weight_RQ = jnp.exp2(excess_RQ)
+        number_RQ = jax.lax.broadcasted_iota(jnp.int32, weight_RQ.shape, 1)
+        exist = self.sizes.N - first - column
+        if exist < LANES:
+            weight_RQ = jnp.where(number_RQ < exist, weight_RQ, 0)
+        return weight_RQ
+
+    # --- keys
+
+    def _add_reached(self, segment: Array) -> None:
+        """The keys of a segment that are within reach."""
+        first, stop = self.tile.reached(segment)
+        # Keys that one head alone reaches are that head's. Which one is known only at run time: its
+        # lanes must then begin at a whole register's row where they are turned.
+        if self.sizes.heads > 1 and self.sizes.K % SUBLANES == 0:
+            head, common = self.tile.farthest_head()
+            common = jnp.maximum(jnp.minimum(common, stop), first)
+            alone = self._alone(head)
+            pl.when(common > first)(lambda: alone._add_keys(segment, Blocks(first, common)))
+            first = common
+        self._add_keys(segment, Blocks(first, stop))
+
+    def _alone(self, head: Array) -> "_TileGradients":
+        """One head of the group, with its rows of what is stacked."""
+        T = self.sizes.query_tile
+        rows = _stretch(head * T, T)
+        scratch = self.scratch
+        # Rows of one head are still as wide as the group, with zeros in the others' lanes.
+        mine = {
+            "query": scratch.query.at[rows],
+            "d_out": scratch.d_out.at[rows],
+            "lse": scratch.lse.at[rows],
+            "delta": scratch.delta.at[rows],
+            "d_query": scratch.d_query.at[rows],
+        }
+        if scratch.position_query is not None:
+            mine["position_query"] = scratch.position_query.at[rows]
+        if scratch.words is not None:
+            mine["words"] = scratch.words.at[:, rows]
+        # What passes from stage to stage has room for more rows.
+        for name in ("logits", "d_weights", *_FACTORS):
+            mine[name] = getattr(scratch, name).at[:T]
+        outputs = self.outputs._replace(d_span=self.outputs.d_span.at[rows])
+        # Of what is turned, the lanes of the head.
+        of_head = self.tile.of_head(head)
+        alone = _TileGradients(of_head, self.inputs, outputs, scratch._replace(**mine), self.number)
+        alone.heads = [(_stretch(head * self.sizes.K, self.sizes.K), slice(0, T))]
+        return alone
+
+    def _add_keys(self, segment: Array, blocks: Blocks) -> None:
+        """Blocks of keys of a segment."""
+        sizes = self.sizes
+        a, b = blocks
+        c, d = self.tile.clear(segment)
+        # Those that need no mask, of these blocks.
+        c = jnp.maximum(c, a)
+        d = jnp.minimum(d, b)
+        edge = sizes.edge_tile // LANES
+        inner = sizes.key_tile // LANES
+        first_block = segment * (sizes.segment // LANES)
+        last = first_block + sizes.segment // LANES - edge
+
+        # Edge tiles up to where no mask is needed; what does not fill a whole tile without one is
+        # part of the other edge.
+        older = jax.lax.div(jnp.minimum(c, b) - a + edge - 1, edge)
+        clear = jnp.minimum(a + older * edge, b)
+        tiles = jax.lax.div(jnp.maximum(d - clear, 0), inner)
+        rest = clear + tiles * inner
+        newer = jax.lax.div(b - rest + edge - 1, edge)
+
+        def one_edge(number: Array, _: None) -> None:
+            is_older = number < older
+            block = jnp.where(is_older, a + number * edge, rest + (number - older) * edge)
+            # The last tile begins earlier if it must, to lie inside, and counts no key twice.
+            local = (jnp.minimum(block, last) - first_block) * LANES
+            counted = (block * LANES, jnp.where(is_older, clear, b) * LANES)
+            self._add_edge(segment, local, counted)
+
+        # Both kinds of tiles.
+        def one_inside(number: Array, _: None) -> None:
+            self._add_inside(segment, (clear - first_block + number * inner) * LANES)
+
+        jax.lax.fori_loop(0, older + newer, one_edge, None)
+        jax.lax.fori_loop(0, tiles, one_inside, None)
+
+    def _add_edge(self, segment: Array, local: Array, counted: tuple[Array, Array]) -> None:
+        """A tile with the mask of the spans, of which keys from `counted` to `counted` count."""
+        # Where no query looks keys and values may be anything, and become 0.
+        chosen = _stretch(local, self.sizes.edge_tile)
+        first_key = segment * self.sizes.segment + local
+        key_CE = self.tile.keys(first_key, self.operands.key[chosen])
+        value_CE = self.tile.keys(first_key, self.operands.value[chosen])
+        weight_of = functools.partial(self._weight_on_edge, first_key, counted)
+        self._add_tile(first_key, chosen, key_CE, value_CE, weight_of)
+
+    def _add_inside(self, segment: Array, local: Array) -> None:
+        """A tile whose pairs all exist, before the ramp."""
+        chosen = _stretch(local, self.sizes.key_tile)
+        # All of them are reached, so all keys and values are numbers.
+        first_key = segment * self.sizes.segment + local
+        key_CE = self.operands.key[chosen]
+        value_CE = self.operands.value[chosen]
+        self._add_tile(first_key, chosen, key_CE, value_CE, lambda _, excess, __: jnp.exp2(excess))
+
+    def _add_tile(
+        self, first_key: Array, chosen: Any, key_CE: Array, value_CE: Array, weight_of: Callable
+    ) -> None:
+        # Two products with keys, then the weights, then all that is summed.
+        columns = key_CE.shape[0]
+        self._save(key_CE, value_CE, self._by_position(first_key, columns))
+        self._weigh(columns, dropout.CONTEXT, first_key, weight_of)
+        self._add_products(chosen, key_CE, self.scratch.d_key, self.scratch.d_value)
+        self._add_position_products(first_key, columns)
+
+    def _weight_on_edge(
+        self,
+        first_key: Array,
+        counted: tuple[Array, Array],
+        column: int,
+        excess_RQ: Array,
+        d_weight_RQ: Array,
+    ) -> Array:
+        """Weights with the mask of the spans; adds the gradient of the spans."""
+        # Weights before the span mask m, where a pair counts at all.
+        exists_RQ, before_end_RQ = self.tile.pairs(first_key + column, *counted)
+        counts_RQ = exists_RQ & (before_end_RQ >= 0)
+        bare_RQ = jnp.where(counts_RQ, jnp.exp2(jnp.minimum(excess_RQ, LARGEST_EXCESS)), 0)
+
+        # Gradient of the span, from the pairs on the ramp.
+        d_mask_RQ = jnp.minimum(bare_RQ, MAX_MASK_DERIVATIVE) * d_weight_RQ
+        ramp = self.static.ramp
+        self.outputs.d_span[...] += jnp.where(before_end_RQ <= ramp, d_mask_RQ, 0)
+        return bare_RQ * jnp.clip(before_end_RQ * (1 / ramp), 0, 1)
+
+    # --- stages
+
+    def _by_position(self, first_key: Array, columns: int) -> list[Array]:
+        """Logits by position, in blocks of 128 keys."""
+        sizes = self.sizes
+        # The queries that ask positions.
+        query = self.scratch.query
+        if not self.static.one_query:
+            query = self.scratch.position_query
+        # From the window's columns to the keys'.
+        window, remainder = self._window(first_key, columns)
+        by_position_RW = dot(query[...], self.operands.position[:, window])
+        rotated = []
+        for b in range(skew.window_blocks(columns, remainder)):
+            block_RQ = by_position_RW[:, _lanes(b)]
+            rotated.append(skew.rotate(block_RQ, sizes.query_tile, remainder, sizes.strided))
+        return skew.skewed(rotated, sizes.query_tile, remainder)
+
+    def _window(self, first_key: Array, columns: int) -> tuple[Any, Any]:
+        """Columns of the position table above a tile of keys, and the remainder."""
+        # One block more than the tile has, or two where the remainder is known only at run time.
+        column, remainder = self.tile.window(first_key)
+        return _stretch(column, skew.window_blocks(columns, remainder) * LANES), remainder
+
+    def _save(self, key_XE: Array, value_XE: Array, by_position: list[Array] | None = None) -> None:
+        """Logits, and gradients of the weights."""
+        columns = key_XE.shape[0]
+        # Each row has the lanes of its own head, and zeros in the others'.
+        logits_RX = dot(self.scratch.query[...], key_XE, NT_DIMENSIONS)
+        d_weight_RX = dot(self.scratch.d_out[...], value_XE, NT_DIMENSIONS)
+        for b in range(columns // LANES):
+            logits_RQ = logits_RX[:, _lanes(b)]
+            if by_position is not None:
+                logits_RQ = logits_RQ + by_position[b]
+            self.scratch.logits[:, _lanes(b)] = logits_RQ
+            self.scratch.d_weights[:, _lanes(b)] = d_weight_RX[:, _lanes(b)]
+
+    def _weigh(self, columns: int, domain: int, first: Any, weight_of: Callable) -> None:
+        """Weights, and gradients of the logits.
+
+        Args:
+          columns: how many keys or pairs.
+          domain: of dropout.
+          first: number of the first one.
+          weight_of: function of a column and the block that begins there: logits less the
+            log-sum-exp, and gradients of the weights, less delta.
+        """
+        scratch = self.scratch
+        factor = self.static.scale * LOG2_E
+        for b in range(columns // LANES):
+            # Logits less the log-sum-exp, and what a weight that is kept adds.
+            excess_RQ = scratch.logits[:, _lanes(b)] * factor - scratch.lse[...]
+            d_weight_RQ = scratch.d_weights[:, _lanes(b)]
+            if self.static.dropout_rate:
+                kept_RQ = self._kept(domain, first + b * LANES)
+                d_weight_RQ = jnp.where(kept_RQ, d_weight_RQ, 0)
+            d_weight_RQ = d_weight_RQ - scratch.delta[...]
+            # The gradient of a logit belongs to the weight before dropout.
+            weight_RQ = weight_of(b * LANES, excess_RQ, d_weight_RQ)
+            d_logits_RQ = weight_RQ * d_weight_RQ
+            if self.static.dropout_rate:
+                weight_RQ = jnp.where(kept_RQ, weight_RQ, 0)
+            # As factors of products, and once more for the skew, which moves 32-bit numbers.
+            scratch.weights_factor[:, _lanes(b)] = weight_RQ.astype(self.dtype)
+            scratch.d_logits_factor[:, _lanes(b)] = d_logits_RQ.astype(self.dtype)
+            if domain == dropout.CONTEXT:
+                scratch.logits[:, _lanes(b)] = d_logits_RQ
+
+    def _kept(self, domain: int, first: Any) -> Array:
+        """Which weights of 128 keys or pairs dropout keeps."""
+        # A word of each query and one of each column.
+        query_words = dropout.QueryWords(self.scratch.words[0], self.scratch.words[1])
+        column_words_RQ = self.tile.column_words(first, domain)
+        return dropout.keep(query_words, column_words_RQ, self.static.dropout_rate)
+
+    def _add_products(self, chosen: Any, key_XE: Array, d_key: Any, d_value: Any) -> None:
+        """Add to the gradients of queries, and to those of keys and values or pairs."""
+        scratch = self.scratch
+        columns = key_XE.shape[0]
+        # Of all heads at once; only each row's own lanes are kept.
+        scratch.d_query[...] += dot(scratch.d_logits_factor[:, :columns], key_XE)
+        # Of each head alone.
+        for lanes, rows in self.heads:
+            weight_TX = scratch.weights_factor[rows, :columns]
+            d_logits_TX = scratch.d_logits_factor[rows, :columns]
+            d_value[lanes, chosen] += dot(scratch.d_out_turned[lanes], weight_TX)
+            d_key[lanes, chosen] += dot(scratch.query_turned[lanes], d_logits_TX)
+
+    def _add_position_products(self, first_key: Array, columns: int) -> None:
+        """Add to the gradients of queries and of the position table."""
+        sizes = self.sizes
+        scratch = self.scratch
+        # From the keys' columns to the window's.
+        window, remainder = self._window(first_key, columns)
+        d_logits = scratch.logits.at[:, :columns]
+        blocks = skew.unskewed(d_logits, sizes.query_tile, remainder, sizes.strided)
+        for b, block_RQ in enumerate(blocks):
+            scratch.d_window_factor[:, _lanes(b)] = block_RQ.astype(self.dtype)
+        # Products of each head, with the same reversed rows on both sides.
+        width = len(blocks) * LANES
+        for lanes, rows in self.heads:
+            d_window_TW = scratch.d_window_factor[rows, :width]
+            turned_KT = scratch.position_query_turned[lanes]
+            self.outputs.d_position[lanes, window] += dot(turned_KT, d_window_TW)
+            position_KW = self.operands.position[lanes, window]
+            scratch.d_position_query[lanes] += dot(position_KW, d_window_TW, NT_DIMENSIONS)
+
+
+def pairs_at_once(sizes: Sizes) -> int:
+    """Persistent pairs that are worked on at once: as many as fit a tile of keys and leave none."""
+    # In whole blocks of 128, of which the pairs are padded to a multiple.
+    pairs, steps = pair_steps(sizes)
+    fitting = range(LANES, max(sizes.key_tile, LANES) + 1, LANES)
+    return max(number for number in fitting if pairs * steps % number == 0)
+
+
+def _stretch(first: Any, size: int) -> Any:
+    """So many rows or columns from an aligned one."""
+    return pl.ds(pl.multiple_of(first, math.gcd(size, LANES)), size)
+
+
+def _lanes(block: int) -> slice:
+    """The columns of a block of 128."""
+    return slice(block * LANES, (block + 1) * LANES)
+
+
+# --- call -----------------------------------------------------------------------------------------
+
+
+def run_backward(
+    static: Static, sizes: Sizes, scalars: Scalars, inputs: BackwardOperands
+) -> Gradients:
+    """Call the kernel: all gradients as it lays them out."""
+    sizes = _that_fit(sizes)
+
+    def loads(group: Array, row: Array, segment: Array, query_block: Array, *refs: Any) -> Step:
+        # Only segments that the first to the last query can reach are loaded.
+        known = Scalars(*refs)
+        first = Tile(static, sizes, known, group, row, 0)
+        last = Tile(static, sizes, known, group, row, sizes.T - sizes.query_tile)
+        oldest = jax.lax.div(first.oldest, sizes.segment)
+        newest = jax.lax.div(jnp.maximum(last.newest, 0), sizes.segment)
+        return Step(group, row, query_block, jnp.minimum(jnp.maximum(segment, oldest), newest))
+
+    # What the kernel reads.
+    statistic = statistic_block(sizes, loads)
+    input_blocks = BackwardOperands(
+        operands=operand_blocks(sizes, loads),
+        d_out=query_block(sizes, loads),
+        lse=statistic,
+        delta=statistic,
+    )
+    # Gradients of queries add up over segments, those of table and pairs over rows: only groups may
+    # run at once.
+    grid = (sizes.groups, sizes.B, sizes.segments, sizes.T // sizes.query_block)
+    dtype = inputs.d_out.dtype
+    return run(
+        functools.partial(backward_kernel, static, sizes),
+        "all_attention_backward",
+        Grid(grid, parallel_axes=1),
+        scalars,
+        Arguments(inputs, _shapes(static, sizes, dtype)),
+        Arguments(input_blocks, _blocks(static, sizes)),
+        _scratch(static, sizes, dtype),
+    )
+
+
+def _that_fit(sizes: Sizes) -> Sizes:
+    """Sizes of steps that fit the chip's memory beside the gradients of a group."""
+    if vmem() > SMALL_VMEM:
+        return sizes
+    return dataclasses.replace(
+        sizes,
+        query_block=sizes.query_tile,
+        segment=min(sizes.segment, SMALL_SEGMENT),
+        key_tile=min(sizes.key_tile, SMALL_SEGMENT),
+    )
+
+
+def _shapes(static: Static, sizes: Sizes, dtype: Any) -> Gradients:
+    # Gradients of keys and values come out turned.
+    lanes = sizes.H * sizes.K
+    queries = jax.ShapeDtypeStruct((sizes.B, sizes.T, lanes), jnp.float32)
+    keys = jax.ShapeDtypeStruct((sizes.B, lanes, sizes.S), dtype)
+    pairs, steps = pair_steps(sizes)
+    persistent = jax.ShapeDtypeStruct((lanes, pairs * steps), jnp.float32)
+    position_queries: Any = None
+    if not static.one_query:
+        position_queries = queries
+    return Gradients(
+        d_query=queries,
+        d_key=keys,
+        d_value=keys,
+        # Groups that share a table have a gradient each.
+        d_position=jax.ShapeDtypeStruct((lanes, sizes.positions), jnp.float32),
+        d_persistent_key=persistent,
+        d_persistent_value=persistent,
+        d_span=jax.ShapeDtypeStruct((sizes.groups * sizes.rows, LANES), jnp.float32),
+        d_position_query=position_queries,
+    )
+
+
+def _blocks(static: Static, sizes: Sizes) -> Gradients:
+    # Whatever changes with the group or row alone needs no second buffer.
+    def of_group(rows: int, columns: int) -> pl.BlockSpec:
+        once = pl.Buffered(1)
+        return pl.BlockSpec((rows, columns), lambda group, *_: (group, 0), pipeline_mode=once)
+
+    # Pairs with those that only fill, and all queries of a row.
+    pairs, steps = pair_steps(sizes)
+    persistent = of_group(sizes.lanes, pairs * steps)
+    queries = pl.BlockSpec(
+        (None, sizes.T, sizes.lanes),
+        lambda group, row, *_: (row, 0, group),
+        pipeline_mode=pl.Buffered(1),
+    )
+    # Every segment has gradients, within reach or not.
+    keys = pl.BlockSpec(
+        (None, sizes.lanes, sizes.segment), lambda group, row, segment, *_: (row, group, segment)
+    )
+    position_queries: Any = None
+    if not static.one_query:
+        position_queries = queries
+    return Gradients(
+        d_query=queries,
+        d_key=keys,
+        d_value=keys,
+        d_position=of_group(sizes.lanes, sizes.positions),
+        d_persistent_key=persistent,
+        d_persistent_value=persistent,
+        d_span=of_group(sizes.rows, LANES),
+        d_position_query=position_queries,
+    )
+
+
+def _scratch(static: Static, sizes: Sizes, dtype: Any) -> Scratch:
+    # Over a segment, of a tile of queries, and of a tile of keys.
+    T = sizes.query_tile
+    keys = pltpu.VMEM((sizes.lanes, sizes.segment), jnp.float32)
+    stack = pltpu.VMEM((sizes.rows, sizes.lanes), dtype)
+    turned = pltpu.VMEM((sizes.lanes, T), dtype)
+    number = pltpu.VMEM((sizes.rows, LANES), jnp.float32)
+    sums = pltpu.VMEM((sizes.rows, sizes.lanes), jnp.float32)
+    columns = max(sizes.key_tile, sizes.edge_tile)
+    wide = pltpu.VMEM((sizes.rows, columns), jnp.float32)
+    factor = pltpu.VMEM((sizes.rows, columns), dtype)
+    # What not every call has.
+    position_query: Any = None
+    words: Any = None
+    if not static.one_query:
+        position_query = stack
+    if static.dropout_rate:
+        words = pltpu.VMEM((2, sizes.rows, LANES), jnp.int32)
+    return Scratch(
+        d_key=keys,
+        d_value=keys,
+        query=stack,
+        position_query=position_query,
+        d_out=stack,
+        query_turned=turned,
+        position_query_turned=turned,
+        d_out_turned=turned,
+        lse=number,
+        delta=number,
+        words=words,
+        queries=pltpu.VMEM((T, sizes.lanes), jnp.float32),
+        d_query=sums,
+        d_position_query=pltpu.VMEM((sizes.lanes, T), jnp.float32),
+        logits=wide,
+        d_weights=wide,
+        weights_factor=factor,
+        d_logits_factor=factor,
+        d_window_factor=pltpu.VMEM((sizes.rows, columns + 2 * LANES), dtype),
+    )
+
+
+def in_shape_of(
+    inputs: Inputs, static: Static, sizes: Sizes, scalars: Scalars, gradients: Gradients
+) -> Inputs:
+    """All gradients in the shapes and dtypes of the inputs, with the factors that they lack."""
+    # Back from the padded, reversed table; where a head does not reach, nothing was written.
+    K = inputs.query_BTHK.shape[3]
+    d_position_HKW = gradients.d_position.reshape(sizes.H, sizes.K, -1)
+    d_position_HKL = d_position_HKW[:, :K, sizes.left : sizes.left + sizes.L][:, :, ::-1]
+    reached_H1L = jnp.arange(sizes.L) < scalars.reach_H[:, None, None]
+    d_position_HKL = jnp.where(reached_H1L, d_position_HKL, 0)
+    # Heads that share the table have a gradient each.
+    if sizes.shared:
+        d_position_HKL = d_position_HKL.sum(0, keepdims=True)
+    # Where one array asks keys and positions, its whole gradient is that of the first.
+    if gradients.d_position_query is None:
+        d_position_query_BTHK = jnp.zeros_like(inputs.query_BTHK)
+    else:
+        d_position_query_BTHK = heads_apart(gradients.d_position_query, inputs.query_BTHK)
+    # The lanes and queries of every head.
+    d_span_H = gradients.d_span.reshape(sizes.H, -1).sum(1)
+    found = Inputs(
+        query_BTHK=heads_apart(gradients.d_query, inputs.query_BTHK),
+        position_query_BTHK=d_position_query_BTHK,
+        key_BSHK=_turned_back(gradients.d_key, inputs.key_BSHK),
+        value_BSHK=_turned_back(gradients.d_value, inputs.value_BSHK),
+        position_HLK=d_position_HKL.transpose(0, 2, 1) * logit_factor(static),
+        persistent_key_HNK=_pairs(sizes, gradients.d_persistent_key, K) * logit_factor(static),
+        persistent_value_HNK=_pairs(sizes, gradients.d_persistent_value, K) * weight_factor(static),
+        span_H=d_span_H * (weight_factor(static) / static.ramp),
+    )
+    return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), found, inputs)
+
+
+def _turned_back(x_BES: Array, like_BSHK: Array) -> Array:
+    """Gradients of keys or values in the shape of those."""
+    B, S, H, K = like_BSHK.shape
+    # A change of layout, which the products that follow take over.
+    x_BHKS = x_BES.reshape(B, H, -1, x_BES.shape[2])[:, :, :K, :S]
+    return x_BHKS.transpose(0, 3, 1, 2)
+
+
+def _pairs(sizes: Sizes, x_EN: Array, K: int) -> Array:
+    # Without the pairs and lanes that only fill.
+    x_HKN = x_EN.reshape(sizes.H, sizes.K, -1)[:, :K, : sizes.N]
+    return x_HKN.transpose(0, 2, 1)

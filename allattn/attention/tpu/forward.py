@@ -1,0 +1,593 @@
+"""The forward TPU kernel: an online softmax over persistent pairs and keys, tile by tile.
+
+One step of the grid holds a block of queries and a segment of keys of one group of heads. For each
+tile of queries it begins with the persistent pairs, in the first segment, and goes on with the keys
+within reach (`tile.Tile`): tiles of 256 keys with the mask of the spans at both edges, tiles of 512
+without any mask between them. Those are worked on in two stages, which the compiler interleaves,
+
+    save   logits of the next tile, and the running maximum      matrix unit, rotations
+    use    weights of this tile, times the values                exponentials, matrix unit
+
+so that neither waits for the other. The running maximum and all sums (Milakov and Gimelshein 2018,
+arXiv 1805.02867) are as wide as a register: the maximum is the same in all lanes, and every lane
+sums its own columns' weights until the end. Logits are kept without their scale: what a weight is
+the exponential of, the difference of two, is then more exact.
+
+Dimension key: T query of the tile, R row of the stack (T queries of each head), C key of a tile, Q
+column of a block of 128, X pair or key, E the group's heads side by side.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from allattn.attention import dropout
+from allattn.attention.contract import Static
+from allattn.attention.numerics import LEAST_TOP, NT_DIMENSIONS, dot, log_sum
+from allattn.attention.span import MASKED_LOGIT
+from allattn.attention.tpu import skew
+from allattn.attention.tpu.call import (
+    Arguments,
+    Grid,
+    Step,
+    operand_blocks,
+    query_block,
+    run,
+    statistic_block,
+)
+from allattn.attention.tpu.operands import Operands, pair_steps
+from allattn.attention.tpu.skew import LANES
+from allattn.attention.tpu.tile import Blocks, Scalars, Sizes, Tile, side_by_side, stacked
+
+Array = jax.Array
+
+LOG2_E = math.log2(math.e)
+
+
+class Outputs(NamedTuple):
+    """What the kernel writes."""
+
+    # (query_block, E)
+    out: Any
+    # (query_block, P): log-sum-exp, and the share of the weight on persistent pairs
+    lse: Any
+    mass: Any
+
+
+class Scratch(NamedTuple):
+    """The state of the online softmax, float32, and what passes from stage to stage."""
+
+    # of every tile of queries in the block: (tiles, R, 128) and (tiles, R, E)
+    top: Any
+    total: Any
+    pairs_top: Any
+    pairs_total: Any
+    sums: Any
+    # the stacked queries (R, E)
+    query: Any
+    position_query: Any
+    # dropout's words of the queries, int32 (R, 128)
+    word: Any
+    factor: Any
+    # two slots, one being saved and one in use: logits and weights (2, R, C), maximum and what the
+    # sums so far shrink by (2, R, 128)
+    logits: Any
+    weights: Any
+    new_top: Any
+    shrink: Any
+    # the last rotated blocks of the tile before, (1 or 2, R, 128)
+    carried: Any
+
+
+def forward_kernel(
+    static: Static,
+    sizes: Sizes,
+    scalars: Scalars,
+    inputs: Operands,
+    outputs: Outputs,
+    scratch: Scratch,
+) -> None:
+    """Grid (group, row, query block, segment of keys); all but the last may run at once."""
+    group, row, query_block, segment = (pl.program_id(axis) for axis in range(4))
+
+    def one_tile(number: Array, _: None) -> None:
+        first_query = query_block * sizes.query_block + number * sizes.query_tile
+        tile = Tile(static, sizes, scalars, group, row, first_query)
+        softmax = _Softmax(tile, inputs, outputs, scratch, number)
+        softmax.ask()
+        if not softmax.begins_with_pairs:
+            pl.when(segment == 0)(softmax.begin)
+        softmax.attend(segment)
+        pl.when(segment == sizes.segments - 1)(softmax.finish)
+
+    jax.lax.fori_loop(0, sizes.query_block // sizes.query_tile, one_tile, None)
+
+
+def run_forward(static: Static, sizes: Sizes, scalars: Scalars, operands: Operands) -> Outputs:
+    """Call the kernel: the output (B, T, H K), log-sum-exp and mass (B, G, T, P)."""
+
+    def place(group: Array, row: Array, query_block: Array, segment: Array, *refs: Any) -> Step:
+        if sizes.segments == 1:
+            return Step(group, row, query_block, 0)
+        # No segment beyond the reach of the group's spans is loaded.
+        first_query = query_block * sizes.query_block
+        last_query = first_query + sizes.query_block - sizes.query_tile
+        known = Scalars(*refs)
+        first = Tile(static, sizes, known, group, row, first_query)
+        last = Tile(static, sizes, known, group, row, last_query)
+        oldest = jax.lax.div(first.oldest, sizes.segment)
+        newest = jax.lax.div(jnp.maximum(last.newest, 0), sizes.segment)
+        return Step(group, row, query_block, jnp.minimum(jnp.maximum(segment, oldest), newest))
+
+    # Blocks and shapes.
+    statistic = statistic_block(sizes, place)
+    output_blocks = Outputs(out=query_block(sizes, place), lse=statistic, mass=statistic)
+    out = jax.ShapeDtypeStruct((sizes.B, sizes.T, sizes.H * sizes.K), operands.query.dtype)
+    numbers = (sizes.B, sizes.groups, sizes.T, sizes.heads)
+    shape = jax.ShapeDtypeStruct(numbers, jnp.float32)
+    # The steps over segments share the state of the softmax, so they run in order.
+    grid = (sizes.groups, sizes.B, sizes.T // sizes.query_block, sizes.segments)
+    return run(
+        functools.partial(forward_kernel, static, sizes),
+        "all_attention_forward",
+        Grid(grid, parallel_axes=3),
+        scalars,
+        Arguments(operands, Outputs(out, shape, shape)),
+        Arguments(operand_blocks(sizes, place), output_blocks),
+        _scratch(static, sizes, operands.query.dtype),
+    )
+
+
+def _scratch(static: Static, sizes: Sizes, dtype: Any) -> Scratch:
+    tiles = sizes.query_block // sizes.query_tile
+    pairs, _ = pair_steps(sizes)
+    columns = max(pairs, sizes.key_tile, sizes.nearest_tile)
+    spare = skew.window_blocks(0, sizes.remainder)
+    state = pltpu.VMEM((tiles, sizes.rows, LANES), jnp.float32)
+    passed = pltpu.VMEM((2, sizes.rows, LANES), jnp.float32)
+    query = pltpu.VMEM((sizes.rows, sizes.lanes), dtype)
+    words = None
+    if static.dropout_rate:
+        words = pltpu.VMEM((sizes.rows, LANES), jnp.int32)
+    return Scratch(
+        top=state,
+        total=state,
+        pairs_top=state,
+        pairs_total=state,
+        sums=pltpu.VMEM((tiles, sizes.rows, sizes.lanes), jnp.float32),
+        query=query,
+        position_query=None if static.one_query else query,
+        word=words,
+        factor=words,
+        logits=pltpu.VMEM((2, sizes.rows, sizes.key_tile), jnp.float32),
+        weights=pltpu.VMEM((2, sizes.rows, columns), dtype),
+        new_top=passed,
+        shrink=passed,
+        carried=pltpu.VMEM((spare, sizes.rows, LANES), jnp.float32),
+    )
+
+
+class _Softmax:
+    """The softmax of one tile of queries; of all heads of the group, or of one of them."""
+
+    def __init__(
+        self, tile: Tile, inputs: Operands, outputs: Outputs, scratch: Scratch, number: Array
+    ):
+        self.tile = tile
+        self.static = tile.static
+        self.sizes = tile.sizes
+        self.inputs = inputs
+        self.outputs = outputs
+        self.scratch = scratch
+        # Its state, and its rows in the block of queries.
+        self.number = number
+        self.top = scratch.top.at[number]
+        self.total = scratch.total.at[number]
+        self.pairs_top = scratch.pairs_top.at[number]
+        self.pairs_total = scratch.pairs_total.at[number]
+        self.sums = scratch.sums.at[number]
+        first = pl.multiple_of(number * self.sizes.query_tile, self.sizes.query_tile)
+        self.rows = pl.ds(first, self.sizes.query_tile)
+        # Whether all pairs and the nearest keys come first, and at once: then nothing has to be 0.
+        _, pair_passes = pair_steps(self.sizes)
+        self.begins_with_pairs = self.sizes.segments == 1 and pair_passes == 1
+        # The scale, for exponentials to base 2; its sign is that of the queries.
+        self.factor = (abs(self.static.scale) or 1) * LOG2_E
+
+    def ask(self) -> None:
+        """Stack the queries of the group's heads."""
+        self.scratch.query[...] = self._stacked(self.inputs.query[self.rows])
+        if not self.static.one_query:
+            position_query_TE = self.inputs.position_query[self.rows]
+            self.scratch.position_query[...] = self._stacked(position_query_TE)
+        # Words that all tiles of keys share.
+        if self.static.dropout_rate:
+            words_RQ = self.tile.query_words()
+            self.scratch.word[...] = words_RQ.word
+            self.scratch.factor[...] = words_RQ.factor
+
+    def _stacked(self, query_TE: Array) -> Array:
+        if self.static.scale <= 0:
+            query_TE = query_TE * math.copysign(bool(self.static.scale), self.static.scale)
+        return stacked(self.sizes, query_TE)
+
+    def begin(self) -> None:
+        """An empty softmax."""
+        self.top[...] = jnp.full(self.top.shape, LEAST_TOP, jnp.float32)
+        self.total[...] = jnp.zeros(self.total.shape, jnp.float32)
+        self.sums[...] = jnp.zeros(self.sums.shape, jnp.float32)
+        self.pairs_top[...] = jnp.full(self.top.shape, LEAST_TOP, jnp.float32)
+        self.pairs_total[...] = jnp.zeros(self.total.shape, jnp.float32)
+
+    def attend(self, segment: Array) -> None:
+        """Add what a segment has within reach, and in one of them the persistent pairs."""
+        first, stop = self.tile.reached(segment)
+        nearest = jnp.maximum(stop - self.sizes.nearest_tile // LANES, first)
+        is_home = segment == self.tile.home()
+        pl.when(is_home)(lambda: self._pairs_and_nearest(segment, Blocks(nearest, stop)))
+        stop = jnp.where(is_home, nearest, stop)
+
+        # Keys that one head alone reaches are that head's.
+        if self.sizes.heads > 1:
+            head, common = self.tile.farthest_head()
+            common = jnp.maximum(jnp.minimum(common, stop), first)
+            alone = self._alone(head)
+            pl.when(common > first)(lambda: alone._others(segment, Blocks(first, common)))
+            first = common
+        self._others(segment, Blocks(first, stop))
+
+    def _alone(self, head: Array) -> "_Softmax":
+        """The softmax of one head of the group, on its rows of the state."""
+        rows = pl.ds(pl.multiple_of(head * self.sizes.query_tile, 8), self.sizes.query_tile)
+        scratch = self.scratch
+        shared = {"query": scratch.query.at[rows]}
+        for name in ("position_query", "word", "factor"):
+            if getattr(scratch, name) is not None:
+                shared[name] = getattr(scratch, name).at[rows]
+        alone = _Softmax(
+            self.tile.of_head(head),
+            self.inputs,
+            self.outputs,
+            scratch._replace(**shared),
+            self.number,
+        )
+        alone.top = scratch.top.at[self.number, rows]
+        alone.total = scratch.total.at[self.number, rows]
+        alone.sums = scratch.sums.at[self.number, rows]
+        return alone
+
+    # --- persistent pairs and the nearest keys
+
+    def _pairs_and_nearest(self, segment: Array, blocks: Blocks) -> None:
+        """Add the persistent pairs, and with the last of them the nearest keys.
+
+        Both at once, so that the compiler can do the one while it waits for the other.
+        """
+        pairs, steps = pair_steps(self.sizes)
+        if self.sizes.N:
+            jax.lax.fori_loop(0, steps - 1, lambda step, _: self._pairs(step * pairs), None)
+        masked, finish = self._masked_logits(segment, blocks, self.sizes.nearest_tile)
+        if self.sizes.N:
+            self._pairs((steps - 1) * pairs, masked, finish)
+            return
+        self.pairs_top[...] = jnp.full(self.top.shape, LEAST_TOP, jnp.float32)
+        self.pairs_total[...] = jnp.zeros(self.total.shape, jnp.float32)
+        top_RQ, shrink_RQ = self._raise_top(masked, first=self.begins_with_pairs)
+        self._add([finish(top_RQ)], shrink_RQ)
+
+    def _pairs(
+        self,
+        first: Array | int,
+        others: Sequence[Array] = (),
+        finish: Callable[[Array], "_Part"] | None = None,
+    ) -> None:
+        """Add persistent pairs, and the part of other logits beside them."""
+        pairs, _ = pair_steps(self.sizes)
+        chosen = pl.ds(first, pairs)
+        logits = self._pair_logits(first, self.inputs.persistent_key[chosen])
+        top_RQ, shrink_RQ = self._raise_top([*logits, *others], first=self.begins_with_pairs)
+        weights = [self._weight(block_RQ, top_RQ) for block_RQ in logits]
+        # Their share of all weights is a result of its own.
+        self.pairs_top[...] = top_RQ
+        _shrink_and_add(self.pairs_total, shrink_RQ, sum_of(weights))
+        value_XE = self.inputs.persistent_value[chosen]
+        parts = [_Part(weights, dropout.PERSISTENT, first, value_XE, slot=0)]
+        if finish:
+            parts.append(finish(top_RQ))
+        self._add(parts, shrink_RQ)
+
+    def _pair_logits(self, first: Array | int, key_XE: Array) -> list[Array]:
+        """Logits of persistent pairs, in blocks of 128."""
+        logits_RX = dot(self.scratch.query[...], key_XE, NT_DIMENSIONS)
+        number_RQ = jax.lax.broadcasted_iota(jnp.int32, (self.sizes.rows, LANES), 1)
+        blocks = []
+        for column in range(0, key_XE.shape[0], LANES):
+            block_RQ = logits_RX[:, column : column + LANES]
+            # Pairs that only fill the step do not count.
+            if self.sizes.N % key_XE.shape[0]:
+                is_pair_RQ = number_RQ < self.sizes.N - first - column
+                block_RQ = jnp.where(is_pair_RQ, block_RQ, MASKED_LOGIT)
+            blocks.append(block_RQ)
+        return blocks
+
+    # --- keys
+
+    def _others(self, segment: Array, blocks: Blocks) -> None:
+        """Add the blocks of keys between two of a segment: inner tiles, and edges around them."""
+        edge = self.sizes.edge_tile // LANES
+        inner = self.sizes.key_tile // LANES
+        start, stop = blocks
+        c, d = self.tile.clear(segment)
+
+        # The edge before covers whole tiles; what fills no inner tile belongs to the edge behind.
+        before = jnp.maximum(jax.lax.div(c - start + edge - 1, edge), 0)
+        first = jnp.minimum(start + before * edge, stop)
+        tiles = jax.lax.div(jnp.maximum(jnp.minimum(d, stop) - first, 0), inner)
+        rest = first + tiles * inner
+        before = jax.lax.div(first - start + edge - 1, edge)
+        behind = jax.lax.div(stop - rest + edge - 1, edge)
+
+        # The last tile of the edge before is worked on beside the first inner one, if there is one.
+        beside = jnp.minimum(before, jnp.minimum(tiles, 1))
+        before = before - beside
+
+        def one(number: Array, _: None) -> None:
+            is_before = number < before
+            begin = jnp.where(is_before, start + number * edge, rest + (number - before) * edge)
+            self._edge(segment, Blocks(begin, jnp.where(is_before, first, stop)))
+
+        jax.lax.fori_loop(0, before + behind, one, None)
+        self._inside(segment, Blocks(first - beside * edge, first), tiles)
+
+    def _edge(self, segment: Array, blocks: Blocks) -> None:
+        """Add a tile with a mask."""
+        masked, finish = self._masked_logits(segment, blocks, self.sizes.edge_tile)
+        top_RQ, shrink_RQ = self._raise_top(masked)
+        self._add([finish(top_RQ)], shrink_RQ)
+
+    def _masked_logits(
+        self, segment: Array, blocks: Blocks, columns: int
+    ) -> tuple[list[Array], Callable[[Array], "_Part"]]:
+        """Logits of a tile of so many keys, of which those of some blocks count, with a mask.
+
+        Returns:
+          The logits, in blocks of 128, and a function of the maximum that gives the weights.
+        """
+        # A tile at the end of a segment begins earlier, so as to lie inside.
+        first_block = segment * (self.sizes.segment // LANES)
+        last = first_block + (self.sizes.segment - columns) // LANES
+        block = jnp.maximum(jnp.minimum(blocks.first, last), first_block)
+        first_key = block * LANES
+        local = pl.multiple_of((block - first_block) * LANES, LANES)
+        chosen = pl.ds(local, columns)
+        logits = self._logits(first_key, self.tile.keys(first_key, self.inputs.key[chosen]))
+
+        # The soft mask m, and what counts at all.
+        masks = []
+        masked = []
+        for b, block_RQ in enumerate(logits):
+            start = blocks.first * LANES
+            mask_RQ = self.tile.mask(first_key + b * LANES, start, blocks.stop * LANES)
+            masked.append(jnp.where(mask_RQ > 0, block_RQ, MASKED_LOGIT))
+            masks.append(mask_RQ)
+
+        def finish(top_RQ: Array) -> _Part:
+            bare = [self._weight(block_RQ, top_RQ) for block_RQ in masked]
+            weights = [weight_RQ * mask for weight_RQ, mask in zip(bare, masks, strict=True)]
+            value_CE = self.tile.keys(first_key, self.inputs.value[chosen])
+            return _Part(weights, dropout.CONTEXT, first_key, value_CE, slot=1)
+
+        return masked, finish
+
+    def _inside(self, segment: Array, edge: Blocks, tiles: Array) -> None:
+        """Tiles without a mask: the logits of one beside the weights of the one before.
+
+        Args:
+          segment: number of the segment.
+          edge: the blocks before the first of them, which are added here too.
+          tiles: how many there are.
+        """
+        begin = edge.stop * LANES - segment * self.sizes.segment
+
+        def at(number: Array | int) -> Array:
+            # The last one is saved once more, and not used.
+            number = jnp.minimum(number, tiles - 1)
+            return pl.multiple_of(begin + number * self.sizes.key_tile, LANES)
+
+        def several(count: int, number: Array) -> None:
+            # Tile `number` is saved in slot 0 before, and the one behind the last one after.
+            for u in range(count):
+                self._save((u + 1) % 2, segment, at(number + u + 1))
+                self._use(u % 2, segment, at(number + u))
+
+        fours = jax.lax.div(tiles, 4)
+        left = tiles - 4 * fours
+
+        @pl.when(tiles > 0)
+        def _begin() -> None:
+            self._edge(segment, edge)
+            self._carry(segment * self.sizes.segment + at(0))
+            self._save(0, segment, at(0))
+
+        jax.lax.fori_loop(0, fours, lambda four, _: several(4, 4 * four), None)
+        pl.when(left >= 2)(lambda: several(2, 4 * fours))
+        pl.when(jax.lax.rem(left, 2) == 1)(lambda: self._use(0, segment, at(tiles - 1)))
+
+    def _save(self, slot: int, segment: Array, local: Array) -> None:
+        """The first stage."""
+        first_key = segment * self.sizes.segment + local
+        key_CE = self.inputs.key[pl.ds(local, self.sizes.key_tile)]
+        logits = self._logits(first_key, key_CE, carries=True)
+        top_RQ, shrink_RQ = self._raise_top(logits)
+        rows = slice(self.sizes.rows)
+        self.scratch.new_top[slot, rows] = top_RQ
+        self.scratch.shrink[slot, rows] = shrink_RQ
+        for b, block_RQ in enumerate(logits):
+            self.scratch.logits[slot, rows, _lanes(b)] = block_RQ
+
+    def _use(self, slot: int, segment: Array, local: Array) -> None:
+        """The second stage."""
+        rows = slice(self.sizes.rows)
+        top_RQ = self.scratch.new_top[slot, rows]
+        weights = []
+        for b in range(self.sizes.key_tile // LANES):
+            weights.append(self._weight(self.scratch.logits[slot, rows, _lanes(b)], top_RQ))
+        first_key = segment * self.sizes.segment + local
+        value_CE = self.inputs.value[pl.ds(local, self.sizes.key_tile)]
+        part = _Part(weights, dropout.CONTEXT, first_key, value_CE, slot)
+        self._add([part], self.scratch.shrink[slot, rows])
+
+    # --- steps of an online softmax
+
+    def _logits(self, first_key: Array, key_CE: Array, carries: bool = False) -> list[Array]:
+        """Logits by content and position, in blocks of 128 keys.
+
+        Args:
+          first_key: of the tile.
+          key_CE: its keys.
+          carries: the first blocks of the window are the last ones of the tile before, which
+            `_carry` or that tile has left, and this tile leaves its last ones.
+        """
+        T = self.sizes.query_tile
+        blocks = key_CE.shape[0] // LANES
+        spare = skew.window_blocks(0, self.sizes.remainder)
+        if carries:
+            rotated = [self.scratch.carried[b, : self.sizes.rows] for b in range(spare)]
+            rotated += self._rotated(first_key, spare, blocks)
+            for b in range(spare):
+                self.scratch.carried[b, : self.sizes.rows] = rotated[blocks + b]
+        else:
+            rotated = self._rotated(first_key, 0, spare + blocks)
+        by_position = skew.skewed(rotated, T, self.tile.window(first_key)[1])
+
+        by_content_RC = dot(self.scratch.query[...], key_CE, NT_DIMENSIONS)
+        return [by_content_RC[:, _lanes(b)] + block_RQ for b, block_RQ in enumerate(by_position)]
+
+    def _rotated(self, first_key: Array, first: int, blocks: int) -> list[Array]:
+        """Logits by position: blocks of the window above a tile of keys, rotated."""
+        column, remainder = self.tile.window(first_key)
+        window = pl.ds(pl.multiple_of(column + first * LANES, LANES), blocks * LANES)
+        query = self.scratch.query if self.static.one_query else self.scratch.position_query
+        logits_RW = dot(query[...], self.inputs.position[:, window])
+        T = self.sizes.query_tile
+        return [
+            skew.rotate(logits_RW[:, _lanes(b)], T, remainder, self.sizes.strided)
+            for b in range(blocks)
+        ]
+
+    def _carry(self, first_key: Array) -> None:
+        """Leave the first blocks of the window for a tile of keys."""
+        spare = skew.window_blocks(0, self.sizes.remainder)
+        for b, block_RQ in enumerate(self._rotated(first_key, 0, spare)):
+            self.scratch.carried[b, : self.sizes.rows] = block_RQ
+
+    def _raise_top(
+        self, logits: Sequence[Array], first: bool = False
+    ) -> tuple[Array, Array | None]:
+        """The new maximum, and what was summed under the old one shrinks by; None at first."""
+        top_R1 = jnp.max(functools.reduce(jnp.maximum, logits), axis=1, keepdims=True)
+        if first:
+            # A query that sees nothing gets no weight from logits that are masked.
+            top_RQ = jnp.broadcast_to(jnp.maximum(top_R1, LEAST_TOP), self.top.shape)
+            self.top[...] = top_RQ
+            return top_RQ, None
+        old_RQ = self.top[...]
+        top_RQ = jnp.maximum(old_RQ, top_R1)
+        self.top[...] = top_RQ
+        return top_RQ, self._weight(old_RQ, top_RQ)
+
+    def _weight(self, logits_RQ: Array, top_RQ: Array) -> Array:
+        """Exponentials less the maximum."""
+        return jnp.exp2((logits_RQ - top_RQ) * self.factor)
+
+    def _add(self, parts: list["_Part"], shrink_RQ: Array | None) -> None:
+        """Add weights and their values to the sums.
+
+        Dropout comes after the normalisation: a dropped weight stays in the total.
+        """
+        weights = [weight_RQ for part in parts for weight_RQ in part.weights]
+        _shrink_and_add(self.total, shrink_RQ, sum_of(weights))
+        products = [self._times_values(part) for part in parts]
+        _shrink_and_add(self.sums, shrink_RQ, sum_of(products))
+
+    def _times_values(self, part: "_Part") -> Array:
+        """The product of weights and values, (R, E)."""
+        dtype = part.value_XE.dtype
+        rows = slice(self.sizes.rows)
+        for b, weight_RQ in enumerate(part.weights):
+            if self.static.dropout_rate:
+                weight_RQ = self._dropped(weight_RQ, part.domain, part.first + b * LANES)
+            self.scratch.weights[part.slot, rows, _lanes(b)] = weight_RQ.astype(dtype)
+        weight_RX = self.scratch.weights[part.slot, rows, : len(part.weights) * LANES]
+        return dot(weight_RX, part.value_XE)
+
+    def _dropped(self, weight_RQ: Array, domain: int, first: Array | int) -> Array:
+        """Weights after dropout, but for the factor 1 / (1 - rate)."""
+        query = dropout.QueryWords(self.scratch.word[...], self.scratch.factor[...])
+        column_RQ = self.tile.column_words(first, domain)
+        return jnp.where(dropout.keep(query, column_RQ, self.static.dropout_rate), weight_RQ, 0)
+
+    # --- the end
+
+    def finish(self) -> None:
+        """Divide by the sum. A query without any pair has the output 0."""
+        # Rows of one head are those of its queries.
+        total_R1 = jnp.sum(self.total[...], axis=1, keepdims=True)
+        pairs_R1 = jnp.sum(self.pairs_total[...], axis=1, keepdims=True)
+        share_R1 = 1 / jnp.where(total_R1 > 0, total_R1, 1)
+        out_RE = self.sums[...] * (share_R1 * (1 / (1 - self.static.dropout_rate)))
+        out_TE = side_by_side(self.sizes, out_RE)
+        self.outputs.out[self.rows] = out_TE.astype(self.outputs.out.dtype)
+
+        # The maximum has risen since the pairs were added.
+        top_R1 = self.top[:, :1]
+        lse_R1 = log_sum(top_R1 * (self.factor / LOG2_E), total_R1)
+        mass_R1 = pairs_R1 * self._weight(self.pairs_top[:, :1], top_R1) * share_R1
+        T = self.sizes.query_tile
+        for p in range(self.sizes.heads):
+            head = slice(p * T, (p + 1) * T)
+            self.outputs.lse[self.rows, p : p + 1] = lse_R1[head]
+            self.outputs.mass[self.rows, p : p + 1] = mass_R1[head]
+
+
+class _Part(NamedTuple):
+    """Weights, and what they are of."""
+
+    # blocks of 128, before dropout
+    weights: list[Array]
+    # dropout's domain, and the number of the first key or pair
+    domain: int
+    first: Array | int
+    value_XE: Array
+    # where the weights are kept for the product
+    slot: int
+
+
+def sum_of(arrays: Sequence[Array]) -> Array:
+    """The sum of arrays, elementwise."""
+    return functools.reduce(jnp.add, arrays)
+
+
+def _lanes(block: int) -> slice:
+    """The columns of a block of 128."""
+    return slice(block * LANES, (block + 1) * LANES)
+
+
+def _shrink_and_add(sums: Any, shrink_RQ: Array | None, more: Array) -> None:
+    """Add to sums after they have shrunk; without, they begin here."""
+    if shrink_RQ is not None:
+        more = sums[...] * _as_wide(shrink_RQ, sums.shape[1]) + more
+    sums[...] = more
+
+
+def _as_wide(x_RQ: Array, lanes: int) -> Array:
+    """A number for every row, as many columns wide as the group."""
+    if lanes <= LANES:
+        return x_RQ[:, :lanes]
+    return jnp.concatenate([x_RQ] * (lanes // LANES), axis=1)
