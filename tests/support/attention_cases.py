@@ -73,6 +73,17 @@ CASES = {
         dropout=0.3,
     ),
     "starts by row": Case(query_start=(2, 11), key_start=(1, 9)),
+    "many keys": Case(T=21, S=700, L=640, spans=(40.5, 600.0), dropout=0.2),
+    "many keys with starts": Case(
+        T=9,
+        S=700,
+        L=640,
+        spans=(640.0, 300.25),
+        query_start=(690, 455),
+        key_start=(3, 130),
+        two_queries=True,
+        first_distance=0,
+    ),
     "dropout": Case(T=21, S=60, L=30, spans=(9.0, 30.0), dropout=0.3),
     "dropout with starts": Case(query_start=(2, 11), key_start=(1, 9), dropout=0.3),
 }

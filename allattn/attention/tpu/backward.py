@@ -377,7 +377,8 @@ class _TileGradients:
         first, stop = self.tile.reached(segment)
         # Keys that one head alone reaches are that head's. Which one is known only at run time: its
         # lanes must then begin at a whole register's row where they are turned.
-        if self.sizes.heads > 1 and self.sizes.K % SUBLANES == 0:
+        turns_one = self.sizes.K % SUBLANES == 0 and not self.sizes.has_few_keys
+        if self.sizes.heads > 1 and turns_one:
             head, common = self.tile.farthest_head()
             common = jnp.maximum(jnp.minimum(common, stop), first)
             alone = self._alone(head)
@@ -429,6 +430,9 @@ class _TileGradients:
         # part of the other edge.
         older = jax.lax.div(jnp.minimum(c, b) - a + edge - 1, edge)
         clear = jnp.minimum(a + older * edge, b)
+        if sizes.has_few_keys:
+            clear = b
+            older = jax.lax.div(b - a + edge - 1, edge)
         tiles = jax.lax.div(jnp.maximum(d - clear, 0), inner)
         rest = clear + tiles * inner
         newer = jax.lax.div(b - rest + edge - 1, edge)
@@ -446,7 +450,8 @@ class _TileGradients:
             self._add_inside(segment, (clear - first_block + number * inner) * LANES)
 
         jax.lax.fori_loop(0, older + newer, one_edge, None)
-        jax.lax.fori_loop(0, tiles, one_inside, None)
+        if not sizes.has_few_keys:
+            jax.lax.fori_loop(0, tiles, one_inside, None)
 
     def _add_edge(self, segment: Array, local: Array, counted: tuple[Array, Array]) -> None:
         """A tile with the mask of the spans, of which keys from `counted` to `counted` count."""

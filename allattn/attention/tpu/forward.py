@@ -231,6 +231,9 @@ class _Softmax:
         nearest = jnp.maximum(stop - self.sizes.nearest_tile // LANES, first)
         is_home = segment == self.tile.home()
         pl.when(is_home)(lambda: self._pairs_and_nearest(segment, Blocks(nearest, stop)))
+        # Of few keys all are near.
+        if self.sizes.has_few_keys:
+            return
         stop = jnp.where(is_home, nearest, stop)
 
         # Keys that one head alone reaches are that head's.

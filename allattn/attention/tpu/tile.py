@@ -69,6 +69,11 @@ class Sizes(CallSizes):
         return self.left + self.L + self.right
 
     @property
+    def has_few_keys(self) -> bool:
+        """Whether tiles with a mask are all that is worth its code."""
+        return self.segments == 1 and self.segment <= self.nearest_tile
+
+    @property
     def segments(self) -> int:
         """Steps of the grid over all keys."""
         return -(-self.S // self.segment)
