@@ -399,7 +399,7 @@ class _Softmax:
         begin = edge.stop * LANES - segment * self.sizes.segment
 
         def at(number: Array | int) -> Array:
-            # The last one is saved once more, and not used.
+            # What is saved behind the last one is not used; it only has to lie inside.
             number = jnp.minimum(number, tiles - 1)
             return pl.multiple_of(begin + number * self.sizes.key_tile, LANES)
 
@@ -421,6 +421,11 @@ class _Softmax:
         jax.lax.fori_loop(0, fours, lambda four, _: several(4, 4 * four), None)
         pl.when(left >= 2)(lambda: several(2, 4 * fours))
         pl.when(jax.lax.rem(left, 2) == 1)(lambda: self._use(0, segment, at(tiles - 1)))
+
+        # What was saved and not used has raised the maximum for nothing.
+        @pl.when((tiles > 0) & (jax.lax.rem(left, 2) == 0))
+        def _lower_top() -> None:
+            self.top[...] = self.scratch.new_top[1, : self.sizes.rows]
 
     def _save(self, slot: int, segment: Array, local: Array) -> None:
         """The first stage."""
