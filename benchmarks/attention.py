@@ -20,7 +20,7 @@ import argparse
 import functools
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,34 +85,33 @@ def inputs(arguments: argparse.Namespace) -> tuple[jax.Array, ...]:
     return tuple(arrays)
 
 
-def operation(arguments: argparse.Namespace, dropout: float) -> Callable[..., jax.Array]:
-    """The operation as a function of its arrays and the spans."""
-    attention = sharding.attention_over(sharding.mesh_over_rows(), arguments.rows)
-
-    def run(
+def attend(attention: Callable, arrays: Sequence[jax.Array], **options: Any) -> jax.Array:
+    """Call the operation on its seven arrays, those of the query, key, value, position, pairs and
+    spans.
+    """
+    query_BTHK, key_BSHK, value_BSHK, position_HLK, *persistent_HNK, span_H = arrays
+    return attention(
         query_BTHK,
         key_BSHK,
         value_BSHK,
-        position_HLK,
-        persistent_key_HNK,
-        persistent_value_HNK,
-        span_H,
-    ):
-        return attention(
-            query_BTHK,
-            key_BSHK,
-            value_BSHK,
-            position_HLK=position_HLK,
-            persistent_key_HNK=persistent_key_HNK,
-            persistent_value_HNK=persistent_value_HNK,
-            span_H=span_H,
-            ramp=RAMP,
-            dropout_rate=dropout,
-            dropout_seed=1,
-            implementation=arguments.implementation or None,
-        )
+        position_HLK=position_HLK,
+        persistent_key_HNK=persistent_HNK[0],
+        persistent_value_HNK=persistent_HNK[1],
+        span_H=span_H,
+        ramp=RAMP,
+        **options,
+    )
 
-    return run
+
+def operation(arguments: argparse.Namespace, dropout: float) -> Callable[..., jax.Array]:
+    """The operation as a function of its arrays and the spans."""
+    attention = sharding.attention_over(sharding.mesh_over_rows(), arguments.rows)
+    options = {
+        "dropout_rate": dropout,
+        "dropout_seed": 1,
+        "implementation": arguments.implementation or None,
+    }
+    return lambda *arrays: attend(attention, arrays, **options)
 
 
 def both(run: Callable[..., jax.Array]) -> Callable[..., Any]:

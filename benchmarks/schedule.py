@@ -59,7 +59,6 @@ PAPER = Path(__file__).with_name("paper_like_spans.json")
 
 # The operation: a layer of this model, also with half as many heads of twice the width.
 GEOMETRY = GEOMETRIES["enwik8_small"]
-RAMP = attention.RAMP
 WIDTHS = (64, 128)
 DROPOUT = (0.0, 0.3)
 SPANS = ("full", "zero", "paper")
@@ -143,25 +142,12 @@ def operation(K: int, dropout: float, spans: Sequence[str]) -> Subject:
     H = GEOMETRY.width // K
     S = T + L
 
-    def output(*arrays: jax.Array, seed: jax.Array) -> Any:
-        query_BTHK, key_BSHK, value_BSHK, position_HLK, *persistent, span_H = arrays
-        persistent_key_HNK, persistent_value_HNK = persistent
-        return all_attention(
-            query_BTHK,
-            key_BSHK,
-            value_BSHK,
-            position_HLK=position_HLK,
-            persistent_key_HNK=persistent_key_HNK,
-            persistent_value_HNK=persistent_value_HNK,
-            span_H=span_H,
-            ramp=RAMP,
-            dropout_rate=dropout,
-            dropout_seed=seed,
-            implementation="pallas_tpu",
-        )
-
     def gradients(seed: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        return jax.grad(_sum_of(functools.partial(output, seed=seed)), tuple(range(7)))(*arrays)
+        def output(*arrays: jax.Array) -> jax.Array:
+            options = {"dropout_rate": dropout, "dropout_seed": seed}
+            return attention.attend(all_attention, arrays, implementation="pallas_tpu", **options)
+
+        return attention.both(output)(*arrays)
 
     shapes = [(1, T, H, K), (1, S, H, K), (1, S, H, K), (1, L, K), (H, N, K), (H, N, K)]
     loads: dict[str, list[tuple[Load, int]]] = {name: [] for name in spans}
@@ -169,7 +155,7 @@ def operation(K: int, dropout: float, spans: Sequence[str]) -> Subject:
         for span_H, times in _layers(name, L, H):
             arrays = [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]
             arguments = (jnp.uint32(7), *arrays, jnp.asarray(span_H))
-            forward = float(2 * T * K * (3 * np.minimum(span_H + RAMP, L) + 2 * N).sum())
+            forward = float(2 * T * K * (3 * np.minimum(span_H + attention.RAMP, L) + 2 * N).sum())
             flops = {"forward": forward, "backward": 2 * forward}
             loads[name].append((Load(arguments, flops), times))
     kernels = {name: f"all_attention_{name}" for name in ("forward", "backward")}

@@ -17,7 +17,7 @@ CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
         "few": (32, 64, 128),
         "elements": (2**18, 2**19, 2**20, 2**21),
     },
-    "pallas_tpu": {"queries": (128, 256), "keys": (256, 512, 1024)},
+    "pallas_tpu": {"keys": (256, 512, 1024), "segment": (2048, 16384)},
     "pallas_gpu": {
         "queries": (64, 128),
         "keys": (32, 64),

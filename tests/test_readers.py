@@ -82,13 +82,14 @@ def read_npz(file: Path) -> None:
     assert all(x.dtype == np.float32 and np.isfinite(x).all() for x in state.values())
 
 
-def read_metrics(file: Path) -> None:
-    """Rows in the order of their steps."""
+def read_metrics(file: Path) -> list[int]:
+    """The steps of the rows, in their order."""
     steps = [row["step"] for row in read_jsonl(str(file.parent))]
     assert steps == sorted(steps) and all(type(step) is int for step in steps)
+    return steps
 
 
-def read_scores(file: Path) -> None:
+def read_scores(file: Path) -> dict[str, Any] | None:
     """Numbers that a table can be made of, or nothing, as of a run that has not ended."""
     job = sweep.Job(Path("x.py"), 0, epath.Path(file.parent))
     scores = sweep._scores(job)
@@ -96,6 +97,7 @@ def read_scores(file: Path) -> None:
         numbers = [scores[name] for name in ("step", "bpc", "ppl", "trained_tokens", "parameters")]
         assert all(math.isfinite(x) and not isinstance(x, bool) for x in numbers)
         assert sweep.Result(job, scores, [], "").tokens_per_step >= 0
+    return scores
 
 
 def read_archive(file: Path) -> None:
@@ -103,7 +105,7 @@ def read_archive(file: Path) -> None:
     assert all(len(chunk) <= 1 << 20 for chunk in text)
 
 
-READERS: dict[str, tuple[Callable[[], bytes], str, Callable[[Path], None]]] = {
+READERS: dict[str, tuple[Callable[[], bytes], str, Callable[[Path], Any]]] = {
     "npz": (npz, "x.npz", read_npz),
     "metrics": (jsonl, "metrics.jsonl", read_metrics),
     "scores": (lambda: json.dumps(SCORES).encode(), "scores.json", read_scores),
@@ -219,7 +221,8 @@ def test_scores_of_another_structure(profile: settings, tmp_path: Path) -> None:
     @given(damage.damaged_json(SCORES))
     def reads(changed: Any) -> None:
         file.write_text(json.dumps(changed))
-        damage.refuses_or_reads(lambda: read_scores(file))
+        scores = damage.refuses_or_reads(lambda: read_scores(file))
+        assert not scores or scores.items() <= changed.items()
 
     damage.run(profile, reads)
 
@@ -231,7 +234,9 @@ def test_metrics_of_another_structure(profile: settings, tmp_path: Path) -> None
     @given(st.lists(damage.damaged_json(ROWS[0]), max_size=4))
     def reads(rows: list[Any]) -> None:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        damage.refuses_or_reads(lambda: read_metrics(file))
+        steps = damage.refuses_or_reads(lambda: read_metrics(file))
+        written = [row["step"] for row in rows if isinstance(row, dict) and "step" in row]
+        assert steps is not None and all(step in written for step in steps)
 
     damage.run(profile, reads)
 

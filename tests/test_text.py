@@ -62,6 +62,8 @@ def test_trains_on_a_messy_text(unit: str, text: Path, tmp_path: Path) -> None:
     assert trained.code == 0, trained.err
     scores = trained.last()
     assert f"score it: allattn evaluate --workdir={run}" in trained.out
+    begun, _, done = trained.out.partition("\n")
+    assert begun.startswith("preparing files in ") and done.startswith("prepared files: bytes, ")
 
     # Bits per byte, whatever a token is; of the training rows too.
     summary = call("data", f"--text={text}", f"--unit={unit}", "--vocab_size=300").last()

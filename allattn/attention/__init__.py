@@ -114,23 +114,15 @@ def all_attention(
       >>> out_BTHK[0, :, 0, 0].tolist()  # the first query has no earlier key
       [0.0, 1.0, 1.0, 1.0]
     """
-    # Check ranks first: everything after reads sizes from the shapes.
-    _check_rank(
-        query_BTHK=query_BTHK, key_BSHK=key_BSHK, value_BSHK=value_BSHK, position_HLK=position_HLK
-    )
+    # Shapes first: everything after reads sizes from them.
+    _check_shapes(query_BTHK, key_BSHK, value_BSHK, position_HLK, position_query_BTHK)
     B, T, H, K = query_BTHK.shape
     S = key_BSHK.shape[1]
     L = position_HLK.shape[1]
-    # No pairs are N = 0 pairs.
-    if persistent_key_HNK is None and persistent_value_HNK is None:
-        persistent_key_HNK = jnp.zeros((H, 0, K), query_BTHK.dtype)
-        persistent_value_HNK = persistent_key_HNK
-    _check_shapes(query_BTHK, key_BSHK, value_BSHK, position_HLK, position_query_BTHK)
-    _check_persistent(query_BTHK, persistent_key_HNK, persistent_value_HNK)
+    persistent_HNK = _pairs(query_BTHK, persistent_key_HNK, persistent_value_HNK)
     _check_numbers(first_distance, dropout_rate, dropout_seed)
     if span_H is not None:
-        ramp = _whole_tokens("ramp", ramp)
-        _check_span(H, L, span_H, ramp)
+        ramp = _checked_ramp(H, L, span_H, ramp)
 
     # Fill in the defaults. Whether some were left out decides which code an implementation builds.
     whole_context = query_start is None and isinstance(key_start, int) and key_start == 0
@@ -152,8 +144,8 @@ def all_attention(
         "position_HLK": position_HLK,
         "position_query_BTHK": position_query_BTHK,
         "first_distance": int(first_distance),
-        "persistent_key_HNK": persistent_key_HNK,
-        "persistent_value_HNK": persistent_value_HNK,
+        "persistent_key_HNK": persistent_HNK[0],
+        "persistent_value_HNK": persistent_HNK[1],
         "span_H": _within_table(span_H, L),
         "ramp": ramp,
         "query_start_B": _per_row("query_start", query_start, B),
@@ -165,26 +157,34 @@ def all_attention(
         "scale": float(scale),
     }
 
-    # Run the implementation.
+    # What was left out is a hint; then the implementation runs.
+    hints = {"whole_context": whole_context, "one_query": one_query}
     inputs = (query_BTHK, key_BSHK, value_BSHK)
-    if implementation == "reference":
-        out_BTHK, mass_BTH = reference.all_attention(*inputs, **arguments)
-    else:
-        hints = {"whole_context": whole_context, "one_query": one_query}
-        out_BTHK, mass_BTH = _fused(implementation, inputs, {**arguments, **hints})
+    out_BTHK, mass_BTH = _run(implementation, inputs, arguments, hints)
     if return_persistent_mass:
         return out_BTHK, mass_BTH
     return out_BTHK
 
 
-def _fused(
-    implementation: str, inputs: tuple[Array, Array, Array], arguments: dict[str, Any]
+def _run(
+    implementation: str,
+    inputs: tuple[Array, Array, Array],
+    arguments: dict[str, Any],
+    hints: dict[str, bool],
 ) -> tuple[Array, Array]:
-    """Output and persistent mass of a fused implementation.
+    """Output and persistent mass of an implementation.
+
+    Args:
+      implementation: its name.
+      inputs: queries, keys and values.
+      arguments: all others, as the definition takes them.
+      hints: what those that are fused may rely on besides.
 
     Raises:
       NotImplementedError: there is no such implementation.
     """
+    if implementation == "reference":
+        return reference.all_attention(*inputs, **arguments)
     # The name comes from a configuration or a caller.
     if implementation not in _FUSED:
         raise NotImplementedError(
@@ -196,7 +196,7 @@ def _fused(
     L = arguments["position_HLK"].shape[1]
     N = arguments["persistent_key_HNK"].shape[1]
     tiles = tuning.tiles(implementation, T=T, L=L, N=N, K=K)
-    packed = pack(*inputs, **arguments, tiles=tiles)
+    packed = pack(*inputs, **{**arguments, **hints}, tiles=tiles)
     return _FUSED[implementation].all_attention(*packed)
 
 
@@ -269,6 +269,9 @@ def _check_shapes(
     position_HLK: Array,
     position_query_BTHK: Array | None,
 ) -> None:
+    _check_rank(
+        query_BTHK=query_BTHK, key_BSHK=key_BSHK, value_BSHK=value_BSHK, position_HLK=position_HLK
+    )
     B, _, H, K = query_BTHK.shape
     dtype = query_BTHK.dtype
     # The query decides about batch, heads, width and dtype; all else is held against it.
@@ -286,20 +289,25 @@ def _check_shapes(
         _expect("position_query_BTHK", position_query_BTHK, query_BTHK.shape, dtype)
 
 
-def _check_persistent(
+def _pairs(
     query_BTHK: Array, persistent_key_HNK: Array | None, persistent_value_HNK: Array | None
-) -> None:
+) -> tuple[Array, Array]:
+    """Persistent keys and values; no pairs are N = 0 pairs."""
+    _, _, H, K = query_BTHK.shape
+    if persistent_key_HNK is None and persistent_value_HNK is None:
+        none_HNK = jnp.zeros((H, 0, K), query_BTHK.dtype)
+        return none_HNK, none_HNK
     if persistent_key_HNK is None:
         raise ValueError("persistent_key_HNK: expected an array beside its partner, found None")
     if persistent_value_HNK is None:
         raise ValueError("persistent_value_HNK: expected an array beside its partner, found None")
     # Any number of pairs is right, but keys and values have the same. -1 fits no shape.
-    _, _, H, K = query_BTHK.shape
     N = -1
     if persistent_key_HNK.ndim == 3:
         N = persistent_key_HNK.shape[1]
     _expect("persistent_key_HNK", persistent_key_HNK, (H, N, K), query_BTHK.dtype)
     _expect("persistent_value_HNK", persistent_value_HNK, (H, N, K), query_BTHK.dtype)
+    return persistent_key_HNK, persistent_value_HNK
 
 
 def _check_numbers(first_distance: Any, dropout_rate: Any, dropout_seed: Any) -> None:
@@ -315,15 +323,18 @@ def _check_numbers(first_distance: Any, dropout_rate: Any, dropout_seed: Any) ->
         )
 
 
-def _check_span(H: int, L: int, span_H: Array, ramp: int) -> None:
+def _checked_ramp(H: int, L: int, span_H: Array, ramp: Any) -> int:
+    """The ramp as a whole number, with spans that it can end."""
+    ramp = _whole_tokens("ramp", ramp)
     if span_H.shape != (H,):
         raise ValueError(f"span_H: expected shape ({H},), found {span_H.shape}")
     if ramp < 1:
         raise ValueError(f"ramp: expected at least 1 token, found {ramp}")
     # The values of a traced array are not known yet; `_within_table` clips them.
     if isinstance(span_H, jax.core.Tracer):
-        return
+        return ramp
     span = np.asarray(span_H, np.float64)
     inside = (span >= 0) & (span <= L)
     if not inside.all():
         raise ValueError(f"span_H: expected spans in [0, {L}], found {span[~inside][:1]}")
+    return ramp

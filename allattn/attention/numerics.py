@@ -5,6 +5,7 @@ head width.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from allattn.attention.span import MASKED_LOGIT
 
 Array = jax.Array
 
+# Kernels count logits in powers of two, for which TPUs and GPUs have an instruction.
+LOG2_E = math.log2(math.e)
 # Axes that `dot` contracts, the first array's and the second's: x y', and x' y.
 NT_DIMENSIONS = (1, 1)
 TN_DIMENSIONS = (0, 0)

@@ -29,10 +29,12 @@ class XlaTiles(NamedTuple):
 
 
 class TpuTiles(NamedTuple):
-    """Tiles of the TPU kernels, multiples of 128, and keys that a step of their grids holds."""
+    """Tiles of the TPU kernels."""
 
+    # 128 at most, and a multiple of 128.
     queries: int = 128
     keys: int = 512
+    # Keys that a step of the grid holds, a power of two; less on a TPU with little memory.
     segment: int = 16384
 
 

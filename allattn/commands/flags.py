@@ -203,9 +203,9 @@ def add_text(parser: argparse.ArgumentParser) -> None:
 def require_one(arguments: argparse.Namespace, *names: str) -> None:
     """Refuse a command line that has none of several flags."""
     if all(getattr(arguments, name) is None for name in names):
-        flags = " or ".join(f"--{name}" for name in names)
+        wanted = " or ".join(f"--{name}" for name in names)
         raise UserError(
-            f"expected {flags}, found neither; see `allattn {arguments.command} --help`"
+            f"expected {wanted}, found neither; see `allattn {arguments.command} --help`"
         )
 
 

@@ -48,6 +48,7 @@ def fields_named(name: str) -> list[str]:
     """Dotted names of the fields of every experiment whose last part is a name."""
     from allattn import config
 
+    # All experiments have the fields of this one.
     fields = [field for field, _ in config.fields(config.load("base"))]
     return [field for field in fields if field.split(".")[-1] == name]
 

@@ -61,12 +61,14 @@ class TextBuilder(tfds.core.GeneratorBasedBuilder):
         self.downloads = downloads
         super().__init__(file_format="array_record", **options)
 
-    # TFDS would print a download of unknown size from these.
     def _log_download_bytes(self) -> None:
-        pass
+        """Say what is prepared; TFDS would tell of a download, of unknown size."""
+        print(f"preparing {self.name} in {self.data_dir}", flush=True)
 
     def _log_download_done(self) -> None:
-        pass
+        """Say what was prepared."""
+        sizes = [f"{size:,} of {split}" for split, size in self.info.metadata["bytes"].items()]
+        print(f"prepared {self.name}: bytes, {', '.join(sizes)}", flush=True)
 
     @abc.abstractmethod
     def texts(self) -> dict[str, Iterable[bytes]]:

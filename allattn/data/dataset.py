@@ -353,7 +353,6 @@ def _prepare_once(builder: "TextBuilder", folder: epath.Path, wanted: epath.Path
         # A bucket that refuses is found out before the hour that preparing may take.
         if paths.is_url(wanted):
             paths.check_writable(wanted.parent)
-        print(f"preparing {builder.name} in {folder}", flush=True)
         # The folder appears whole or not at all, also where the disk is full.
         with _bars_on_terminals_only(), paths.written(folder):
             builder.download_and_prepare(download_dir=builder.downloads)

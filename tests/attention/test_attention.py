@@ -294,6 +294,19 @@ def test_dropout_does_not_depend_on_the_cut(
     np.testing.assert_allclose(found[:, :, others], whole[:, :, others], **close)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_scale(scale: float, implementation: str) -> None:
+    """A scale may have any sign, or make all logits equal."""
+    case = CASES["plain"]
+    with jax.enable_x64(True):
+        expected = results(case, arrays(case, np.float64), "reference", scale=scale)
+        expected = jax.tree.map(np.asarray, expected)
+    with jax.default_matmul_precision("highest"):
+        found = results(case, arrays(case), implementation, scale=scale)
+    assert error(found, expected) <= 1e-5
+
+
 def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The backward pass keeps no array of T x S x H: under 64 MiB beyond inputs and outputs for a
     row of 8 heads.

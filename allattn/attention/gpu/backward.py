@@ -38,7 +38,6 @@ from allattn.attention.gpu.head_row import (
     indices,
 )
 from allattn.attention.gpu.memory import (
-    LOG2_E,
     Refs,
     exp2,
     load,
@@ -53,7 +52,7 @@ from allattn.attention.gpu.memory import (
     store_at,
     zeros,
 )
-from allattn.attention.numerics import NT_DIMENSIONS, TN_DIMENSIONS, dot
+from allattn.attention.numerics import LOG2_E, NT_DIMENSIONS, TN_DIMENSIONS, dot
 from allattn.attention.span import MAX_MASK_DERIVATIVE
 
 Array = jax.Array

@@ -23,7 +23,6 @@ from jax.experimental.pallas import triton as plgpu
 from allattn.attention.contract import Static
 from allattn.attention.gpu.head_row import HeadRow, Sizes, for_each_tile, for_head_row, indices
 from allattn.attention.gpu.memory import (
-    LOG2_E,
     Refs,
     exp2,
     load_by_key,
@@ -35,7 +34,7 @@ from allattn.attention.gpu.memory import (
     store_at,
     zeros,
 )
-from allattn.attention.numerics import LEAST_TOP, NT_DIMENSIONS, dot, log_sum
+from allattn.attention.numerics import LEAST_TOP, LOG2_E, NT_DIMENSIONS, dot, log_sum
 from allattn.attention.span import MASKED_LOGIT
 
 Array = jax.Array

@@ -12,7 +12,6 @@ Dimension key: T query of the tile, C key of the tile, D distance of the tile (f
 persistent pair of the tile, K head width, X any; B row, H head, U head row.
 """
 
-import math
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -22,9 +21,6 @@ from jax.experimental.pallas import triton as plgpu
 from allattn.attention.gpu.head_row import HeadRow, Scalars, Sizes, iota
 
 Array = jax.Array
-
-# Kernels count logits in powers of two, for which GPUs have an instruction.
-LOG2_E = math.log2(math.e)
 
 InputsT = TypeVar("InputsT")
 OutputsT = TypeVar("OutputsT")

@@ -26,7 +26,6 @@ the group.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -37,27 +36,27 @@ from jax.experimental.pallas import tpu as pltpu
 
 from allattn.attention import dropout
 from allattn.attention.contract import Inputs, Static
-from allattn.attention.numerics import NT_DIMENSIONS, dot
+from allattn.attention.numerics import LOG2_E, NT_DIMENSIONS, dot
 from allattn.attention.span import MAX_MASK_DERIVATIVE
 from allattn.attention.tpu import skew
 from allattn.attention.tpu.call import (
     Arguments,
     Grid,
     Step,
+    loaded,
     operand_blocks,
     query_block,
     run,
     statistic_block,
 )
 from allattn.attention.tpu.operands import SMALL_VMEM, Operands, heads_apart, pair_steps, vmem
-from allattn.attention.tpu.skew import LANES, SUBLANES
-from allattn.attention.tpu.tile import Blocks, Scalars, Sizes, Tile, side_by_side, stacked
+from allattn.attention.tpu.skew import LANES, SUBLANES, lanes_of
+from allattn.attention.tpu.tile import Blocks, Scalars, Sizes, Tile, stacked, stretch, unstacked
 
 Array = jax.Array
 
-LOG2_E = math.log2(math.e)
 # Keys that a step of the grid holds, and keys of a tile, where there is little memory, at most.
-SMALL_SEGMENT = 2 * LANES
+SMALL_STEP = 2 * LANES
 # Of a logit less the log-sum-exp, where the span mask is 0 and nothing bounds it: exp(80) x 0 is 0,
 # inf x 0 is not a number.
 LARGEST_EXCESS = 80 * LOG2_E
@@ -166,7 +165,7 @@ def _start_group(tile: Tile, outputs: Gradients) -> None:
     first = jax.lax.div(jnp.maximum(before, 0), LANES)
 
     def one(number: Array, _: None) -> None:
-        chosen = _stretch(number * LANES, LANES)
+        chosen = stretch(number * LANES, LANES)
         outputs.d_position[:, chosen] = jnp.zeros((sizes.lanes, LANES), jnp.float32)
 
     jax.lax.fori_loop(first, sizes.positions // LANES, one, None)
@@ -189,7 +188,7 @@ def _start_keys(sizes: Sizes, outputs: Gradients, scratch: Scratch, reached: Blo
 
     def zero(*arrays: Any) -> Callable[[Array, None], None]:
         def one(number: Array, _: None) -> None:
-            chosen = _stretch(number * sizes.edge_tile, sizes.edge_tile)
+            chosen = stretch(number * sizes.edge_tile, sizes.edge_tile)
             for array in arrays:
                 array[:, chosen] = jnp.zeros((sizes.lanes, sizes.edge_tile), array.dtype)
 
@@ -208,7 +207,7 @@ def _finish_keys(
     """Write the complete sums."""
 
     def one(number: Array, _: None) -> None:
-        chosen = _stretch(number * sizes.edge_tile, sizes.edge_tile)
+        chosen = stretch(number * sizes.edge_tile, sizes.edge_tile)
         # With the factors that they lack.
         d_key_EC = scratch.d_key[:, chosen] * logit_factor(static)
         d_value_EC = scratch.d_value[:, chosen] * weight_factor(static)
@@ -254,8 +253,8 @@ class _TileGradients:
         self.dtype = inputs.d_out.dtype
         self.number = number
         # Its rows in the block of queries, and in all queries.
-        self.rows = _stretch(number * self.sizes.query_tile, self.sizes.query_tile)
-        self.all_rows = _stretch(tile.first_query, self.sizes.query_tile)
+        self.rows = stretch(number * self.sizes.query_tile, self.sizes.query_tile)
+        self.all_rows = stretch(tile.first_query, self.sizes.query_tile)
         # Every head's lanes, and its rows in the stack.
         K = self.sizes.K
         heads = range(self.sizes.heads)
@@ -333,7 +332,7 @@ class _TileGradients:
         """Add the gradients of the queries."""
         # Each row's own lanes.
         factor = logit_factor(self.static)
-        d_query_TE = side_by_side(self.sizes, self.scratch.d_query[...])
+        d_query_TE = unstacked(self.sizes, self.scratch.d_query[...])
         # What came from positions has reversed rows.
         self.scratch.queries[...] = self.scratch.d_position_query[...].T
         d_position_query_TE = skew.reversed_rows(self.scratch.queries, self.sizes.strided)
@@ -389,7 +388,7 @@ class _TileGradients:
     def _alone(self, head: Array) -> "_TileGradients":
         """One head of the group, with its rows of what is stacked."""
         T = self.sizes.query_tile
-        rows = _stretch(head * T, T)
+        rows = stretch(head * T, T)
         scratch = self.scratch
         # Rows of one head are still as wide as the group, with zeros in the others' lanes.
         mine = {
@@ -410,62 +409,39 @@ class _TileGradients:
         # Of what is turned, the lanes of the head.
         of_head = self.tile.of_head(head)
         alone = _TileGradients(of_head, self.inputs, outputs, scratch._replace(**mine), self.number)
-        alone.heads = [(_stretch(head * self.sizes.K, self.sizes.K), slice(0, T))]
+        alone.heads = [(stretch(head * self.sizes.K, self.sizes.K), slice(0, T))]
         return alone
 
     def _add_keys(self, segment: Array, blocks: Blocks) -> None:
         """Blocks of keys of a segment."""
-        sizes = self.sizes
-        a, b = blocks
-        c, d = self.tile.clear(segment)
-        # Those that need no mask, of these blocks.
-        c = jnp.maximum(c, a)
-        d = jnp.minimum(d, b)
-        edge = sizes.edge_tile // LANES
-        inner = sizes.key_tile // LANES
-        first_block = segment * (sizes.segment // LANES)
-        last = first_block + sizes.segment // LANES - edge
-
-        # Edge tiles up to where no mask is needed; what does not fill a whole tile without one is
-        # part of the other edge.
-        older = jax.lax.div(jnp.minimum(c, b) - a + edge - 1, edge)
-        clear = jnp.minimum(a + older * edge, b)
-        if sizes.has_few_keys:
-            clear = b
-            older = jax.lax.div(b - a + edge - 1, edge)
-        tiles = jax.lax.div(jnp.maximum(d - clear, 0), inner)
-        rest = clear + tiles * inner
-        newer = jax.lax.div(b - rest + edge - 1, edge)
+        cut = self.tile.cut(segment, blocks)
+        begin = cut.first * LANES - segment * self.sizes.segment
 
         def one_edge(number: Array, _: None) -> None:
-            is_older = number < older
-            block = jnp.where(is_older, a + number * edge, rest + (number - older) * edge)
-            # The last tile begins earlier if it must, to lie inside, and counts no key twice.
-            local = (jnp.minimum(block, last) - first_block) * LANES
-            counted = (block * LANES, jnp.where(is_older, clear, b) * LANES)
-            self._add_edge(segment, local, counted)
+            self._add_edge(segment, cut.edge(number))
 
-        # Both kinds of tiles.
         def one_inside(number: Array, _: None) -> None:
-            self._add_inside(segment, (clear - first_block + number * inner) * LANES)
+            self._add_inside(segment, begin + number * self.sizes.key_tile)
 
-        jax.lax.fori_loop(0, older + newer, one_edge, None)
-        if not sizes.has_few_keys:
-            jax.lax.fori_loop(0, tiles, one_inside, None)
+        jax.lax.fori_loop(0, cut.before + cut.behind, one_edge, None)
+        if not self.sizes.has_few_keys:
+            jax.lax.fori_loop(0, cut.tiles, one_inside, None)
 
-    def _add_edge(self, segment: Array, local: Array, counted: tuple[Array, Array]) -> None:
-        """A tile with the mask of the spans, of which keys from `counted` to `counted` count."""
-        # Where no query looks keys and values may be anything, and become 0.
-        chosen = _stretch(local, self.sizes.edge_tile)
+    def _add_edge(self, segment: Array, blocks: Blocks) -> None:
+        """A tile with the mask of the spans, of which the keys of some blocks count."""
+        local = self.tile.place(segment, blocks.first, self.sizes.edge_tile)
         first_key = segment * self.sizes.segment + local
+        # Where no query looks keys and values may be anything, and become 0.
+        chosen = stretch(local, self.sizes.edge_tile)
         key_CE = self.tile.keys(first_key, self.operands.key[chosen])
         value_CE = self.tile.keys(first_key, self.operands.value[chosen])
+        counted = (blocks.first * LANES, blocks.stop * LANES)
         weight_of = functools.partial(self._weight_on_edge, first_key, counted)
         self._add_tile(first_key, chosen, key_CE, value_CE, weight_of)
 
     def _add_inside(self, segment: Array, local: Array) -> None:
         """A tile whose pairs all exist, before the ramp."""
-        chosen = _stretch(local, self.sizes.key_tile)
+        chosen = stretch(local, self.sizes.key_tile)
         # All of them are reached, so all keys and values are numbers.
         first_key = segment * self.sizes.segment + local
         key_CE = self.operands.key[chosen]
@@ -516,7 +492,7 @@ class _TileGradients:
         by_position_RW = dot(query[...], self.operands.position[:, window])
         rotated = []
         for b in range(skew.window_blocks(columns, remainder)):
-            block_RQ = by_position_RW[:, _lanes(b)]
+            block_RQ = by_position_RW[:, lanes_of(b)]
             rotated.append(skew.rotate(block_RQ, sizes.query_tile, remainder, sizes.strided))
         return skew.skewed(rotated, sizes.query_tile, remainder)
 
@@ -524,7 +500,7 @@ class _TileGradients:
         """Columns of the position table above a tile of keys, and the remainder."""
         # One block more than the tile has, or two where the remainder is known only at run time.
         column, remainder = self.tile.window(first_key)
-        return _stretch(column, skew.window_blocks(columns, remainder) * LANES), remainder
+        return stretch(column, skew.window_blocks(columns, remainder) * LANES), remainder
 
     def _save(self, key_XE: Array, value_XE: Array, by_position: list[Array] | None = None) -> None:
         """Logits, and gradients of the weights."""
@@ -533,11 +509,11 @@ class _TileGradients:
         logits_RX = dot(self.scratch.query[...], key_XE, NT_DIMENSIONS)
         d_weight_RX = dot(self.scratch.d_out[...], value_XE, NT_DIMENSIONS)
         for b in range(columns // LANES):
-            logits_RQ = logits_RX[:, _lanes(b)]
+            logits_RQ = logits_RX[:, lanes_of(b)]
             if by_position is not None:
                 logits_RQ = logits_RQ + by_position[b]
-            self.scratch.logits[:, _lanes(b)] = logits_RQ
-            self.scratch.d_weights[:, _lanes(b)] = d_weight_RX[:, _lanes(b)]
+            self.scratch.logits[:, lanes_of(b)] = logits_RQ
+            self.scratch.d_weights[:, lanes_of(b)] = d_weight_RX[:, lanes_of(b)]
 
     def _weigh(self, columns: int, domain: int, first: Any, weight_of: Callable) -> None:
         """Weights, and gradients of the logits.
@@ -553,8 +529,8 @@ class _TileGradients:
         factor = self.static.scale * LOG2_E
         for b in range(columns // LANES):
             # Logits less the log-sum-exp, and what a weight that is kept adds.
-            excess_RQ = scratch.logits[:, _lanes(b)] * factor - scratch.lse[...]
-            d_weight_RQ = scratch.d_weights[:, _lanes(b)]
+            excess_RQ = scratch.logits[:, lanes_of(b)] * factor - scratch.lse[...]
+            d_weight_RQ = scratch.d_weights[:, lanes_of(b)]
             if self.static.dropout_rate:
                 kept_RQ = self._kept(domain, first + b * LANES)
                 d_weight_RQ = jnp.where(kept_RQ, d_weight_RQ, 0)
@@ -565,10 +541,10 @@ class _TileGradients:
             if self.static.dropout_rate:
                 weight_RQ = jnp.where(kept_RQ, weight_RQ, 0)
             # As factors of products, and once more for the skew, which moves 32-bit numbers.
-            scratch.weights_factor[:, _lanes(b)] = weight_RQ.astype(self.dtype)
-            scratch.d_logits_factor[:, _lanes(b)] = d_logits_RQ.astype(self.dtype)
+            scratch.weights_factor[:, lanes_of(b)] = weight_RQ.astype(self.dtype)
+            scratch.d_logits_factor[:, lanes_of(b)] = d_logits_RQ.astype(self.dtype)
             if domain == dropout.CONTEXT:
-                scratch.logits[:, _lanes(b)] = d_logits_RQ
+                scratch.logits[:, lanes_of(b)] = d_logits_RQ
 
     def _kept(self, domain: int, first: Any) -> Array:
         """Which weights of 128 keys or pairs dropout keeps."""
@@ -599,7 +575,7 @@ class _TileGradients:
         d_logits = scratch.logits.at[:, :columns]
         blocks = skew.unskewed(d_logits, sizes.query_tile, remainder, sizes.strided)
         for b, block_RQ in enumerate(blocks):
-            scratch.d_window_factor[:, _lanes(b)] = block_RQ.astype(self.dtype)
+            scratch.d_window_factor[:, lanes_of(b)] = block_RQ.astype(self.dtype)
         # Products of each head, with the same reversed rows on both sides.
         width = len(blocks) * LANES
         for lanes, rows in self.heads:
@@ -618,16 +594,6 @@ def pairs_at_once(sizes: Sizes) -> int:
     return max(number for number in fitting if pairs * steps % number == 0)
 
 
-def _stretch(first: Any, size: int) -> Any:
-    """So many rows or columns from an aligned one."""
-    return pl.ds(pl.multiple_of(first, math.gcd(size, LANES)), size)
-
-
-def _lanes(block: int) -> slice:
-    """The columns of a block of 128."""
-    return slice(block * LANES, (block + 1) * LANES)
-
-
 # --- call -----------------------------------------------------------------------------------------
 
 
@@ -637,20 +603,16 @@ def run_backward(
     """Call the kernel: all gradients as it lays them out."""
     sizes = _that_fit(sizes)
 
-    def loads(group: Array, row: Array, segment: Array, query_block: Array, *refs: Any) -> Step:
-        # Only segments that the first to the last query can reach are loaded.
-        known = Scalars(*refs)
-        first = Tile(static, sizes, known, group, row, 0)
-        last = Tile(static, sizes, known, group, row, sizes.T - sizes.query_tile)
-        oldest = jax.lax.div(first.oldest, sizes.segment)
-        newest = jax.lax.div(jnp.maximum(last.newest, 0), sizes.segment)
-        return Step(group, row, query_block, jnp.minimum(jnp.maximum(segment, oldest), newest))
+    def place(group: Array, row: Array, segment: Array, query_block: Array, *refs: Any) -> Step:
+        tile_at = functools.partial(Tile, static, sizes, Scalars(*refs), group, row)
+        segment = loaded(segment, tile_at(0), tile_at(sizes.T - sizes.query_tile))
+        return Step(group, row, query_block, segment)
 
     # What the kernel reads.
-    statistic = statistic_block(sizes, loads)
+    statistic = statistic_block(sizes, place)
     input_blocks = BackwardOperands(
-        operands=operand_blocks(sizes, loads),
-        d_out=query_block(sizes, loads),
+        operands=operand_blocks(sizes, place),
+        d_out=query_block(sizes, place),
         lse=statistic,
         delta=statistic,
     )
@@ -676,64 +638,61 @@ def _that_fit(sizes: Sizes) -> Sizes:
     return dataclasses.replace(
         sizes,
         query_block=sizes.query_tile,
-        segment=min(sizes.segment, SMALL_SEGMENT),
-        key_tile=min(sizes.key_tile, SMALL_SEGMENT),
+        segment=min(sizes.segment, SMALL_STEP),
+        key_tile=min(sizes.key_tile, SMALL_STEP),
     )
 
 
-def _shapes(static: Static, sizes: Sizes, dtype: Any) -> Gradients:
-    # Gradients of keys and values come out turned.
-    lanes = sizes.H * sizes.K
-    queries = jax.ShapeDtypeStruct((sizes.B, sizes.T, lanes), jnp.float32)
-    keys = jax.ShapeDtypeStruct((sizes.B, lanes, sizes.S), dtype)
-    pairs, steps = pair_steps(sizes)
-    persistent = jax.ShapeDtypeStruct((lanes, pairs * steps), jnp.float32)
-    position_queries: Any = None
-    if not static.one_query:
-        position_queries = queries
-    return Gradients(
+def _by_kind(
+    static: Static, queries: Any, keys: Any, table: Any, pairs: Any, spans: Any
+) -> Gradients:
+    """Shapes or blocks of all gradients, from those of each kind."""
+    found = Gradients(
         d_query=queries,
         d_key=keys,
         d_value=keys,
-        # Groups that share a table have a gradient each.
-        d_position=jax.ShapeDtypeStruct((lanes, sizes.positions), jnp.float32),
-        d_persistent_key=persistent,
-        d_persistent_value=persistent,
-        d_span=jax.ShapeDtypeStruct((sizes.groups * sizes.rows, LANES), jnp.float32),
-        d_position_query=position_queries,
+        d_position=table,
+        d_persistent_key=pairs,
+        d_persistent_value=pairs,
+        d_span=spans,
+    )
+    if static.one_query:
+        return found
+    return found._replace(d_position_query=queries)
+
+
+def _shapes(static: Static, sizes: Sizes, dtype: Any) -> Gradients:
+    # Gradients of keys and values come out turned; groups that share a table have one each.
+    lanes = sizes.H * sizes.K
+    pairs, steps = pair_steps(sizes)
+    return _by_kind(
+        static,
+        queries=jax.ShapeDtypeStruct((sizes.B, sizes.T, lanes), jnp.float32),
+        keys=jax.ShapeDtypeStruct((sizes.B, lanes, sizes.S), dtype),
+        table=jax.ShapeDtypeStruct((lanes, sizes.positions), jnp.float32),
+        pairs=jax.ShapeDtypeStruct((lanes, pairs * steps), jnp.float32),
+        spans=jax.ShapeDtypeStruct((sizes.groups * sizes.rows, LANES), jnp.float32),
     )
 
 
 def _blocks(static: Static, sizes: Sizes) -> Gradients:
     # Whatever changes with the group or row alone needs no second buffer.
-    def of_group(rows: int, columns: int) -> pl.BlockSpec:
-        once = pl.Buffered(1)
-        return pl.BlockSpec((rows, columns), lambda group, *_: (group, 0), pipeline_mode=once)
+    once: dict[str, Any] = {"pipeline_mode": pl.Buffered(1)}
 
-    # Pairs with those that only fill, and all queries of a row.
+    def of_group(rows: int, columns: int) -> pl.BlockSpec:
+        return pl.BlockSpec((rows, columns), lambda group, *_: (group, 0), **once)
+
+    # All queries of a row; every segment of keys, within reach or not.
+    all_queries = (None, sizes.T, sizes.lanes)
+    keys = (None, sizes.lanes, sizes.segment)
     pairs, steps = pair_steps(sizes)
-    persistent = of_group(sizes.lanes, pairs * steps)
-    queries = pl.BlockSpec(
-        (None, sizes.T, sizes.lanes),
-        lambda group, row, *_: (row, 0, group),
-        pipeline_mode=pl.Buffered(1),
-    )
-    # Every segment has gradients, within reach or not.
-    keys = pl.BlockSpec(
-        (None, sizes.lanes, sizes.segment), lambda group, row, segment, *_: (row, group, segment)
-    )
-    position_queries: Any = None
-    if not static.one_query:
-        position_queries = queries
-    return Gradients(
-        d_query=queries,
-        d_key=keys,
-        d_value=keys,
-        d_position=of_group(sizes.lanes, sizes.positions),
-        d_persistent_key=persistent,
-        d_persistent_value=persistent,
-        d_span=of_group(sizes.rows, LANES),
-        d_position_query=position_queries,
+    return _by_kind(
+        static,
+        queries=pl.BlockSpec(all_queries, lambda group, row, *_: (row, 0, group), **once),
+        keys=pl.BlockSpec(keys, lambda group, row, segment, *_: (row, group, segment)),
+        table=of_group(sizes.lanes, sizes.positions),
+        pairs=of_group(sizes.lanes, pairs * steps),
+        spans=of_group(sizes.rows, LANES),
     )
 
 

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from allattn.attention.tpu.operands import Operands, pair_steps, vmem
-from allattn.attention.tpu.tile import Sizes
+from allattn.attention.tpu.tile import Sizes, Tile
 
 Array = jax.Array
 
@@ -100,6 +101,21 @@ class Step(NamedTuple):
     row: Any
     query_block: Any
     segment: Any
+
+
+def loaded(segment: Any, first: Tile, last: Tile) -> Any:
+    """The segment, or the nearest one that a stretch of queries reaches: no other is loaded.
+
+    Args:
+      segment: number of a segment.
+      first, last: the first and the last tile of queries.
+    """
+    sizes = first.sizes
+    if sizes.segments == 1:
+        return 0
+    # The oldest key is the first tile's, the newest the last tile's.
+    oldest = jax.lax.div(first.oldest, sizes.segment)
+    return jnp.minimum(jnp.maximum(segment, oldest), last.home())
 
 
 def operand_blocks(sizes: Sizes, place: Callable[..., Step]) -> Operands:

@@ -1,9 +1,9 @@
 """The forward TPU kernel: an online softmax over persistent pairs and keys, tile by tile.
 
 One step of the grid holds a block of queries and a segment of keys of one group of heads. For each
-tile of queries it begins with the persistent pairs, in the first segment, and goes on with the keys
-within reach (`tile.Tile`): tiles of 256 keys with the mask of the spans at both edges, tiles of 512
-without any mask between them. Those are worked on in two stages, which the compiler interleaves,
+tile of queries it works on the persistent pairs and the 384 nearest keys together, and then on the
+other keys within reach (`tile.Tile`): tiles of 256 keys with the mask of the spans at both edges,
+tiles of 512 without any mask between them. Those have two stages, which the compiler interleaves,
 
     save   logits of the next tile, and the running maximum      matrix unit, rotations
     use    weights of this tile, times the values                exponentials, matrix unit
@@ -18,36 +18,35 @@ column of a block of 128, X pair or key, E the group's heads side by side.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from allattn.attention import dropout
 from allattn.attention.contract import Static
-from allattn.attention.numerics import LEAST_TOP, NT_DIMENSIONS, dot, log_sum
+from allattn.attention.numerics import LEAST_TOP, LOG2_E, NT_DIMENSIONS, dot, log_sum
 from allattn.attention.span import MASKED_LOGIT
 from allattn.attention.tpu import skew
 from allattn.attention.tpu.call import (
     Arguments,
     Grid,
     Step,
+    loaded,
     operand_blocks,
     query_block,
     run,
     statistic_block,
 )
 from allattn.attention.tpu.operands import Operands, pair_steps
-from allattn.attention.tpu.skew import LANES
-from allattn.attention.tpu.tile import Blocks, Scalars, Sizes, Tile, side_by_side, stacked
+from allattn.attention.tpu.skew import LANES, lanes_of
+from allattn.attention.tpu.tile import Blocks, Scalars, Sizes, Tile, stacked, stretch, unstacked
 
 Array = jax.Array
-
-LOG2_E = math.log2(math.e)
 
 
 class Outputs(NamedTuple):
@@ -98,6 +97,7 @@ def forward_kernel(
 
     def one_tile(number: Array, _: None) -> None:
         first_query = query_block * sizes.query_block + number * sizes.query_tile
+        # Its state lies in the scratch memory from segment to segment.
         tile = Tile(static, sizes, scalars, group, row, first_query)
         softmax = _Softmax(tile, inputs, outputs, scratch, number)
         softmax.ask()
@@ -113,17 +113,11 @@ def run_forward(static: Static, sizes: Sizes, scalars: Scalars, operands: Operan
     """Call the kernel: the output (B, T, H K), log-sum-exp and mass (B, G, T, P)."""
 
     def place(group: Array, row: Array, query_block: Array, segment: Array, *refs: Any) -> Step:
-        if sizes.segments == 1:
-            return Step(group, row, query_block, 0)
-        # No segment beyond the reach of the group's spans is loaded.
+        tile_at = functools.partial(Tile, static, sizes, Scalars(*refs), group, row)
         first_query = query_block * sizes.query_block
         last_query = first_query + sizes.query_block - sizes.query_tile
-        known = Scalars(*refs)
-        first = Tile(static, sizes, known, group, row, first_query)
-        last = Tile(static, sizes, known, group, row, last_query)
-        oldest = jax.lax.div(first.oldest, sizes.segment)
-        newest = jax.lax.div(jnp.maximum(last.newest, 0), sizes.segment)
-        return Step(group, row, query_block, jnp.minimum(jnp.maximum(segment, oldest), newest))
+        segment = loaded(segment, tile_at(first_query), tile_at(last_query))
+        return Step(group, row, query_block, segment)
 
     # Blocks and shapes.
     statistic = statistic_block(sizes, place)
@@ -192,8 +186,7 @@ class _Softmax:
         self.pairs_top = scratch.pairs_top.at[number]
         self.pairs_total = scratch.pairs_total.at[number]
         self.sums = scratch.sums.at[number]
-        first = pl.multiple_of(number * self.sizes.query_tile, self.sizes.query_tile)
-        self.rows = pl.ds(first, self.sizes.query_tile)
+        self.rows = stretch(number * self.sizes.query_tile, self.sizes.query_tile)
         # Whether all pairs and the nearest keys come first, and at once: then nothing has to be 0.
         _, pair_passes = pair_steps(self.sizes)
         self.begins_with_pairs = self.sizes.segments == 1 and pair_passes == 1
@@ -214,7 +207,7 @@ class _Softmax:
 
     def _stacked(self, query_TE: Array) -> Array:
         if self.static.scale <= 0:
-            query_TE = query_TE * math.copysign(bool(self.static.scale), self.static.scale)
+            query_TE = query_TE * float(np.sign(self.static.scale))
         return stacked(self.sizes, query_TE)
 
     def begin(self) -> None:
@@ -227,6 +220,7 @@ class _Softmax:
 
     def attend(self, segment: Array) -> None:
         """Add what a segment has within reach, and in one of them the persistent pairs."""
+        # Pairs, and the nearest keys of all.
         first, stop = self.tile.reached(segment)
         nearest = jnp.maximum(stop - self.sizes.nearest_tile // LANES, first)
         is_home = segment == self.tile.home()
@@ -247,7 +241,7 @@ class _Softmax:
 
     def _alone(self, head: Array) -> "_Softmax":
         """The softmax of one head of the group, on its rows of the state."""
-        rows = pl.ds(pl.multiple_of(head * self.sizes.query_tile, 8), self.sizes.query_tile)
+        rows = stretch(head * self.sizes.query_tile, self.sizes.query_tile)
         scratch = self.scratch
         shared = {"query": scratch.query.at[rows]}
         for name in ("position_query", "word", "factor"):
@@ -323,30 +317,17 @@ class _Softmax:
 
     def _others(self, segment: Array, blocks: Blocks) -> None:
         """Add the blocks of keys between two of a segment: inner tiles, and edges around them."""
-        edge = self.sizes.edge_tile // LANES
-        inner = self.sizes.key_tile // LANES
-        start, stop = blocks
-        c, d = self.tile.clear(segment)
-
-        # The edge before covers whole tiles; what fills no inner tile belongs to the edge behind.
-        before = jnp.maximum(jax.lax.div(c - start + edge - 1, edge), 0)
-        first = jnp.minimum(start + before * edge, stop)
-        tiles = jax.lax.div(jnp.maximum(jnp.minimum(d, stop) - first, 0), inner)
-        rest = first + tiles * inner
-        before = jax.lax.div(first - start + edge - 1, edge)
-        behind = jax.lax.div(stop - rest + edge - 1, edge)
-
         # The last tile of the edge before is worked on beside the first inner one, if there is one.
-        beside = jnp.minimum(before, jnp.minimum(tiles, 1))
-        before = before - beside
+        cut = self.tile.cut(segment, blocks)
+        beside = jnp.minimum(cut.before, jnp.minimum(cut.tiles, 1))
+        before = cut.before - beside
 
         def one(number: Array, _: None) -> None:
-            is_before = number < before
-            begin = jnp.where(is_before, start + number * edge, rest + (number - before) * edge)
-            self._edge(segment, Blocks(begin, jnp.where(is_before, first, stop)))
+            self._edge(segment, cut.edge(jnp.where(number < before, number, number + beside)))
 
-        jax.lax.fori_loop(0, before + behind, one, None)
-        self._inside(segment, Blocks(first - beside * edge, first), tiles)
+        jax.lax.fori_loop(0, before + cut.behind, one, None)
+        edge = self.sizes.edge_tile // LANES
+        self._inside(segment, Blocks(cut.first - beside * edge, cut.first), cut.tiles)
 
     def _edge(self, segment: Array, blocks: Blocks) -> None:
         """Add a tile with a mask."""
@@ -362,13 +343,9 @@ class _Softmax:
         Returns:
           The logits, in blocks of 128, and a function of the maximum that gives the weights.
         """
-        # A tile at the end of a segment begins earlier, so as to lie inside.
-        first_block = segment * (self.sizes.segment // LANES)
-        last = first_block + (self.sizes.segment - columns) // LANES
-        block = jnp.maximum(jnp.minimum(blocks.first, last), first_block)
-        first_key = block * LANES
-        local = pl.multiple_of((block - first_block) * LANES, LANES)
-        chosen = pl.ds(local, columns)
+        local = self.tile.place(segment, blocks.first, columns)
+        first_key = segment * self.sizes.segment + local
+        chosen = stretch(local, columns)
         logits = self._logits(first_key, self.tile.keys(first_key, self.inputs.key[chosen]))
 
         # The soft mask m, and what counts at all.
@@ -396,12 +373,13 @@ class _Softmax:
           edge: the blocks before the first of them, which are added here too.
           tiles: how many there are.
         """
+        # From the beginning of the segment.
         begin = edge.stop * LANES - segment * self.sizes.segment
 
         def at(number: Array | int) -> Array:
             # What is saved behind the last one is not used; it only has to lie inside.
             number = jnp.minimum(number, tiles - 1)
-            return pl.multiple_of(begin + number * self.sizes.key_tile, LANES)
+            return begin + number * self.sizes.key_tile
 
         def several(count: int, number: Array) -> None:
             # Tile `number` is saved in slot 0 before, and the one behind the last one after.
@@ -409,6 +387,7 @@ class _Softmax:
                 self._save((u + 1) % 2, segment, at(number + u + 1))
                 self._use(u % 2, segment, at(number + u))
 
+        # Four tiles in an iteration, and at the end two or one.
         fours = jax.lax.div(tiles, 4)
         left = tiles - 4 * fours
 
@@ -430,24 +409,26 @@ class _Softmax:
     def _save(self, slot: int, segment: Array, local: Array) -> None:
         """The first stage."""
         first_key = segment * self.sizes.segment + local
-        key_CE = self.inputs.key[pl.ds(local, self.sizes.key_tile)]
+        key_CE = self.inputs.key[stretch(local, self.sizes.key_tile)]
+        # The maximum is that of all tiles so far, whether their weights are added or not.
         logits = self._logits(first_key, key_CE, carries=True)
         top_RQ, shrink_RQ = self._raise_top(logits)
         rows = slice(self.sizes.rows)
         self.scratch.new_top[slot, rows] = top_RQ
         self.scratch.shrink[slot, rows] = shrink_RQ
         for b, block_RQ in enumerate(logits):
-            self.scratch.logits[slot, rows, _lanes(b)] = block_RQ
+            self.scratch.logits[slot, rows, lanes_of(b)] = block_RQ
 
     def _use(self, slot: int, segment: Array, local: Array) -> None:
         """The second stage."""
         rows = slice(self.sizes.rows)
+        # Less the maximum that was known when these logits were saved.
         top_RQ = self.scratch.new_top[slot, rows]
         weights = []
         for b in range(self.sizes.key_tile // LANES):
-            weights.append(self._weight(self.scratch.logits[slot, rows, _lanes(b)], top_RQ))
+            weights.append(self._weight(self.scratch.logits[slot, rows, lanes_of(b)], top_RQ))
         first_key = segment * self.sizes.segment + local
-        value_CE = self.inputs.value[pl.ds(local, self.sizes.key_tile)]
+        value_CE = self.inputs.value[stretch(local, self.sizes.key_tile)]
         part = _Part(weights, dropout.CONTEXT, first_key, value_CE, slot)
         self._add([part], self.scratch.shrink[slot, rows])
 
@@ -475,18 +456,18 @@ class _Softmax:
         by_position = skew.skewed(rotated, T, self.tile.window(first_key)[1])
 
         by_content_RC = dot(self.scratch.query[...], key_CE, NT_DIMENSIONS)
-        return [by_content_RC[:, _lanes(b)] + block_RQ for b, block_RQ in enumerate(by_position)]
+        return [by_content_RC[:, lanes_of(b)] + block_RQ for b, block_RQ in enumerate(by_position)]
 
     def _rotated(self, first_key: Array, first: int, blocks: int) -> list[Array]:
         """Logits by position: blocks of the window above a tile of keys, rotated."""
         column, remainder = self.tile.window(first_key)
-        window = pl.ds(pl.multiple_of(column + first * LANES, LANES), blocks * LANES)
+        window = stretch(column + first * LANES, blocks * LANES)
         query = self.scratch.query if self.static.one_query else self.scratch.position_query
         logits_RW = dot(query[...], self.inputs.position[:, window])
         T = self.sizes.query_tile
+        strided = self.sizes.strided
         return [
-            skew.rotate(logits_RW[:, _lanes(b)], T, remainder, self.sizes.strided)
-            for b in range(blocks)
+            skew.rotate(logits_RW[:, lanes_of(b)], T, remainder, strided) for b in range(blocks)
         ]
 
     def _carry(self, first_key: Array) -> None:
@@ -519,6 +500,7 @@ class _Softmax:
 
         Dropout comes after the normalisation: a dropped weight stays in the total.
         """
+        # Sums of weights, then sums of values.
         weights = [weight_RQ for part in parts for weight_RQ in part.weights]
         _shrink_and_add(self.total, shrink_RQ, sum_of(weights))
         products = [self._times_values(part) for part in parts]
@@ -531,7 +513,7 @@ class _Softmax:
         for b, weight_RQ in enumerate(part.weights):
             if self.static.dropout_rate:
                 weight_RQ = self._dropped(weight_RQ, part.domain, part.first + b * LANES)
-            self.scratch.weights[part.slot, rows, _lanes(b)] = weight_RQ.astype(dtype)
+            self.scratch.weights[part.slot, rows, lanes_of(b)] = weight_RQ.astype(dtype)
         weight_RX = self.scratch.weights[part.slot, rows, : len(part.weights) * LANES]
         return dot(weight_RX, part.value_XE)
 
@@ -550,7 +532,7 @@ class _Softmax:
         pairs_R1 = jnp.sum(self.pairs_total[...], axis=1, keepdims=True)
         share_R1 = 1 / jnp.where(total_R1 > 0, total_R1, 1)
         out_RE = self.sums[...] * (share_R1 * (1 / (1 - self.static.dropout_rate)))
-        out_TE = side_by_side(self.sizes, out_RE)
+        out_TE = unstacked(self.sizes, out_RE)
         self.outputs.out[self.rows] = out_TE.astype(self.outputs.out.dtype)
 
         # The maximum has risen since the pairs were added.
@@ -580,11 +562,6 @@ class _Part(NamedTuple):
 def sum_of(arrays: Sequence[Array]) -> Array:
     """The sum of arrays, elementwise."""
     return functools.reduce(jnp.add, arrays)
-
-
-def _lanes(block: int) -> slice:
-    """The columns of a block of 128."""
-    return slice(block * LANES, (block + 1) * LANES)
 
 
 def _shrink_and_add(sums: Any, shrink_RQ: Array | None, more: Array) -> None:

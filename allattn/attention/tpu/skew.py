@@ -39,6 +39,11 @@ LANES = 128
 SUBLANES = 8
 
 
+def lanes_of(block: int) -> slice:
+    """The columns of a block of 128."""
+    return slice(block * LANES, (block + 1) * LANES)
+
+
 def can_stride() -> bool:
     """Whether the TPU that the code is traced for rotates each row by one column more.
 

@@ -9,16 +9,18 @@ keys; a tile of queries meets it like this, with a letter for a block of keys,
                                 a   c           d b       i  inside: all count, m = 1
                                                           .  out of reach, never visited
 
-Dimension key: T query of the tile, R row of the stack, C key, E the group's heads side by side; B
-row of the batch, H head.
+Dimension key: T query of the tile, R row of the stack, C key of a tile, Q column of a block of 128,
+E the group's heads side by side; B row of the batch, H head.
 """
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from allattn.attention import dropout
 from allattn.attention.contract import Static
@@ -108,6 +110,50 @@ class Blocks(NamedTuple):
     stop: Any
 
 
+class Cut:
+    """Blocks of keys, cut into tiles: with a mask at both edges, without one between.
+
+    The edge before covers whole tiles; what fills no inner tile belongs to the edge behind.
+
+    Attributes:
+      first: block with which the first inner tile begins, where the edge before ends.
+      tiles: how many inner tiles there are.
+      before, behind: how many tiles with a mask there are before and behind those.
+    """
+
+    def __init__(self, sizes: Sizes, blocks: Blocks, clear: Blocks):
+        self._edge = sizes.edge_tile // LANES
+        self._start, self._stop = blocks
+        # In blocks of 128 keys, as all here.
+        inner = sizes.key_tile // LANES
+        # Few keys are not worth the code of inner tiles.
+        self.first = self._stop
+        if not sizes.has_few_keys:
+            before = jnp.maximum(self._tiles(clear.first - self._start), 0)
+            self.first = jnp.minimum(self._start + before * self._edge, self._stop)
+        # Inner tiles as far as no mask is needed, and the rest.
+        unmasked = jnp.minimum(clear.stop, self._stop) - self.first
+        self.tiles = jax.lax.div(jnp.maximum(unmasked, 0), inner)
+        self._rest = self.first + self.tiles * inner
+        # Both edges, each in tiles of its own.
+        self.before = self._tiles(self.first - self._start)
+        self.behind = self._tiles(self._stop - self._rest)
+
+    def edge(self, number: Array) -> Blocks:
+        """The blocks of a tile with a mask; those behind are counted on from those before.
+
+        The last one at an edge may have fewer blocks than a tile.
+        """
+        # An edge ends where the inner tiles begin, or where the blocks end.
+        is_before = number < self.before
+        after = self._rest + (number - self.before) * self._edge
+        first = jnp.where(is_before, self._start + number * self._edge, after)
+        return Blocks(first, jnp.where(is_before, self.first, self._stop))
+
+    def _tiles(self, blocks: Array) -> Array:
+        return jax.lax.div(blocks + self._edge - 1, self._edge)
+
+
 class Tile:
     """A tile of queries of a group of heads.
 
@@ -145,6 +191,7 @@ class Tile:
 
     def farthest_head(self) -> tuple[Array, Array]:
         """The head that reaches farthest, and the first block of keys that another one reaches."""
+        # The two largest reaches of the heads, one after the other.
         farthest = jnp.int32(-1)
         second = jnp.int32(-1)
         head = jnp.int32(0)
@@ -152,6 +199,7 @@ class Tile:
             second = jnp.maximum(second, jnp.minimum(farthest, reach))
             head = jnp.where(reach > farthest, p, head)
             farthest = jnp.maximum(farthest, reach)
+        # What the second one reaches at least two heads reach.
         oldest = self.begin - (self.static.first_distance + second - 1)
         return head, jax.lax.div(jnp.maximum(oldest, 0), LANES)
 
@@ -196,6 +244,10 @@ class Tile:
         d = jnp.minimum(jax.lax.div(jnp.maximum(self.last_clear + 1, 0), LANES), stop)
         return Blocks(c, d)
 
+    def cut(self, segment: Array, blocks: Blocks) -> Cut:
+        """Tiles of some blocks of a segment."""
+        return Cut(self.sizes, blocks, self.clear(segment))
+
     def home(self) -> Array:
         """The segment of the nearest keys; the first if there are none."""
         if self.sizes.segments == 1:
@@ -207,6 +259,16 @@ class Tile:
         return segment * blocks, (segment + 1) * blocks
 
     # --- keys, positions and pairs
+
+    def place(self, segment: Array, block: Array, columns: int) -> Array:
+        """Where in its segment a tile of so many keys begins that holds a block.
+
+        With that block, or earlier where it would not lie inside.
+        """
+        # In blocks from the beginning of the segment.
+        last = (self.sizes.segment - columns) // LANES
+        first_block = segment * (self.sizes.segment // LANES)
+        return jnp.minimum(block - first_block, last) * LANES
 
     def window(self, first_key: Array) -> tuple[Array, Any]:
         """First column of the window above a tile of keys, and the remainder."""
@@ -223,11 +285,11 @@ class Tile:
         index_C1 = first_key + jax.lax.broadcasted_iota(jnp.int32, (x_CE.shape[0], 1), 0)
         return jnp.where((index_C1 >= self.oldest) & (index_C1 <= self.newest), x_CE, 0)
 
-    def distances(self, first_key: Array, columns: int) -> Array:
-        """Distance of every pair, (R, columns)."""
-        shape = (self.sizes.rows, columns)
-        row_RC = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, shape, 0), self.sizes.query_tile)
-        return self.begin - first_key + row_RC - jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    def _distances(self, first_key: Array) -> Array:
+        """Distance of every query and a block of 128 keys."""
+        shape = (self.sizes.rows, LANES)
+        row_RQ = jax.lax.rem(jax.lax.broadcasted_iota(jnp.int32, shape, 0), self.sizes.query_tile)
+        return self.begin - first_key + row_RQ - jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
     def pairs(self, first_key: Array, start: Array, stop: Array) -> tuple[Array, Array]:
         """Which pairs of a block of 128 keys exist, and how many tokens before its head's ramp ends
@@ -243,7 +305,7 @@ class Tile:
         behind = jnp.minimum(self.newest + 1, stop) - first_key
         counts_1Q = (lane_1Q >= first) & (lane_1Q < behind)
         # Which distances the table has.
-        distance_RQ = self.distances(first_key, LANES)
+        distance_RQ = self._distances(first_key)
         nearest = self.static.first_distance
         exists_RQ = (distance_RQ >= nearest) & (distance_RQ < nearest + self.sizes.L) & counts_1Q
         # Whole tokens first: a short span is less than the rounding of a sum with tokens.
@@ -299,6 +361,11 @@ class Tile:
         return found
 
 
+def stretch(first: Any, size: int) -> Any:
+    """So many rows or columns from an aligned one."""
+    return pl.ds(pl.multiple_of(first, math.gcd(size, LANES)), size)
+
+
 def stacked(sizes: Sizes, x_TE: Array) -> Array:
     """The rows of every head below each other, (R, E), each zero in the lanes of other heads.
 
@@ -313,7 +380,7 @@ def stacked(sizes: Sizes, x_TE: Array) -> Array:
     return jnp.concatenate([jnp.where(own_TE, wide_TE, 0) for own_TE in own]).astype(x_TE.dtype)
 
 
-def side_by_side(sizes: Sizes, x_RE: Array) -> Array:
+def unstacked(sizes: Sizes, x_RE: Array) -> Array:
     """The inverse of `stacked`: of every head's rows its own lanes, (T, E)."""
     T = sizes.query_tile
     found_TE = x_RE[:T]
