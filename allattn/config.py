@@ -194,6 +194,7 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict(stored)
     _require_stored_kinds(config)
     _complete(config.dataset)
+    _complete_training(config)
     return config.lock()
 
 
@@ -234,6 +235,15 @@ def _complete(dataset: ml_collections.ConfigDict) -> None:
         dataset.vocab_size = 4096
     if "min_count" not in dataset:
         dataset.min_count = int(symbols != ("files", "word"))
+
+
+def _complete_training(config: ml_collections.ConfigDict) -> None:
+    """Give the sections of training the fields that came later, whose defaults change nothing."""
+    defaults = base.get_config()
+    for section in ("optimizer", "train"):
+        for name, default in defaults[section].items():
+            if name not in config[section]:
+                config[section][name] = default
 
 
 def changed_fields(

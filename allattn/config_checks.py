@@ -51,8 +51,8 @@ class Field:
     least: float | None = None
     below: float | None = None
     # May differ between the run that made a workdir and one that resumes in it. Such a field does
-    # not change what an update computes. train.steps is the exception: the cosine schedule
-    # depends on it, and a run may nevertheless be lengthened.
+    # not change what an update computes. train.steps is the exception: the cosine schedule and
+    # the cooldown depend on it, and a run may nevertheless be lengthened.
     may_change: bool = False
     # Parameters of a run with another value do not fit: their shapes differ, or (model.pre_norm)
     # they stand for something else. Then train.init_from cannot start from that run.
@@ -101,8 +101,12 @@ FIELDS = {
     # Update rule
     "optimizer.name": Field(),
     "optimizer.learning_rate": Field(least=0),
+    "optimizer.adam_rate": Field(least=0),
+    "optimizer.pairs_rate": Field(least=0),
+    "optimizer.span_rate": Field(least=0),
     "optimizer.warmup": Field(least=0),
     "optimizer.schedule": Field(),
+    "optimizer.cooldown": Field(least=0),
     "optimizer.clip": Field(least=0),
     "optimizer.weight_decay": Field(least=0),
     # Training; accumulation and remat save memory and leave the update as it is.
@@ -304,7 +308,7 @@ LAYER_RULES = (
     ),
 )
 
-# Names that train/optim.py knows.
+# Names that train/optim.py knows, and fields that only some of them or some models have.
 OPTIMIZER_RULES = (
     Rule(
         name="a schedule that exists",
@@ -315,14 +319,44 @@ OPTIMIZER_RULES = (
     Rule(
         name="an update rule that exists",
         field="optimizer.name",
-        holds=lambda c: c.optimizer.name in ("adagrad", "adam", "adamw"),
-        expected="adagrad, adam or adamw",
+        holds=lambda c: c.optimizer.name in ("adagrad", "adam", "adamw", "muon"),
+        expected="adagrad, adam, adamw or muon",
     ),
     Rule(
-        name="weight decay in adamw only",
+        name="weight decay in adamw and muon only",
         field="optimizer.weight_decay",
-        holds=lambda c: c.optimizer.name == "adamw" or not c.optimizer.weight_decay,
+        holds=lambda c: c.optimizer.name in ("adamw", "muon") or not c.optimizer.weight_decay,
         expected=lambda c: f"0 with optimizer.name {c.optimizer.name}",
+    ),
+    Rule(
+        name="a second rate in muon only",
+        field="optimizer.adam_rate",
+        holds=lambda c: c.optimizer.name == "muon" or not c.optimizer.adam_rate,
+        expected=lambda c: f"0 with optimizer.name {c.optimizer.name}",
+    ),
+    Rule(
+        name="a cooldown within the run",
+        field="optimizer.cooldown",
+        holds=lambda c: c.optimizer.cooldown <= 1,
+        expected="a number in [0, 1]",
+    ),
+    Rule(
+        name="one fall of the rate",
+        field="optimizer.cooldown",
+        holds=lambda c: c.optimizer.schedule == "constant" or not c.optimizer.cooldown,
+        expected=lambda c: f"0 with optimizer.schedule {c.optimizer.schedule}",
+    ),
+    Rule(
+        name="a rate of pairs where there are some",
+        field="optimizer.pairs_rate",
+        holds=lambda c: c.model.persistent > 0 or c.optimizer.pairs_rate == 1,
+        expected="1 with model.persistent 0",
+    ),
+    Rule(
+        name="a rate of spans that are learned",
+        field="optimizer.span_rate",
+        holds=lambda c: c.model.span.adaptive or c.optimizer.span_rate == 1,
+        expected="1 with model.span.adaptive False",
     ),
 )
 

@@ -67,14 +67,21 @@ def get_config() -> ConfigDict:
     c.model.adaptive_io.tied = True  # the output uses the embeddings and projections of the input
 
     c.optimizer = ConfigDict()
-    c.optimizer.name = "adagrad"  # adagrad (the paper's rule), adam or adamw
+    # adagrad (the paper's rule), adam, adamw or muon (matrices; adamw for the rest)
+    c.optimizer.name = "adagrad"
     c.optimizer.learning_rate = 0.07  # after the warm-up
+    # muon only: learning_rate of what is no matrix; 0: as that of matrices
+    c.optimizer.adam_rate = 0.0
+    c.optimizer.pairs_rate = 1.0  # factor of the rate for the keys of persistent pairs
+    c.optimizer.span_rate = 1.0  # factor of the rate for learned spans
     # updates over which the rate rises linearly; too few spoil a wide network
     c.optimizer.warmup = 32_000
     # after the warm-up: constant, or cosine (falling to 0 at train.steps)
     c.optimizer.schedule = "constant"
-    c.optimizer.clip = 0.03  # gradient norm: per tensor with adagrad, global with adam; 0: none
-    c.optimizer.weight_decay = 0.0  # adamw only
+    # constant only: share of train.steps, the last ones, over which the rate falls linearly to 0
+    c.optimizer.cooldown = 0.0
+    c.optimizer.clip = 0.03  # gradient norm: per tensor with adagrad, otherwise global; 0: none
+    c.optimizer.weight_decay = 0.0  # adamw and muon only
 
     c.train = ConfigDict()
     c.train.batch = 64  # rows of the stream, over all devices

@@ -11,6 +11,9 @@ fsdp gather
     Gathers over `fsdp` of arrays as large as a parameter. A TPU may also send their parts around a
     ring while it multiplies. Together at most three times the parameters, four with
     `train.remat`.
+whole matrices
+    With `optimizer.name=muon`, gathers of gradients and of their means before the update, over
+    `fsdp` and `tensor`: of each along each axis no more numbers than the parameters have.
 norms and metrics
     Single numbers, or one for every layer, once a step, together at most 64 KiB.
 activations
@@ -38,6 +41,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from allattn import sharding
+from allattn.model.parameters import parameter_count
 from allattn.planning.collectives import OVER_SLICES, Collective
 from allattn.train import TrainProgram
 
@@ -48,6 +52,9 @@ MAX_METRIC_BYTES = 65_536
 # the same ring. Recomputation (`train.remat`) gathers it once more.
 GATHERS_OF_A_PARAMETER = 3
 
+# What Muon needs whole of every matrix: its gradient, and the mean of that.
+WHOLE_MATRICES = 2
+
 
 class Purpose(enum.Enum):
     """What a collective is for; the values are the words that are printed and stored."""
@@ -56,6 +63,8 @@ class Purpose(enum.Enum):
     GRADIENT_REDUCTION = "gradient reduction"
     # Before a parameter is used.
     FSDP_GATHER = "fsdp gather"
+    # Before Muon's update, which needs them as they are on one device.
+    WHOLE_MATRICES = "whole matrices"
     # After the backward pass: reach of the spans, norm of the gradient, spans after the update.
     METRICS = "norms and metrics"
     # Where heads are split.
@@ -91,12 +100,13 @@ def classify(sent: Iterable[Collective], program: TrainProgram) -> list[Classifi
     # Only sizes tell collectives of parameters from others: the text has no names of arrays.
     parameter_sizes = set(allowed_reductions(program))
     depth = program.model.config.depth
+    muon = _has_muon(program)
     classified = []
     for collective in sent:
         axes = _axes(collective, program.mesh)
         # Without axes each device sends to itself.
         if axes:
-            purpose = _purpose(collective, axes, parameter_sizes, depth)
+            purpose = _purpose(collective, axes, parameter_sizes, depth, muon)
             classified.append(ClassifiedCollective(purpose, axes, collective))
     return classified
 
@@ -127,7 +137,11 @@ def classify_between_slices(sent: Iterable[Collective]) -> list[ClassifiedCollec
 
 
 def _purpose(
-    collective: Collective, axes: tuple[str, ...], parameter_sizes: set[int], depth: int
+    collective: Collective,
+    axes: tuple[str, ...],
+    parameter_sizes: set[int],
+    depth: int,
+    muon: bool,
 ) -> Purpose:
     """The purpose of a collective within a slice.
 
@@ -136,6 +150,7 @@ def _purpose(
       axes: along which it moves data.
       parameter_sizes: numbers in the arrays of parameters, from `allowed_reductions`.
       depth: layers of the model; arrays of one number for every layer are norms.
+      muon: the update rule needs whole matrices.
     """
     # Inside the operation nothing is sent, and everything else runs a known number of times.
     if sharding.OPERATION in collective.op_name or collective.times is None:
@@ -155,6 +170,9 @@ def _purpose(
     gathers = collective.kind in ("all-gather", "collective-permute")
     if gathers and of_parameters and axes == ("fsdp",):
         return Purpose.FSDP_GATHER
+    in_update = once and "jvp(" not in collective.op_name
+    if muon and in_update and gathers and set(axes) <= {"fsdp", "tensor"}:
+        return Purpose.WHOLE_MATRICES
     if collective.kind == "all-reduce" and axes == ("tensor",):
         return Purpose.ACTIVATION
     return Purpose.UNEXPECTED
@@ -191,6 +209,7 @@ def unexpected(classified: list[ClassifiedCollective], program: TrainProgram) ->
         *_too_many_metrics(classified),
         *_too_many_reductions(classified, program),
         *_too_many_gathers(classified, program),
+        *_too_many_whole_matrices(classified, program),
     ]
 
 
@@ -255,12 +274,28 @@ def _too_many_gathers(
     purpose = Purpose.FSDP_GATHER
     counts = _counts_by_size([c for c in classified if c.purpose is purpose])
     gathered = sum(size * count for size, count in counts.items())
-    # Every part of an accumulated batch is a pass.
-    passes = GATHERS_OF_A_PARAMETER + bool(train.remat)
-    parameters = sum(size for _, size in _parameter_sizes(program))
-    most = train.accumulation * passes * parameters
+    # Every part of an accumulated batch is a pass. Muon's gradients and means look alike.
+    passes = train.accumulation * (GATHERS_OF_A_PARAMETER + bool(train.remat))
+    passes += WHOLE_MATRICES * _has_muon(program)
+    most = passes * sum(size for _, size in _parameter_sizes(program))
     if gathered > most:
         yield f"{purpose.value}: expected at most {most:,} numbers, found {gathered:,}"
+
+
+def _too_many_whole_matrices(
+    classified: list[ClassifiedCollective], program: TrainProgram
+) -> Iterator[str]:
+    """More numbers made whole for Muon than gradients and means have, along `fsdp` and `tensor`."""
+    purpose = Purpose.WHOLE_MATRICES
+    counts = _counts_by_size([c for c in classified if c.purpose is purpose])
+    gathered = sum(size * count for size, count in counts.items())
+    most = 2 * WHOLE_MATRICES * parameter_count(_abstract_parameters(program))
+    if gathered > most:
+        yield f"{purpose.value}: expected at most {most:,} numbers, found {gathered:,}"
+
+
+def _has_muon(program: TrainProgram) -> bool:
+    return program.config.optimizer.name == "muon"
 
 
 def _counts_by_size(classified: list[ClassifiedCollective]) -> Counter[int]:

@@ -67,8 +67,9 @@ RULES: tuple[tuple[str, P], ...] = (
     # The cache of training (hidden states), and of scoring and generation (keys and values).
     (r"^cache$", P(None, ROWS)),  # XBSD
     (r"^(key|value)_XBSE$", P(None, ROWS, None, "tensor")),
-    # Counters of the step and the optimizer, and the key of the random numbers.
-    (r"(^step|^key|count|made)$", P()),
+    # Counters of the step and the optimizer, the coefficients that Muon keeps, and the key of the
+    # random numbers.
+    (r"(^step|^key|count|made|ns_coeffs)$", P()),
 )
 
 # The tables of the rarest words are small, and may be narrower than `fsdp` is wide. Where the axis

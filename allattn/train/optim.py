@@ -6,14 +6,17 @@ gradient as it was, and their epsilons stand elsewhere. The recorded trajectorie
 tests/train/test_train.py hold these rules to the authors' numbers.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
+from jax.sharding import Mesh
 
 from allattn.config_checks import check_optimizer
+from allattn.train.muon import matrices_by_muon, parameter_name
 
 Array = jax.Array
 
@@ -22,15 +25,17 @@ ADAGRAD_EPSILON = 1e-10
 CLIP_EPSILON = 1e-6
 
 
-def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
+def schedule(config: ml_collections.ConfigDict, base: float | None = None) -> optax.Schedule:
     """Learning rate: a linear warm-up, then constant or a cosine, then fine-tuning at a tenth.
 
     rate(n) = base min(1, n / warmup) for update n = count + 1. With schedule "cosine" it also falls
-    as (1 + cos(pi count / steps)) / 2 over train.steps. After train.steps, in the fine-tune stage,
-    it is base / 10.
+    as (1 + cos(pi count / steps)) / 2 over train.steps; with a cooldown as
+    min(1, (steps - count) / (cooldown steps)), linearly over the last of them. After train.steps,
+    in the fine-tune stage, it is base / 10, whatever it fell to before.
 
     Args:
       config: the whole configuration.
+      base: the rate after the warm-up; None: optimizer.learning_rate.
 
     Returns:
       Function from the number of updates made so far (int32) to the rate of the next one.
@@ -40,15 +45,20 @@ def schedule(config: ml_collections.ConfigDict) -> optax.Schedule:
     """
     check_optimizer(config)
     falls = config.optimizer.schedule == "cosine"
-    base = config.optimizer.learning_rate
+    if base is None:
+        base = config.optimizer.learning_rate
     warmup = config.optimizer.warmup
     steps = config.train.steps
+    cooldown = config.optimizer.cooldown * steps
 
     def rate(count: Array) -> Array:
         # The warm-up begins at base / warmup, not at 0.
         warm = base * jnp.minimum(1.0, (count + 1) / max(warmup, 1))
         if falls:
             warm *= (1 + jnp.cos(jnp.pi * count / steps)) / 2
+        # The last update of train.steps still has the rate base / cooldown.
+        if cooldown:
+            warm *= jnp.minimum(1.0, (steps - count) / cooldown)
         return jnp.where(count < steps, warm, base / 10)
 
     return rate
@@ -128,15 +138,52 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+def factors_by_name(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Updates of some parameters times a factor, which gives them a rate of their own.
+
+    Args:
+      factors: by the name of a parameter, such as "layers/span"; the others are left as they are.
+    """
+
+    def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+        del params  # the factors do not depend on them
+
+        def scaled(path: tuple, x: Array) -> Array:
+            return x * factors.get(parameter_name(path), 1)
+
+        return jax.tree_util.tree_map_with_path(scaled, updates)
+
+    return optax.stateless(update)
+
+
+def optimizer(
+    config: ml_collections.ConfigDict, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
     """The transformation that `config.optimizer` names.
 
-    To add one: a branch here, its name in `OPTIMIZER_RULES` of config_checks.py, and its fields in
-    configs/base.py and `FIELDS`. Its counters need a row in sharding/rules.py; its moments do not.
+    To add one: a branch in `_rule`, its name in `OPTIMIZER_RULES` of config_checks.py, and its
+    fields in configs/base.py and `FIELDS`. Its counters need a row in sharding/rules.py; its
+    moments do not.
+
+    Args:
+      config: the whole configuration.
+      mesh: devices that the parameters are spread over; None: one.
 
     Raises:
       UserError: unknown name.
     """
+    c = config.optimizer
+    rule = _rule(config, mesh)
+    # Keys of pairs and spans may have rates of their own. Without any the state has no place for
+    # them, as it had none in older checkpoints.
+    factors = {"layers/persistent_key": c.pairs_rate, "layers/span": c.span_rate}
+    if all(factor == 1 for factor in factors.values()):
+        return rule
+    return optax.chain(rule, factors_by_name(factors))
+
+
+def _rule(config: ml_collections.ConfigDict, mesh: Mesh | None) -> optax.GradientTransformation:
+    """The update rule, the same for all parameters of a kind."""
     c = config.optimizer
     rate = schedule(config)
     # The rule of the adaptive-span and all-attention papers, which clips by itself.
@@ -147,4 +194,9 @@ def optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation
     clip = clip_by_global_norm(c.clip) if c.clip else optax.identity()
     if c.name == "adam":
         return optax.chain(clip, optax.adam(rate))
-    return optax.chain(clip, optax.adamw(rate, weight_decay=c.weight_decay))
+    if c.name == "adamw":
+        return optax.chain(clip, optax.adamw(rate, weight_decay=c.weight_decay))
+
+    # Parameters that are no matrices have AdamW, at a rate of their own if one is named.
+    adam_rate = schedule(config, c.adam_rate or c.learning_rate)
+    return optax.chain(clip, matrices_by_muon(rate, adam_rate, c.weight_decay, mesh))

@@ -37,7 +37,7 @@ class TrainProgram:
         self.config = config
         self.mesh = mesh
         self.model = Model(ModelConfig.from_config(config))
-        self.optimizer = optim.optimizer(config)
+        self.optimizer = optim.optimizer(config, mesh)
         # Abstract state by context length.
         self._abstract: dict[int, TrainState] = {}
 

@@ -287,12 +287,14 @@ TRANSFORMER_XL = {
 
 
 def test_steps_send_what_they_must() -> None:
-    """An accumulated batch sends gradients in parts, and metrics once; and Transformer-XL's step.
+    """An accumulated batch sends gradients in parts, and metrics once; and Transformer-XL's step,
+    here with Muon, which makes every matrix whole once.
 
     Together, since they share the start of a process with eight devices.
     """
-    *accumulated, xl = judged(*({**ACCUMULATED, **mesh} for mesh in MESHES), TRANSFORMER_XL)
-    assert xl[0] == []
+    accumulating = [{**ACCUMULATED, **mesh} for mesh in MESHES]
+    *accumulated, xl = judged(*accumulating, {**TRANSFORMER_XL, "optimizer__name": "muon"})
+    assert xl[0] == [] and "whole matrices" in {use["role"] for use in xl[1]}
     for broken, uses in accumulated:
         assert broken == []
         assert {use["times"] for use in uses if use["role"] == "norms and metrics"} == {1}

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-# The paper's layer with Adam and its clip of all gradients together, then what that does not have.
+# Adam and its clip of all gradients together, then what that does not have.
 SHARED = {
     "model__depth": 2,
     "model__width": 32,
@@ -12,6 +12,7 @@ SHARED = {
 }
 SHARED |= {"model__span__loss": 1e-3, "optimizer__learning_rate": 1e-3, "optimizer__clip": 0.3}
 SHARED |= {"train__batch": 8, "train__accumulation": 2}
+MUON = {"optimizer__name": "muon", "optimizer__adam_rate": 1e-3, "optimizer__weight_decay": 0.1}
 ADAGRAD = {"optimizer__name": "adagrad", "optimizer__learning_rate": 0.07, "optimizer__clip": 0.03}
 FEEDS = {"model__persistent": 0, "model__feed_forward": 24}
 XL = {
@@ -21,7 +22,7 @@ XL = {
 }
 WHOLE = {"mesh__tensor": 1, "train__accumulation": 1}  # 4 x 2 x 1 devices, as many as rows
 KINDS: dict[str, dict[str, Any]] = {
-    "joint": {"model__embedding_dropout": 0.2},
+    "joint": {"model__embedding_dropout": 0.2, **MUON},
     "adaptive_io": {
         "model__adaptive_io__cutoffs": (4, 7),
         "model__adaptive_io__division": 2,
