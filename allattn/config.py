@@ -192,6 +192,7 @@ def from_json(text: str) -> ml_collections.ConfigDict:
 
     # What is newer than the text gets the value that it had then; all had the name of a data set.
     config = ml_collections.ConfigDict(stored)
+    _add_later_fields(config)
     _require_stored_kinds(config)
     _complete(config.dataset)
     _complete_training(config)
@@ -207,6 +208,25 @@ def _require_sections(stored: dict[str, Any]) -> None:
             raise UserError(
                 f"a stored configuration: expected a section {name}, found {stored.get(name)!r:.80}"
             )
+
+
+def _add_later_fields(config: ml_collections.ConfigDict) -> None:
+    """Give fields that are newer than the text their default, which is what it meant.
+
+    Where a section holds something else than fields, that is refused afterwards.
+    """
+    for name, default in fields(base.get_config()):
+        if not FIELDS[name].later:
+            continue
+        # Down to the section that holds the field.
+        *sections, last = name.split(".")
+        section: Any = config
+        for part in sections:
+            section = section.get(part)
+            if not isinstance(section, ml_collections.ConfigDict):
+                break
+        else:
+            section[last] = section.get(last, default)
 
 
 def _require_stored_kinds(config: ml_collections.ConfigDict) -> None:

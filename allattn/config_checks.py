@@ -2,8 +2,9 @@
 
 To add a field:
 1. configs/base.py: its default, and what it means.
-2. `FIELDS` below: a row, at the same place. If only some combinations with other fields can run,
-   also a rule in one of the lists of rules.
+2. `FIELDS` below: a row, at the same place, with `later=True`, since there are workdirs without
+   the field. If only some combinations with other fields can run, also a rule in one of the lists
+   of rules.
 3. The code that uses it; a field of `model` also enters `ModelConfig` in model/config.py.
 tests/test_config_checks.py compares the rows with base.py, and breaks every rule once.
 
@@ -57,6 +58,8 @@ class Field:
     # Parameters of a run with another value do not fit: their shapes differ, or (model.pre_norm)
     # they stand for something else. Then train.init_from cannot start from that run.
     shapes: bool = False
+    # Newer than the first stored configurations, which mean its default where they lack it.
+    later: bool = False
 
 
 # Random keys are made of 32 bits: seeds that differ by this would draw the same numbers.
@@ -78,6 +81,8 @@ FIELDS = {
     "model.width": Field(least=1, shapes=True),
     "model.heads": Field(least=1, shapes=True),
     "model.persistent": Field(least=0, shapes=True),
+    "model.persistent_bias": Field(shapes=True, later=True),
+    "model.persistent_share": Field(least=0, below=1, later=True),
     "model.feed_forward": Field(least=0, shapes=True),
     "model.pre_norm": Field(shapes=True),
     "model.vocab_size": Field(least=1, shapes=True),

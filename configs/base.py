@@ -37,6 +37,9 @@ def get_config() -> ConfigDict:
     c.model.width = 512  # of the hidden states (D)
     c.model.heads = 8  # of width / heads each
     c.model.persistent = 1024  # persistent key-value pairs per head (N)
+    c.model.persistent_bias = False  # a learned offset of every pair's logit
+    # share of the weight that the pairs have at the start, when logits are alike; 0: offset 0
+    c.model.persistent_share = 0.0
     c.model.feed_forward = 0  # inner units of transformer and transformer_xl
     c.model.pre_norm = False  # transformer_xl: normalise the sublayers' inputs, not their outputs
     c.model.vocab_size = 205  # checked against the data; 0: as many as it has

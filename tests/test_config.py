@@ -1,5 +1,6 @@
 """Reading experiment files and settings, and refusing values that cannot run."""
 
+import functools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from allattn import config as configuration
 from allattn import sharding, train
+from allattn.config_checks import FIELDS
 from allattn.errors import UserError
 from allattn.model import ModelConfig
 from allattn.train import optim
@@ -248,6 +250,22 @@ def test_rematerialisation() -> None:
     assert ModelConfig.from_config(configuration.from_json(json.dumps(stored))) == start(
         changed(train__remat="layer")
     )
+
+
+def test_stored_before_a_field_was_there() -> None:
+    """It means the default of every later field; a model without another field is refused."""
+    whole = changed()
+    stored = whole.to_dict()
+    for name, field in FIELDS.items():
+        *sections, last = name.split(".")
+        section = functools.reduce(dict.__getitem__, sections, stored)
+        if field.later:
+            del section[last]
+    again = configuration.from_json(json.dumps(stored))
+    assert not configuration.changed_fields(again, whole, ())
+    del stored["model"]["depth"]
+    with pytest.raises(UserError, match=r"found 1 missing, model.depth the first"):
+        configuration.from_json(json.dumps(stored))
 
 
 def test_base_is_accepted() -> None:

@@ -41,6 +41,8 @@ Array = jax.Array
 
 # The names that a configuration may give, and the packages behind all of them but the definition.
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
+# The least finite offset of a pair.
+LEAST_BIAS = -1e20
 _FUSED: dict[str, types.ModuleType] = {"xla": xla, "pallas_tpu": tpu, "pallas_gpu": gpu}
 
 
@@ -54,6 +56,7 @@ def all_attention(
     first_distance: int = 1,
     persistent_key_HNK: Array | None = None,
     persistent_value_HNK: Array | None = None,
+    persistent_bias_HN: Array | None = None,
     span_H: Array | None = None,
     ramp: int = 32,
     query_start: Array | int | None = None,
@@ -70,8 +73,8 @@ def all_attention(
 
     Query t sits at key index query_start + t, key j at distance d = query_start + t - j from it.
     The pair counts when first_distance <= d < first_distance + L and key_start <= j < S. Its weight
-    is m(d) exp(scale (q.k_j + q'.p_d)), a persistent pair's exp(scale q.k_n), all divided by their
-    sum (Sukhbaatar et al. 2019, arXiv 1907.01470, eq. 5 to 9; m(d) from arXiv 1905.07799, eq. 4).
+    is m(d) exp(scale (q.k_j + q'.p_d)), a persistent pair's exp(scale q.k_n + b_n), all divided by
+    their sum (Sukhbaatar et al. 2019, arXiv 1907.01470, eq. 5 to 9; m(d) from arXiv 1905.07799, eq. 4).
     With no pair at all, output and gradients are 0. A pair's exp(logit) over the sum, the weight's
     derivative with regard to m, counts as 1e5 at most (it is larger only where m is almost 0).
 
@@ -85,6 +88,8 @@ def all_attention(
       first_distance: 1 if the current token is not attended, 0 if it is.
       persistent_key_HNK: persistent keys, used as given; None: no pairs.
       persistent_value_HNK: persistent values, used as given.
+      persistent_bias_HN: float32 or float64, added to the pairs' logits after the scale; -inf removes
+        a pair, and any other number below -1e20 counts as that; None: 0.
       span_H: learned spans in tokens, float32, in [0, L]; None: all L distances count fully.
       ramp: length R of the span's soft end in tokens; a whole number of any type.
       query_start: int32, scalar or (B,), may be traced; None: S - T.
@@ -120,6 +125,7 @@ def all_attention(
     S = key_BSHK.shape[1]
     L = position_HLK.shape[1]
     persistent_HNK = _pairs(query_BTHK, persistent_key_HNK, persistent_value_HNK)
+    persistent_bias_HN = _pair_bias(persistent_key_HNK, persistent_bias_HN)
     _check_numbers(first_distance, dropout_rate, dropout_seed)
     if span_H is not None:
         ramp = _checked_ramp(H, L, span_H, ramp)
@@ -146,6 +152,7 @@ def all_attention(
         "first_distance": int(first_distance),
         "persistent_key_HNK": persistent_HNK[0],
         "persistent_value_HNK": persistent_HNK[1],
+        "persistent_bias_HN": persistent_bias_HN,
         "span_H": _within_table(span_H, L),
         "ramp": ramp,
         "query_start_B": _per_row("query_start", query_start, B),
@@ -308,6 +315,25 @@ def _pairs(
     _expect("persistent_key_HNK", persistent_key_HNK, (H, N, K), query_BTHK.dtype)
     _expect("persistent_value_HNK", persistent_value_HNK, (H, N, K), query_BTHK.dtype)
     return persistent_key_HNK, persistent_value_HNK
+
+
+def _pair_bias(persistent_key_HNK: Array | None, bias_HN: Array | None) -> Array | None:
+    """What is added to the pairs' logits, as far as it makes a difference."""
+    name = "persistent_bias_HN"
+    if bias_HN is None:
+        return None
+    if persistent_key_HNK is None:
+        raise ValueError(f"{name}: expected None without pairs, found shape {bias_HN.shape}")
+    H, N, _ = persistent_key_HNK.shape
+    if bias_HN.shape != (H, N):
+        raise ValueError(f"{name}: expected shape {(H, N)}, found {bias_HN.shape}")
+    if bias_HN.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"{name}: expected dtype float32 or float64, found {bias_HN.dtype}")
+    # What removes a pair is -inf alone. Implementations have finite numbers of their own for what
+    # does not count, and any real one lies far above them; its gradient is its own.
+    finite_HN = jnp.where(jnp.isneginf(bias_HN), 0, bias_HN)
+    least_HN = LEAST_BIAS + (finite_HN - jax.lax.stop_gradient(finite_HN))
+    return jnp.where(finite_HN < LEAST_BIAS, least_HN, bias_HN)
 
 
 def _check_numbers(first_distance: Any, dropout_rate: Any, dropout_seed: Any) -> None:

@@ -93,6 +93,8 @@ class Inputs(NamedTuple):
     persistent_value_HNK: Array
     # Learned spans in tokens, float32; L + 1 with a ramp of 1 where no span is learned.
     span_H: Array
+    # Added to the pairs' logits, after the scale; None: nothing is, and no code is built for it.
+    persistent_bias_HN: Array | None = None
 
 
 def pack(
@@ -104,6 +106,7 @@ def pack(
     position_HLK: Array,
     persistent_key_HNK: Array,
     persistent_value_HNK: Array,
+    persistent_bias_HN: Array | None,
     span_H: Array | None,
     first_distance: int,
     ramp: int,
@@ -146,6 +149,7 @@ def pack(
         persistent_key_HNK=persistent_key_HNK,
         persistent_value_HNK=persistent_value_HNK,
         span_H=span_H,
+        persistent_bias_HN=persistent_bias_HN,
     )
     return static, inputs, Dynamic(**dynamic)
 

@@ -99,6 +99,7 @@ def all_attention(
     first_distance: int,
     persistent_key_HNK: Array,
     persistent_value_HNK: Array,
+    persistent_bias_HN: Array | None,
     span_H: Array | None,
     ramp: int,
     query_start_B: Array,
@@ -152,6 +153,8 @@ def all_attention(
             query_BTHK, position_query_BTHK, key_BSHK, position_HLK, row_BTS, scale
         )
     persistent_BHTN = jnp.einsum("bthk,hnk->bhtn", query_BTHK, persistent_key_HNK) * scale
+    if persistent_bias_HN is not None:
+        persistent_BHTN += persistent_bias_HN.astype(dtype)[:, None]
 
     # Exponentials less the largest logit with a weight; those of the context times m.
     weighed_BHTS = counts_BHTS & (mask_BHTS > 0)

@@ -103,6 +103,7 @@ def _option_specs(position_HLK: Array) -> dict[str, P]:
         "position_query_BTHK": by_row_head,
         "persistent_key_HNK": by_head,
         "persistent_value_HNK": by_head,
+        "persistent_bias_HN": P("tensor", None),
         "span_H": P("tensor"),
         # Numbers.
         "key_start": P(),

@@ -35,6 +35,8 @@ from allattn.attention import tuning
 from allattn.attention.tpu import skew
 
 IMPLEMENTATIONS = [name for name in attention.IMPLEMENTATIONS if name != "reference"]
+# Implementations that know offsets of pairs; the others refuse them by name.
+OFFSETS = ("reference", "xla")
 
 
 DEFAULTS = tuning.DEFAULTS  # before the fixture makes them small
@@ -56,6 +58,8 @@ def test_equals_reference(name: str, implementation: str) -> None:
     where nothing is attended.
     """
     case = CASES[name]
+    if case.offsets and implementation not in OFFSETS:
+        pytest.skip(f"{implementation} has no offsets")
     inputs = arrays(case)
     expected = exact(case)
     run = program(case, implementation)
@@ -68,6 +72,33 @@ def test_equals_reference(name: str, implementation: str) -> None:
     for key, with_key in (("out", "out"), ("query", "out"), ("value", "value"), ("key", "value")):
         nothing = (expected[key] == 0) & (expected[with_key] == 0)
         assert not found[key][nothing].any(), key
+    # A pair that an offset of -inf removes has no part in anything.
+    for key in ("persistent_key_HNK", "persistent_value_HNK", "persistent_bias_HN"):
+        if case.removed:
+            assert not found[key][:, list(case.removed)].any(), key
+
+
+@pytest.mark.parametrize("implementation", OFFSETS)
+def test_removed_pairs(implementation: str) -> None:
+    """A call in which -inf removes pairs equals one without them, dropout's draws included; one
+    offset for all pairs, as low as may be, leaves only what float32 keeps of their differences.
+    """
+    case = Case(N=6, S=0, L=0, spans=None, dropout=0.3)
+    inputs = arrays(case)
+    run = output(case, implementation)
+
+    def with_offsets(bias_HN: jax.Array) -> jax.Array:
+        return run({**inputs, "persistent_bias_HN": bias_HN}, 7)
+
+    none_HN = jnp.zeros((case.H, case.N))
+    few = {name: inputs[name][:, :4] for name in ("persistent_key_HNK", "persistent_value_HNK")}
+    close = dict(rtol=1e-5, atol=1e-6)
+    removed = with_offsets(none_HN.at[:, 4:].set(-jnp.inf))
+    np.testing.assert_allclose(removed, run({**inputs, **few}, 7), **close)
+    # All the same, and then so far below 0 that all weights are.
+    np.testing.assert_allclose(with_offsets(none_HN - 16), run(inputs, 7), **close)
+    alike = run(arrays(dataclasses.replace(case, magnitude=0.0)), 7)
+    np.testing.assert_allclose(with_offsets(none_HN - 1e30), alike, **close)
 
 
 def test_nothing_to_attend() -> None:
@@ -351,6 +382,22 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"persistent_key_HNK": None}, "persistent_key_HNK: expected an array beside its partner"),
         (
+            {"persistent_bias_HN": np.zeros((2, 6), np.float32)},
+            r"persistent_bias_HN: expected shape \(2, 7\), found \(2, 6\)",
+        ),
+        (
+            {"persistent_bias_HN": np.zeros((2, 7), np.float16)},
+            "persistent_bias_HN: expected dtype float32 or float64, found float16",
+        ),
+        (
+            {
+                "persistent_key_HNK": None,
+                "persistent_value_HNK": None,
+                "persistent_bias_HN": np.zeros((2, 7), np.float32),
+            },
+            r"persistent_bias_HN: expected None without pairs, found shape \(2, 7\)",
+        ),
+        (
             {"span_H": np.array([0.0, 12.5], np.float32)},
             r"span_H: expected spans in \[0, 12\], found \[12.5\]",
         ),
@@ -430,9 +477,25 @@ def check_any_case(draw: st.DataObject) -> None:
     )
     first = draw.draw(st.integers(0, 1))
     start = draw.draw(st.none() | st.integers(0, S - T))
-    case = Case(B=1, T=T, S=S, L=L, N=N, K=4, spans=spans, first_distance=first, query_start=start)
+    offsets = draw.draw(st.booleans())
+    removed = draw.draw(st.sets(st.integers(0, 5), max_size=6 * offsets))
+    case = Case(
+        B=1,
+        T=T,
+        S=S,
+        L=L,
+        N=N,
+        K=4,
+        spans=spans,
+        first_distance=first,
+        query_start=start,
+        offsets=offsets,
+        removed=tuple(sorted(n for n in removed if n < N)),
+    )
     expected = exact(case)
     for implementation in IMPLEMENTATIONS:
+        if offsets and implementation not in OFFSETS:
+            continue
         with jax.default_matmul_precision("highest"):
             found = results(case, arrays(case), implementation)
         assert error(found, expected) <= 1e-5, implementation
@@ -468,7 +531,7 @@ from allattn.sharding import attention_over, make_mesh
 from configs import base
 c = base.get_config(); c.mesh.fsdp = c.mesh.tensor = 2; c.train.batch = 8
 mesh = make_mesh(c)
-case = dataclasses.replace(CASES["dropout"], B=8, H=4, spans=(9.0, 30.0, 3.0, 0.0))
+case = dataclasses.replace(CASES["dropout"], B=8, H=4, spans=(9.0, 30.0, 3.0, 0.0), offsets=True)
 inputs = arrays(case)
 def run(operation, implementation):
     @compiled(implementation)
@@ -481,6 +544,7 @@ def run(operation, implementation):
         return jax.value_and_grad(loss)(inputs)
     return value_and_gradients(inputs)
 for implementation in IMPLEMENTATIONS[1:]:  # all but the definition
+    if implementation != "xla": inputs.pop("persistent_bias_HN", None)
     single = run(all_attention, implementation)
     spread = run(attention_over(mesh, 8), implementation)
     for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(spread), strict=True):

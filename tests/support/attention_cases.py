@@ -40,6 +40,9 @@ class Case:
     key_start: int | tuple[int, ...] = 0
     dropout: float = 0.0
     magnitude: float = 1.0  # of the queries
+    # Whether pairs have offsets, and which pairs an offset of -inf removes.
+    offsets: bool = False
+    removed: tuple[int, ...] = ()
 
 
 CASES = {
@@ -86,6 +89,11 @@ CASES = {
     ),
     "dropout": Case(T=21, S=60, L=30, spans=(9.0, 30.0), dropout=0.3),
     "dropout with starts": Case(query_start=(2, 11), key_start=(1, 9), dropout=0.3),
+    "offsets": Case(T=21, S=60, L=30, N=140, offsets=True, removed=(0, 5, 139), dropout=0.3),
+    "every pair removed": Case(
+        N=3, offsets=True, removed=(0, 1, 2), query_start=0, key_start=3, spans=None
+    ),
+    "offsets alone": Case(S=0, L=0, spans=None, offsets=True, removed=(1,), two_queries=True),
 }
 
 
@@ -111,6 +119,9 @@ def arrays(case: Case, dtype: Any = np.float32, seed: int = 0) -> dict[str, Any]
     found["position_HLK"] = normal(case.position_heads, L, K)
     found["persistent_key_HNK"] = normal(H, N, K)
     found["persistent_value_HNK"] = normal(H, N, K)
+    if case.offsets:
+        removed_N = np.isin(np.arange(N), case.removed)
+        found["persistent_bias_HN"] = jnp.where(removed_N, -jnp.inf, 2 * normal(H, N))
     if case.two_queries:
         found["position_query_BTHK"] = normal(B, T, H, K)
     if case.spans is not None:

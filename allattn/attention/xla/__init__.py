@@ -101,6 +101,7 @@ def _attention_backward(static: Static, residuals: tuple, cotangents: tuple) -> 
         persistent_key_HNK=by_head.persistent_key_NK,
         persistent_value_HNK=by_head.persistent_value_NK,
         span_H=by_head.span,
+        persistent_bias_HN=by_head.persistent_bias_N,
     )
     return jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, inputs), None
 
@@ -195,6 +196,8 @@ def _logits(work: Work, tile: Tile) -> tuple[Array, Array]:
     if tile.absent_C is not None:
         context_GTC += tile.absent_C
     persistent_GTN = _dot("gtk,kn->gtn", tile.query_GTK, work.head.persistent_key_KN)
+    if work.head.persistent_bias_N is not None:
+        persistent_GTN += work.head.persistent_bias_N
     return context_GTC, persistent_GTN
 
 
@@ -322,6 +325,7 @@ class Sums(NamedTuple):
     position_AP: Array
     persistent_key_KN: Array
     persistent_value_KN: Array
+    persistent_bias_N: Array | None
 
 
 class HeadGradients(NamedTuple):
@@ -335,6 +339,7 @@ class HeadGradients(NamedTuple):
     persistent_key_NK: Array
     persistent_value_NK: Array
     span: Array
+    persistent_bias_N: Array | None
 
 
 def _head_backward(
@@ -359,6 +364,7 @@ def _head_backward(
         position_AP=jnp.zeros_like(work.position_AP),
         persistent_key_KN=jnp.zeros_like(head.persistent_key_KN),
         persistent_value_KN=jnp.zeros_like(head.persistent_value_KN),
+        persistent_bias_N=jax.tree.map(jnp.zeros_like, head.persistent_bias_N),
     )
     tiles = (jnp.arange(by_tile[0].shape[0]), by_tile)
     sums, d_queries = jax.lax.scan(functools.partial(_tile_backward, work), zeros, tiles)
@@ -377,6 +383,7 @@ def _head_backward(
         persistent_key_NK=sums.persistent_key_KN.T,
         persistent_value_NK=sums.persistent_value_KN.T,
         span=_span_gradient(static, R, head.span, sums.position_AP[-1, :R]) + d_mask / static.ramp,
+        persistent_bias_N=sums.persistent_bias_N,
     )
 
 
@@ -410,6 +417,9 @@ def _tile_backward(work: Work, sums: Sums, operands: tuple) -> tuple[Sums, tuple
         d_position_query_GTK = jnp.zeros_like(d_query_GTK)
 
     # What all tiles share.
+    d_bias_N = None
+    if sums.persistent_bias_N is not None:
+        d_bias_N = sums.persistent_bias_N + d_persistent_GTN.sum((0, 1))
     d_key_GKC = _dot("gtk,gtc->gkc", tile.query_GTK, d_context_GTC)
     key_BKS = _add_at(sums.key_BKS, tile, d_key_GKC)
     d_value_GKC = _dot("gtk,gtc->gkc", d_out_GTK, dropped_GTC)
@@ -420,6 +430,7 @@ def _tile_backward(work: Work, sums: Sums, operands: tuple) -> tuple[Sums, tuple
         position_AP=sums.position_AP + _dot_rows(tile.position_query_GTA, d_position_GTP),
         persistent_key_KN=sums.persistent_key_KN + _dot_rows(tile.query_GTK, d_persistent_GTN),
         persistent_value_KN=sums.persistent_value_KN + _dot_rows(d_out_GTK, dropped_GTN),
+        persistent_bias_N=d_bias_N,
     )
     # The queries of a tile are scaled, those of the inputs are not.
     return sums, (d_query_GTK * static.scale, d_position_query_GTK * static.scale)

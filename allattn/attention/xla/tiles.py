@@ -132,6 +132,8 @@ class Head(NamedTuple):
     persistent_value_KN: Array
     span: Array
     number: Array
+    # Added to the pairs' logits; None: nothing is.
+    persistent_bias_N: Array | None
 
 
 def select_head(static: Static, inputs: Inputs, shape: Shape, head: Array) -> Head:
@@ -149,6 +151,9 @@ def select_head(static: Static, inputs: Inputs, shape: Shape, head: Array) -> He
     def keys(x_BSHK: Array) -> Array:
         return rows(x_BSHK, shape.left, shape.right).transpose(0, 2, 1).astype(dtype)
 
+    bias_N = None
+    if inputs.persistent_bias_HN is not None:
+        bias_N = inputs.persistent_bias_HN[head].astype(dtype)
     # A table shared by all heads has only head 0.
     position_head = jnp.minimum(head, inputs.position_HLK.shape[0] - 1)
     return Head(
@@ -163,6 +168,7 @@ def select_head(static: Static, inputs: Inputs, shape: Shape, head: Array) -> He
         persistent_value_KN=inputs.persistent_value_HNK[head].T.astype(dtype),
         span=inputs.span_H[head],
         number=head,
+        persistent_bias_N=bias_N,
     )
 
 
