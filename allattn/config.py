@@ -195,7 +195,6 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     _add_later_fields(config)
     _require_stored_kinds(config)
     _complete(config.dataset)
-    _complete_training(config)
     return config.lock()
 
 
@@ -213,10 +212,11 @@ def _require_sections(stored: dict[str, Any]) -> None:
 def _add_later_fields(config: ml_collections.ConfigDict) -> None:
     """Give fields that are newer than the text their default, which is what it meant.
 
+    Of a model only those that are known to be newer: it cannot be described without the others.
     Where a section holds something else than fields, that is refused afterwards.
     """
     for name, default in fields(base.get_config()):
-        if not FIELDS[name].later:
+        if not (FIELDS[name].later or name.startswith(("optimizer.", "train."))):
             continue
         # Down to the section that holds the field.
         *sections, last = name.split(".")
@@ -255,15 +255,6 @@ def _complete(dataset: ml_collections.ConfigDict) -> None:
         dataset.vocab_size = 4096
     if "min_count" not in dataset:
         dataset.min_count = int(symbols != ("files", "word"))
-
-
-def _complete_training(config: ml_collections.ConfigDict) -> None:
-    """Give the sections of training the fields that came later, whose defaults change nothing."""
-    defaults = base.get_config()
-    for section in ("optimizer", "train"):
-        for name, default in defaults[section].items():
-            if name not in config[section]:
-                config[section][name] = default
 
 
 def changed_fields(

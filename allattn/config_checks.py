@@ -2,9 +2,9 @@
 
 To add a field:
 1. configs/base.py: its default, and what it means.
-2. `FIELDS` below: a row, at the same place, with `later=True`, since there are workdirs without
-   the field. If only some combinations with other fields can run, also a rule in one of the lists
-   of rules.
+2. `FIELDS` below: a row, at the same place, one of `model` with `later=True`, since there are
+   workdirs without it. If only some combinations with other fields can run, also a rule in one of
+   the lists of rules.
 3. The code that uses it; a field of `model` also enters `ModelConfig` in model/config.py.
 tests/test_config_checks.py compares the rows with base.py, and breaks every rule once.
 
@@ -58,7 +58,7 @@ class Field:
     # Parameters of a run with another value do not fit: their shapes differ, or (model.pre_norm)
     # they stand for something else. Then train.init_from cannot start from that run.
     shapes: bool = False
-    # Newer than the first stored configurations, which mean its default where they lack it.
+    # Of a model: newer than the first stored configurations, which mean its default without it.
     later: bool = False
 
 
@@ -264,6 +264,27 @@ LAYER_RULES = (
             c.model.integration not in TWO_SOFTMAX_INTEGRATIONS or c.model.persistent > 0
         ),
         expected="at least 1",
+    ),
+    # What offsets say of the shares of two parts needs one softmax over both.
+    Rule(
+        name="offsets of pairs that there are",
+        field="model.persistent_bias",
+        holds=lambda c: not c.model.persistent_bias or c.model.persistent > 0,
+        expected=lambda c: f"False with model.persistent {c.model.persistent}",
+    ),
+    Rule(
+        name="a share that offsets make",
+        field="model.persistent_share",
+        holds=lambda c: not c.model.persistent_share or c.model.persistent_bias,
+        expected="0 with model.persistent_bias False",
+    ),
+    Rule(
+        name="a share of one softmax",
+        field="model.persistent_share",
+        holds=lambda c: (
+            not c.model.persistent_share or c.model.integration not in TWO_SOFTMAX_INTEGRATIONS
+        ),
+        expected="0",
     ),
     # One half of the heads attends to the context, the other to the persistent pairs.
     Rule(

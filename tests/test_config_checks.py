@@ -67,6 +67,13 @@ BROKEN = {
         "model.integration": "split",
         "model.persistent": 0,
     },
+    "offsets of pairs that there are": {"model.persistent_bias": True, "model.persistent": 0},
+    "a share that offsets make": {"model.persistent_share": 0.5},
+    "a share of one softmax": {
+        "model.persistent_share": 0.5,
+        "model.persistent_bias": True,
+        "model.integration": "split",
+    },
     "heads that can be halved": {"model.integration": "head_split", "model.heads": 1},
     "a width that can be halved": {**XL, "model.width": 9, "model.heads": 3},
     "no adaptive span in Transformer-XL": {**XL, "model.span.adaptive": True},

@@ -74,9 +74,10 @@ def all_attention(
     Query t sits at key index query_start + t, key j at distance d = query_start + t - j from it.
     The pair counts when first_distance <= d < first_distance + L and key_start <= j < S. Its weight
     is m(d) exp(scale (q.k_j + q'.p_d)), a persistent pair's exp(scale q.k_n + b_n), all divided by
-    their sum (Sukhbaatar et al. 2019, arXiv 1907.01470, eq. 5 to 9; m(d) from arXiv 1905.07799, eq. 4).
-    With no pair at all, output and gradients are 0. A pair's exp(logit) over the sum, the weight's
-    derivative with regard to m, counts as 1e5 at most (it is larger only where m is almost 0).
+    their sum (Sukhbaatar et al. 2019, arXiv 1907.01470, eq. 5 to 9, which leave b out; m(d) from
+    arXiv 1905.07799, eq. 4). With no pair at all, output and gradients are 0. A pair's exp(logit)
+    over the sum, the weight's derivative with regard to m, counts as 1e5 at most (it is larger only
+    where m is almost 0).
 
     Args:
       query_BTHK: queries; float32, bfloat16 or (under x64) float64, which every other array shares.
@@ -88,8 +89,8 @@ def all_attention(
       first_distance: 1 if the current token is not attended, 0 if it is.
       persistent_key_HNK: persistent keys, used as given; None: no pairs.
       persistent_value_HNK: persistent values, used as given.
-      persistent_bias_HN: float32 or float64, added to the pairs' logits after the scale; -inf removes
-        a pair, and any other number below -1e20 counts as that; None: 0.
+      persistent_bias_HN: float32 or float64, added to the pairs' logits after the scale; -inf
+        removes a pair, and any other number below -1e20 counts as that; None: 0.
       span_H: learned spans in tokens, float32, in [0, L]; None: all L distances count fully.
       ramp: length R of the span's soft end in tokens; a whole number of any type.
       query_start: int32, scalar or (B,), may be traced; None: S - T.

@@ -15,7 +15,7 @@ To add an integration: a function beside the four with the same arguments, an en
 definition in tests/model/test_layers.py, and a file under configs/ablations/.
 
 Dimension key: B batch, T position in the block, S context key, L distance, N persistent pair, H
-head, K head width, D model width.
+head, K head width, D model width, E all heads side by side.
 """
 
 import functools
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from allattn.model.attention_layer import Operation
@@ -40,8 +41,10 @@ class Pairs(NamedTuple):
 
     key_HNK: Array
     value_HNK: Array
+    # Offsets of the logits, float32; None: the pairs have none.
+    bias_HN: Array | None = None
 
-    def options(self) -> dict[str, Array]:
+    def options(self) -> dict[str, Any]:
         """Arguments of the operation that concern the pairs.
 
         They are stored so that the logit is q.key and the value sqrt(N) val. The operation divides
@@ -51,6 +54,7 @@ class Pairs(NamedTuple):
         return {
             "persistent_key_HNK": self.key_HNK * math.sqrt(K),
             "persistent_value_HNK": self.value_HNK * math.sqrt(N),
+            "persistent_bias_HN": self.bias_HN,
         }
 
 
@@ -153,7 +157,9 @@ def single_head(
     """
     B, T, H, K = query_BTHK.shape
     # The pairs are stored by heads, as in `split`, and joined for the one head that has them.
-    options = Pairs(_side_by_side(pairs.key_HNK), _side_by_side(pairs.value_HNK)).options()
+    key_1NE = _side_by_side(pairs.key_HNK)
+    value_1NE = _side_by_side(pairs.value_HNK)
+    options = Pairs(key_1NE, value_1NE, pairs.bias_HN).options()
     context_BTHK = operation(query_BTHK, key_BSHK, value_BSHK, **context)
 
     # The queries of all heads side by side are the one head's query.
@@ -195,6 +201,23 @@ def _half(query_BTHK: Array) -> Array:
     return jnp.full((B, H), 0.5)
 
 
+def initial_bias(config: ModelConfig) -> float:
+    """The offset with which pairs have `persistent_share` of the weight where logits are alike.
+
+    docs/method.md, "Offsets of the pairs".
+    """
+    share = config.persistent_share
+    if share == 0:
+        return 0.0
+    # As many distances as count, each by its m(d).
+    count: float = config.limit
+    if config.adaptive:
+        distance_L = np.arange(1, config.limit + 1)
+        span = config.init * config.limit
+        count = float(np.clip((config.ramp + 1 - distance_L + span) / config.ramp, 0, 1).sum())
+    return math.log(share / (1 - share) * count / config.persistent)
+
+
 # --- the layer
 
 
@@ -227,6 +250,13 @@ class AllAttention(SpanAttention):
         width = K
         if config.integration == "single_head":
             width = config.width
+        # Pairs of one head as wide as the model have one offset each.
+        softmaxes = heads
+        if config.integration == "single_head":
+            softmaxes = 1
+        if config.persistent_bias:
+            bias_HN = jnp.full((softmaxes, N), initial_bias(config), jnp.float32)
+            self.persistent_bias = nnx.Param(bias_HN)
         # The order is that of the draws: a run is repeated from its seed.
         key_HNK = jax.random.normal(rngs.params(), (heads, N, K)) / math.sqrt(width)
         value_HNK = jax.random.normal(rngs.params(), (heads, N, K)) / math.sqrt(N)
@@ -266,4 +296,7 @@ class AllAttention(SpanAttention):
         # Parameters are in float32; products are in the dtype of the activations.
         key_HNK = self.persistent_key[...].astype(dtype)
         value_HNK = self.persistent_value[...].astype(dtype)
-        return Pairs(key_HNK, value_HNK)
+        bias_HN = None
+        if self.config.persistent_bias:
+            bias_HN = self.persistent_bias[...]
+        return Pairs(key_HNK, value_HNK, bias_HN)

@@ -43,6 +43,10 @@ class ModelConfig:
     # is, and distances beyond `clamp` look like it (0: none does).
     same_length: bool = False
     clamp: int = 0
+    # Whether persistent pairs have learned offsets, and the share of the weight that these give
+    # them at the start; 0: the offsets start at 0.
+    persistent_bias: bool = False
+    persistent_share: float = 0.0
 
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict) -> "ModelConfig":
@@ -82,6 +86,8 @@ class ModelConfig:
             feed_forward=model.feed_forward,
             attention_dropout=model.attention_dropout,
             pre_norm=model.pre_norm,
+            persistent_bias=model.persistent_bias,
+            persistent_share=model.persistent_share,
         )
 
     @property

@@ -307,6 +307,7 @@ class Model:
             layers/relative                     X D H K     -                      N(0, 0.02)
             layers/persistent_key               X H N K     N(0, 1/sqrt(K)) (1)    -
             layers/persistent_value             X H N K     N(0, 1/sqrt(N))        -
+            layers/persistent_bias (5)          X H N       0 (6)                  -
             layers/span                         X H         model.span.init        -
             layers/norm_scale                   X D         1                      N(1, 0.02)
             layers/norm_bias                    X D         0                      0
@@ -331,7 +332,8 @@ class Model:
             io/output_projection/i (2, 3)       D d         U(d)                   N(0, 0.01) (4)
 
         (1) 1/sqrt(D) in single_head. (2) Only with a division above 1. (3) Only when not tied.
-        (4) Of the head alone, though tied.
+        (4) Of the head alone, though tied. (5) Only with model.persistent_bias; X 1 N in
+        single_head. (6) Or what model.persistent_share asks for, docs/method.md.
         """
         params = nnx.to_pure_dict(nnx.state(Network(self.config, nnx.Rngs(key)), nnx.Param))
         return LAYERS[self.config.layer].initialise(params, key)

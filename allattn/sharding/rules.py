@@ -48,6 +48,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/relative$", P(None, None, "tensor", None)),  # XDHK
     (r"layers/output$", P(None, "tensor", None, "fsdp")),  # XHKD
     (r"layers/persistent_(key|value)$", P(None, "tensor", "fsdp", None)),  # XHNK
+    (r"layers/persistent_bias$", P(None, "tensor")),  # XHN
     (r"layers/span$", P(None, "tensor")),  # XH
     # Norms are small, so every device has them whole.
     (r"layers/(feed_forward/)?norm_(scale|bias)$", P()),  # XD

@@ -5,6 +5,8 @@ Dimension key: X layer, B batch, T position in the block, S context key, L dista
 pair, H head, K head width, D model width, F inner unit.
 """
 
+import dataclasses
+import functools
 import math
 
 import jax
@@ -17,6 +19,7 @@ from tiny_model import KINDS, geometry, random_params
 
 from allattn.attention import all_attention
 from allattn.model import Model, ModelConfig, Params, forward_flops
+from allattn.model.all_attention_layer import initial_bias
 from allattn.model.network import LAYERS
 from allattn.model.sublayers import DropoutSeeds, FeedForward
 
@@ -59,9 +62,11 @@ def dense_layer(
     if not config.persistent:
         out_BHTK = renormalised(logits_BHTS, mask_HTS) @ value_BHSK
     else:
-        pairs = p["persistent_key"], math.sqrt(config.persistent) * p["persistent_value"]
+        pair_value_HNK = math.sqrt(config.persistent) * p["persistent_value"]
+        bias_HN = p.get("persistent_bias", np.zeros(p["persistent_key"].shape[:2]))
+        pairs = p["persistent_key"], pair_value_HNK, bias_HN
         out_BHTK = INTEGRATE[config.integration](
-            query_BHTK, logits_BHTS, mask_HTS, value_BHSK, *pairs, renormalised
+            query_BHTK, logits_BHTS, mask_HTS, value_BHSK, pairs, renormalised
         )
     h_BTD = norm(h_BTD + np.einsum("bhtk,hkd->btd", out_BHTK, p["output"]), p)
     if config.feed_forward:
@@ -78,8 +83,9 @@ def norm(x_BTD: np.ndarray, p: Params) -> np.ndarray:
     return x_BTD * p["norm_scale"] + p["norm_bias"]
 
 
-def joint(query_BHTK, logits_BHTS, mask_HTS, value_BHSK, key_HNK, pair_value_HNK, renormalised):
-    pair_logits_BHTN = query_BHTK @ key_HNK.transpose(0, 2, 1)
+def joint(query_BHTK, logits_BHTS, mask_HTS, value_BHSK, pairs, renormalised):
+    key_HNK, pair_value_HNK, bias_HN = pairs
+    pair_logits_BHTN = query_BHTK @ key_HNK.transpose(0, 2, 1) + bias_HN[:, None]
     S = logits_BHTS.shape[-1]
     ones = np.ones((*mask_HTS.shape[:2], key_HNK.shape[1]))
     weight = renormalised(
@@ -89,32 +95,31 @@ def joint(query_BHTK, logits_BHTS, mask_HTS, value_BHSK, key_HNK, pair_value_HNK
     return weight[..., :S] @ value_BHSK + weight[..., S:] @ pair_value_HNK
 
 
-def split(query_BHTK, logits_BHTS, mask_HTS, value_BHSK, key_HNK, pair_value_HNK, renormalised):
-    apart_BHTN = softmax(query_BHTK @ key_HNK.transpose(0, 2, 1), axis=-1)
+def split(query_BHTK, logits_BHTS, mask_HTS, value_BHSK, pairs, renormalised):
+    key_HNK, pair_value_HNK, bias_HN = pairs
+    apart_BHTN = softmax(query_BHTK @ key_HNK.transpose(0, 2, 1) + bias_HN[:, None], axis=-1)
     return renormalised(logits_BHTS, mask_HTS) @ value_BHSK + apart_BHTN @ pair_value_HNK
 
 
-def head_split(
-    query_BHTK, logits_BHTS, mask_HTS, value_BHSK, key_HNK, pair_value_HNK, renormalised
-):
-    apart_BHTN = softmax(
-        query_BHTK[:, query_BHTK.shape[1] // 2 :] @ key_HNK.transpose(0, 2, 1), axis=-1
-    )
+def head_split(query_BHTK, logits_BHTS, mask_HTS, value_BHSK, pairs, renormalised):
+    key_HNK, pair_value_HNK, bias_HN = pairs
+    pair_query_BHTK = query_BHTK[:, query_BHTK.shape[1] // 2 :]
+    apart_BHTN = softmax(pair_query_BHTK @ key_HNK.transpose(0, 2, 1) + bias_HN[:, None], axis=-1)
     return np.concatenate(
         [renormalised(logits_BHTS, mask_HTS) @ value_BHSK, apart_BHTN @ pair_value_HNK], axis=1
     )
 
 
-def single_head(
-    query_BHTK, logits_BHTS, mask_HTS, value_BHSK, key_HNK, pair_value_HNK, renormalised
-):
+def single_head(query_BHTK, logits_BHTS, mask_HTS, value_BHSK, pairs, renormalised):
+    key_HNK, pair_value_HNK, bias_HN = pairs
     B, H, T, K = query_BHTK.shape
     N = key_HNK.shape[1]
     key_ND = key_HNK.transpose(1, 0, 2).reshape(N, H * K)
     pair_value_ND = pair_value_HNK.transpose(1, 0, 2).reshape(N, H * K)
     whole_BTD = query_BHTK.transpose(0, 2, 1, 3).reshape(B, T, H * K)
     stored_ND = key_ND * math.sqrt(H * K)  # and the scale is 1 / sqrt(D)
-    apart_BTD = softmax(whole_BTD @ stored_ND.T / math.sqrt(H * K), axis=-1) @ pair_value_ND
+    logits_BTN = whole_BTD @ stored_ND.T / math.sqrt(H * K) + bias_HN[0]
+    apart_BTD = softmax(logits_BTN, axis=-1) @ pair_value_ND
     apart_BHTK = apart_BTD.reshape(B, T, H, K).transpose(0, 2, 1, 3)
     return renormalised(logits_BHTS, mask_HTS) @ value_BHSK + apart_BHTK
 
@@ -145,10 +150,34 @@ def test_against_the_definition(name: str) -> None:
         )
     np.testing.assert_allclose(forward.hidden_BTD, h_BTD, atol=2e-5, rtol=0)
     mass = forward.mass_XBH
-    if name == "joint":
+    if name in ("joint", "bias"):
         assert ((mass > 0.1) & (mass < 0.9)).all()
     else:
         np.testing.assert_array_equal(mass, 0.5 if config.persistent else 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [({"init": 0.25, "ramp": 10}, 0.25 * 80 + 5.5), ({"adaptive": False}, 80)],
+)
+def test_share_of_the_pairs(changes: dict, count: float) -> None:
+    """At initialisation the pairs have the share of the weight that is asked for."""
+    changes = {"depth": 1, "width": 64, "heads": 8, "limit": 80, "persistent": 96, **changes}
+    plain = geometry(**changes)
+    config = dataclasses.replace(plain, persistent_bias=True, persistent_share=0.3)
+    assert initial_bias(config) == pytest.approx(math.log(0.3 / 0.7 * count / 96))
+    assert initial_bias(plain) == 0
+    model = Model(config)
+    states_XBSD = np.random.default_rng(0).normal(size=(1, 2, 80, 64)).astype(np.float32)
+    tokens_BT = np.arange(32).reshape(2, 16)
+    quick = {"xla_backend_optimization_level": 0}  # it takes longer to optimise than to run
+
+    @functools.partial(jax.jit, compiler_options=quick)
+    def mass() -> jax.Array:
+        params = model.init(jax.random.key(0))
+        return model.bind(params).train_forward(tokens_BT, states_XBSD).mass_XBH
+
+    assert mass().mean() == pytest.approx(0.3, abs=0.03)
 
 
 def test_feed_forward_dropout(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_parameter_counts() -> None:
         stated[path.stem] = int(found[1].replace(",", "")) if found else None
     assert stated == counted == {**counted, **PARAMETERS}
     tiny = [count for name, count in counted.items() if re.fullmatch(r"(?!n\d).*_tiny", name)]
-    assert len(tiny) == 7 and max(tiny) < 1.001 * min(tiny), "the reduced ablations compare equals"
+    assert len(tiny) >= 8 and max(tiny) < 1.0015 * min(tiny), "the reduced ablations compare equals"
 
 
 @pytest.fixture(scope="module")

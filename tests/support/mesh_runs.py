@@ -22,7 +22,7 @@ XL = {
 }
 WHOLE = {"mesh__tensor": 1, "train__accumulation": 1}  # 4 x 2 x 1 devices, as many as rows
 KINDS: dict[str, dict[str, Any]] = {
-    "joint": {"model__embedding_dropout": 0.2, **MUON},
+    "joint": {"model__embedding_dropout": 0.2, "model__persistent_bias": True, **MUON},
     "adaptive_io": {
         "model__adaptive_io__cutoffs": (4, 7),
         "model__adaptive_io__division": 2,

@@ -18,6 +18,8 @@ _FEEDS: dict[str, Any] = {"persistent": 0, "feed_forward": 24}
 KINDS: dict[str, dict[str, Any]] = {
     "joint": {},
     **{name: {"integration": name} for name in ("split", "head_split", "single_head")},
+    "bias": {"persistent_bias": True},
+    "single_head_bias": {"integration": "single_head", "persistent_bias": True},
     "no_pairs": {"persistent": 0},
     "transformer": {"layer": "transformer", **_FEEDS},
     "ff_attention": {"layer": "transformer", "integration": "ff_attention", **_FEEDS},

@@ -201,11 +201,12 @@ def final_arrays(workdir: Path, config: ml_collections.ConfigDict) -> list[np.nd
 
 
 def test_resuming_is_exact(texts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """48 steps at once equal 24, a kill and 24 more: bit for bit, with dropout, a wrap and growth
-    of the context length.
+    """48 steps at once equal 24, a kill and 24 more: bit for bit, with dropout, offsets of the
+    pairs, a wrap and growth of the context length.
     """
     # A negative cost makes the spans grow.
-    c = tiny(texts, **{"model.span.init": 0.2, "model.span.loss": -2e-3})
+    spans = {"model.span.init": 0.2, "model.span.loss": -2e-3}
+    c = tiny(texts, **spans, **{"model.persistent_bias": True, "model.persistent_share": 0.5})
     once = train.train_and_evaluate(c, str(tmp_path / "once"))
 
     advance = train.Trainer.step

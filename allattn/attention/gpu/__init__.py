@@ -56,8 +56,8 @@ def all_attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Arr
       out_BTHK in the query's dtype and mass_BTH in float32.
 
     Raises:
-      NotImplementedError: pairs have an offset, the dtype is neither float32 nor bfloat16, or the logits by position of
-        one head of one row do not fit into the scratch array.
+      NotImplementedError: pairs have offsets, the dtype is neither float32 nor bfloat16, or the
+        logits by position of one head of one row do not fit into the scratch array.
     """
     if inputs.persistent_bias_HN is not None:
         raise NotImplementedError("pallas_gpu: expected persistent_bias_HN None, found an array")
