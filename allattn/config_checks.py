@@ -85,6 +85,10 @@ FIELDS = {
     "model.persistent_share": Field(least=0, below=1, later=True),
     "model.feed_forward": Field(least=0, shapes=True),
     "model.pre_norm": Field(shapes=True),
+    "model.qk_norm": Field(shapes=True, later=True),
+    "model.residual_scalars": Field(shapes=True, later=True),
+    "model.output_scale": Field(least=0, later=True),
+    "model.output_gate": Field(shapes=True, later=True),
     "model.vocab_size": Field(least=1, shapes=True),
     "model.dropout": Field(least=0, below=1),
     "model.attention_dropout": Field(least=0, below=1),
@@ -319,12 +323,6 @@ LAYER_RULES = (
         field="model.attention_dropout",
         holds=lambda c: _is_transformer_xl(c) or not c.model.attention_dropout,
         expected="0",
-    ),
-    Rule(
-        name="normalised inputs in Transformer-XL only",
-        field="model.pre_norm",
-        holds=lambda c: _is_transformer_xl(c) or not c.model.pre_norm,
-        expected="False",
     ),
     Rule(
         name="tied input and output in Transformer-XL",

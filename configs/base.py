@@ -41,7 +41,13 @@ def get_config() -> ConfigDict:
     # share of the weight that the pairs have at the start, when logits are alike; 0: offset 0
     c.model.persistent_share = 0.0
     c.model.feed_forward = 0  # inner units of transformer and transformer_xl
-    c.model.pre_norm = False  # transformer_xl: normalise the sublayers' inputs, not their outputs
+    c.model.pre_norm = False  # normalise the sublayers' inputs, not their outputs
+    c.model.qk_norm = False  # normalise queries, keys and persistent keys of every head
+    # learned factors of both sides of every residual, and of the embedding's output, which every
+    # layer then gets as well
+    c.model.residual_scalars = False
+    c.model.output_scale = 1.0  # factor of the initial output projections of all sublayers
+    c.model.output_gate = False  # learned gate on the output of every head, from the layer's input
     c.model.vocab_size = 205  # checked against the data; 0: as many as it has
     # on attention weights and after ReLU; transformer_xl: on all except the weights
     c.model.dropout = 0.0

@@ -424,10 +424,6 @@ def test_combinations_that_exist() -> None:
             "model.attention_dropout: expected 0 with all_attention",
         ),
         (
-            {**TRANSFORMER, "model__pre_norm": True},
-            "model.pre_norm: expected False with transformer and joint",
-        ),
-        (
             {"evaluate__protocol": "xl"},
             "evaluate.protocol xl: expected model.layer transformer_xl, found all_",
         ),

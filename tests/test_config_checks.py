@@ -79,7 +79,6 @@ BROKEN = {
     "no adaptive span in Transformer-XL": {**XL, "model.span.adaptive": True},
     "one dropout rate in Transformer-XL": {**XL, "model.embedding_dropout": 0.1},
     "a rate for attention weights in Transformer-XL only": {"model.attention_dropout": 0.1},
-    "normalised inputs in Transformer-XL only": {"model.pre_norm": True},
     "tied input and output in Transformer-XL": {**XL, "model.adaptive_io.tied": False},
     "a schedule that exists": {"optimizer.schedule": "linear"},
     "an update rule that exists": {"optimizer.name": "sgd"},

@@ -30,6 +30,7 @@ from flax import nnx
 
 from allattn.model.attention_layer import Operation
 from allattn.model.config import ModelConfig
+from allattn.model.norm import rms_norm
 from allattn.model.span_attention import SpanAttention
 from allattn.model.sublayers import DropoutSeeds
 
@@ -246,10 +247,6 @@ class AllAttention(SpanAttention):
         heads = H
         if config.integration == "head_split":
             heads = H - config.context_heads
-        # The deviation of keys is 1 / sqrt(width of the head that has them).
-        width = K
-        if config.integration == "single_head":
-            width = config.width
         # Pairs of one head as wide as the model have one offset each.
         softmaxes = heads
         if config.integration == "single_head":
@@ -257,11 +254,14 @@ class AllAttention(SpanAttention):
         if config.persistent_bias:
             bias_HN = jnp.full((softmaxes, N), initial_bias(config), jnp.float32)
             self.persistent_bias = nnx.Param(bias_HN)
-        # The order is that of the draws: a run is repeated from its seed.
-        key_HNK = jax.random.normal(rngs.params(), (heads, N, K)) / math.sqrt(width)
+        # The deviation of keys is 1 / sqrt(width of the head that has them). The order is that of
+        # the draws: a run is repeated from its seed.
+        key_HNK = jax.random.normal(rngs.params(), (heads, N, K)) / math.sqrt(config.pair_width)
         value_HNK = jax.random.normal(rngs.params(), (heads, N, K)) / math.sqrt(N)
         self.persistent_key = nnx.Param(key_HNK)
         self.persistent_value = nnx.Param(value_HNK)
+        if config.qk_norm:
+            self.persistent_key_gain = nnx.Param(jnp.ones(heads))
 
     def attend(
         self,
@@ -288,15 +288,20 @@ class AllAttention(SpanAttention):
         pairs = self._pairs(h_BTD.dtype)
         integrate = INTEGRATE[config.integration]
         out_BTHK, mass_BH = integrate(operation, query_BTHK, key_BSHK, value_BSHK, context, pairs)
-        return self.leave(h_BTD, self.merge(out_BTHK)), mass_BH
+        return self.leave(h_BTD, self.merge(out_BTHK, h_BTD)), mass_BH
 
     def _pairs(self, dtype: Any) -> Pairs | None:
         if self.config.persistent == 0:
             return None
+        key_HNK = self.persistent_key[...]
+        if self.config.qk_norm:
+            # As long as a context key, less the factor by which `Pairs` makes its keys longer.
+            gain_H = self.persistent_key_gain[...] / math.sqrt(self.config.pair_width)
+            key_HNK = rms_norm(key_HNK) * gain_H[:, None, None]
+
         # Parameters are in float32; products are in the dtype of the activations.
-        key_HNK = self.persistent_key[...].astype(dtype)
-        value_HNK = self.persistent_value[...].astype(dtype)
+        value_HNK = self.persistent_value[...]
         bias_HN = None
         if self.config.persistent_bias:
             bias_HN = self.persistent_bias[...]
-        return Pairs(key_HNK, value_HNK, bias_HN)
+        return Pairs(key_HNK.astype(dtype), value_HNK.astype(dtype), bias_HN)

@@ -27,15 +27,16 @@ from flax import nnx
 
 from allattn.model.adaptive_softmax import AdaptiveIO
 from allattn.model.config import ModelConfig
+from allattn.model.norm import normalise_heads
 from allattn.model.reach_projection import (
+    InputNorm,
     Kernels,
-    last_states,
     lengths,
     project,
     project_both,
     project_one_of,
 )
-from allattn.model.sublayers import DropoutSeeds, Sublayer, uniform
+from allattn.model.sublayers import DropoutSeeds, FeedForward, Sublayer, scaled, uniform
 from allattn.model.token_io import TokenIO
 
 Array = jax.Array
@@ -58,6 +59,10 @@ class AttentionLayer(Sublayer, abc.ABC):
     INTEGRATIONS: tuple[str, ...]
     # Whether zero states stand for what was before the text, or nothing does.
     ATTENDS_ZEROS: bool
+    # Whether a stack of pre_norm layers ends with a norm; the paper's Transformer-XL has none.
+    FINAL_NORM = True
+    # Kinds that have one set it.
+    feed_forward: FeedForward | None = None
 
     # --- what the network around the layers needs
 
@@ -72,9 +77,9 @@ class AttentionLayer(Sublayer, abc.ABC):
         """What all layers share: the positions."""
 
     @staticmethod
-    def initialise(params: dict[str, Any], key: Array) -> dict[str, Any]:
+    def initialise(config: ModelConfig, params: dict[str, Any], key: Array) -> dict[str, Any]:
         """Initial parameters of the whole network from those that the modules drew: the same."""
-        del key
+        del config, key
         return params
 
     # --- the layer
@@ -90,7 +95,27 @@ class AttentionLayer(Sublayer, abc.ABC):
         self.query = uniform(rngs, D, D, H, K)
         self.key = uniform(rngs, D, D, C, K)
         self.value = uniform(rngs, D, D, C, K)
-        self.output = uniform(rngs, D, H, K, D)
+        self.output = scaled(uniform(rngs, D, H, K, D), config.output_scale)
+
+        # What is not drawn: factors of 1, and of 0 for what is to be learned.
+        if config.residual_scalars:
+            self.embedding_scale = nnx.Param(jnp.zeros(()))
+        if config.qk_norm:
+            self.query_gain = nnx.Param(jnp.ones(H))
+            self.key_gain = nnx.Param(jnp.ones(C))
+        if config.output_gate:
+            self.gate = nnx.Param(jnp.zeros((D, H)))
+
+    def receive(self, h_BTD: Array, embedded_BTD: Array) -> Array:
+        """The layer's input: what the layer before gives and, with residual_scalars, the embedding.
+
+        Args:
+          h_BTD: output of the layer before.
+          embedded_BTD: the embedding's output.
+        """
+        if not self.config.residual_scalars:
+            return h_BTD
+        return h_BTD + self.embedding_scale[...].astype(h_BTD.dtype) * embedded_BTD
 
     @abc.abstractmethod
     def attend(
@@ -129,16 +154,21 @@ class AttentionLayer(Sublayer, abc.ABC):
         dropout_seeds: DropoutSeeds | None = None,
         **starts: Any,
     ) -> tuple[Array, Array]:
-        """The whole layer, which is `attend` and what follows it: here nothing."""
-        return self.attend(
+        """The whole layer: `attend`, then the feed-forward sublayer where there is one."""
+        h_BTD, mass_BH = self.attend(
             h_BTD, key_BSHK, value_BSHK, position, attention, dropout_seeds, **starts
         )
+        # All sublayers share the layer's seed.
+        if self.feed_forward is not None:
+            h_BTD = self.feed_forward(h_BTD, dropout_seeds)
+        return h_BTD, mass_BH
 
     # --- keys and values
 
     def project(self, states_BSD: Array) -> tuple[Array, Array]:
         """Keys and values of hidden states, as key_BSHK and value_BSHK."""
-        return project_both(self._kernels(), self.enter(states_BSD))
+        key_BSHK, value_BSHK = project_both(self._kernels(), states_BSD)
+        return self._normalised_keys(key_BSHK), value_BSHK
 
     def choose_length(self, S: int, T: int) -> Array | None:
         """How much of the cache a layer needs.
@@ -172,28 +202,47 @@ class AttentionLayer(Sublayer, abc.ABC):
         """
         S = cache_XBSD.shape[2]
         T = h_BTD.shape[1]
-        kernels = self._kernels()
-        # The norm before the projections has parameters, which get a gradient from the cached
-        # states as well.
-        if self.config.pre_norm:
-            cache_BSD = jax.lax.stop_gradient(last_states(cache_XBSD, x, S))
-            return project_both(kernels, self.enter(jnp.concatenate([cache_BSD, h_BTD], axis=1)))
         # Without learned spans there is nothing to choose.
-        if choice is None:
-            return project_one_of((S,), 0, x, kernels, cache_XBSD, h_BTD)
-        return project_one_of(lengths(S, T), choice, x, kernels, cache_XBSD, h_BTD)
+        sizes: tuple[int, ...] = (S,)
+        chosen: Array | int = 0
+        if choice is not None:
+            sizes = lengths(S, T)
+            chosen = choice
+        key_BSHK, value_BSHK = project_one_of(sizes, chosen, x, self._kernels(), cache_XBSD, h_BTD)
+        return self._normalised_keys(key_BSHK), value_BSHK
 
     def _kernels(self) -> Kernels:
-        return Kernels(self.key[...], self.value[...])
+        norm = None
+        if self.config.pre_norm:
+            norm = InputNorm(self.norm_scale[...], self.norm_bias[...])
+        return Kernels(self.key[...], self.value[...], norm)
+
+    def _normalised_keys(self, key_BSHK: Array) -> Array:
+        # Inference caches what this returns, so that a key is normalised once.
+        if not self.config.qk_norm:
+            return key_BSHK
+        return normalise_heads(key_BSHK, self.key_gain[...])
 
     # --- queries and output
 
     def queries(self, h_BTD: Array) -> Array:
-        """Queries of all heads, as query_BTHK."""
-        return project(self.query[...], self.enter(h_BTD))
+        """Queries of all heads, for keys and positions alike, as query_BTHK."""
+        query_BTHK = project(self.query[...], self.enter(h_BTD))
+        if not self.config.qk_norm:
+            return query_BTHK
+        return normalise_heads(query_BTHK, self.query_gain[...])
 
-    def merge(self, out_BTHK: Array) -> Array:
-        """The output projection of all heads, as out_BTD."""
+    def merge(self, out_BTHK: Array, h_BTD: Array) -> Array:
+        """The output projection of all heads, whose gates depend on the layer's input, as out_BTD.
+
+        Args:
+          out_BTHK: output of the operation.
+          h_BTD: the layer's input.
+        """
+        # Between 0 and 2, and 1 at first.
+        if self.config.output_gate:
+            gate_BTH = 2 * jax.nn.sigmoid(self.enter(h_BTD) @ self.gate[...].astype(h_BTD.dtype))
+            out_BTHK = out_BTHK * gate_BTH[..., None]
         # One product over heads side by side, as in `project`.
         B, T, H, K = out_BTHK.shape
         kernel_ED = self.output[...].astype(out_BTHK.dtype).reshape(H * K, self.config.width)

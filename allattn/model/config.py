@@ -38,7 +38,12 @@ class ModelConfig:
     integration: str = "joint"
     feed_forward: int = 0
     attention_dropout: float = 0.0
+    # Norms, and what else keeps a deep stack stable.
     pre_norm: bool = False
+    qk_norm: bool = False
+    residual_scalars: bool = False
+    output_scale: float = 1.0
+    output_gate: bool = False
     # Transformer-XL in evaluation: every query sees `limit` distances, wherever in the block it
     # is, and distances beyond `clamp` look like it (0: none does).
     same_length: bool = False
@@ -88,6 +93,10 @@ class ModelConfig:
             pre_norm=model.pre_norm,
             persistent_bias=model.persistent_bias,
             persistent_share=model.persistent_share,
+            qk_norm=model.qk_norm,
+            residual_scalars=model.residual_scalars,
+            output_scale=model.output_scale,
+            output_gate=model.output_gate,
         )
 
     @property
@@ -101,6 +110,13 @@ class ModelConfig:
         if self.integration == "head_split":
             return self.heads // 2
         return self.heads
+
+    @property
+    def pair_width(self) -> int:
+        """Features of a persistent key, as its logit has them."""
+        if self.integration == "single_head":
+            return self.width
+        return self.head_width
 
     @property
     def drops(self) -> bool:

@@ -46,8 +46,14 @@ def forward_flops(
         from_cache = context * mean_reach / block
     projections = 4 * D * D * (1 + context + from_cache)
 
+    # A gate for every head, from the whole state.
+    gates = 0
+    if config.output_gate:
+        gates = 2 * D * config.heads
+
     feed_forward = 4 * D * config.feed_forward
-    return config.depth * (attention + projections + feed_forward) + 2 * D * _columns(config)
+    layer = attention + projections + gates + feed_forward
+    return config.depth * layer + 2 * D * _columns(config)
 
 
 def _columns(config: ModelConfig) -> int:

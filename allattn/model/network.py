@@ -38,7 +38,7 @@ from allattn.model.all_attention_layer import AllAttention
 from allattn.model.attention_layer import AttentionLayer, Operation
 from allattn.model.config import ModelConfig
 from allattn.model.span_transformer import SpanTransformer
-from allattn.model.sublayers import DropoutSeeds, drop
+from allattn.model.sublayers import DropoutSeeds, Norm, drop
 from allattn.model.transformer_xl import TransformerXL
 
 Array = jax.Array
@@ -110,6 +110,9 @@ class Network(nnx.Module):
         # Every parameter of a layer gets a leading dimension X.
         stack = nnx.vmap(lambda layer_rngs: kind(config, layer_rngs), in_axes=0, out_axes=0)
         self.layers = stack(nnx.Rngs(params=jax.random.split(rngs.params(), config.depth)))
+        # Nothing normalises the sum of pre_norm's sublayers, unless this does.
+        if config.pre_norm and kind.FINAL_NORM:
+            self.final = Norm(config.width)
 
     def train_forward(
         self,
@@ -252,12 +255,18 @@ class Network(nnx.Module):
         # A scan takes arrays, so each step of it puts its layer together again from its parameters.
         layers, parameters_X = nnx.split(self.layers)
 
+        embedded_BTD = drop(
+            embedding_seeds, self.io.embed(tokens_BT, dtype), config.embedding_dropout
+        )
+
         def body(h_BTD: Array, scanned: tuple) -> tuple[Array, Any]:
             parameters, of_layer, seed = scanned
             layer_seeds = None
             if seeds is not None:
                 layer_seeds = DropoutSeeds(seed, seeds.row_B)
-            return run(nnx.merge(layers, parameters), h_BTD, of_layer, positions, layer_seeds)
+            layer = nnx.merge(layers, parameters)
+            h_BTD = layer.receive(h_BTD, embedded_BTD)
+            return run(layer, h_BTD, of_layer, positions, layer_seeds)
 
         # What this drops is computed again, layer by layer, in the backward pass.
         if recompute is not None:
@@ -267,9 +276,10 @@ class Network(nnx.Module):
             layer_seeds_X = seeds.seeds_X[: config.depth]
 
         # From tokens to the final hidden state.
-        h_BTD = drop(embedding_seeds, self.io.embed(tokens_BT, dtype), config.embedding_dropout)
         scanned_X = (parameters_X, per_layer, layer_seeds_X)
-        h_BTD, (new, mass_XBH) = jax.lax.scan(body, h_BTD, scanned_X)
+        h_BTD, (new, mass_XBH) = jax.lax.scan(body, embedded_BTD, scanned_X)
+        if config.pre_norm and LAYERS[config.layer].FINAL_NORM:
+            h_BTD = self.final.normalise(h_BTD)
         return Forward(drop(output_seeds, h_BTD, config.embedding_dropout), new, mass_XBH)
 
 
@@ -303,7 +313,7 @@ class Model:
                                                             transformer
             layers/query                        X D H K     U(D)                   N(0, 0.02)
             layers/key, value                   X D H K     U(D)                   N(0, 0.02)
-            layers/output                       X H K D     U(D)                   N(0, 0.02)
+            layers/output (7)                   X H K D     U(D)                   N(0, 0.02)
             layers/relative                     X D H K     -                      N(0, 0.02)
             layers/persistent_key               X H N K     N(0, 1/sqrt(K)) (1)    -
             layers/persistent_value             X H N K     N(0, 1/sqrt(N))        -
@@ -313,10 +323,23 @@ class Model:
             layers/norm_bias                    X D         0                      0
             layers/feed_forward/inner           X D F       U(D)                   N(0, 0.02)
             layers/feed_forward/inner_bias      X F         U(D)                   0
-            layers/feed_forward/outer           X F D       U(F)                   N(0, 0.02)
+            layers/feed_forward/outer (7)       X F D       U(F)                   N(0, 0.02)
             layers/feed_forward/outer_bias      X D         U(F)                   0
             layers/feed_forward/norm_scale      X D         1                      N(1, 0.02)
             layers/feed_forward/norm_bias       X D         0                      0
+          with model.pre_norm:
+            final/norm_scale                    D           1                      -
+            final/norm_bias                     D           0                      -
+          with model.qk_norm:
+            layers/query_gain, key_gain (8)     X H         1                      1
+            layers/persistent_key_gain (8)      X H         1                      -
+          with model.output_gate:
+            layers/gate                         X D H       0                      0
+          with model.residual_scalars, and the first two under feed_forward as well:
+            layers/residual_scale               X           1                      1
+            layers/branch_scale                 X           1                      1
+            layers/embedding_scale              X           0                      0
+          always:
             position/table                      L K         N(0, 1)                -
             position/content, distance          H K         -                      N(0, 0.02)
             io/embedding                        V D         N(0, 1)                -
@@ -333,10 +356,11 @@ class Model:
 
         (1) 1/sqrt(D) in single_head. (2) Only with a division above 1. (3) Only when not tied.
         (4) Of the head alone, though tied. (5) Only with model.persistent_bias; X 1 N in
-        single_head. (6) Or what model.persistent_share asks for, docs/method.md.
+        single_head. (6) Or what model.persistent_share asks for, docs/method.md. (7) Times
+        model.output_scale. (8) In head_split, of the heads that have one.
         """
         params = nnx.to_pure_dict(nnx.state(Network(self.config, nnx.Rngs(key)), nnx.Param))
-        return LAYERS[self.config.layer].initialise(params, key)
+        return LAYERS[self.config.layer].initialise(self.config, params, key)
 
     def bind(self, params: Params) -> Network:
         """The network with these parameters, for use inside one traced function."""

@@ -35,15 +35,25 @@ import jax
 import jax.numpy as jnp
 
 from allattn.attention.xla.tiles import reach_sizes
+from allattn.model.norm import layer_norm
 
 Array = jax.Array
 
 
+class InputNorm(NamedTuple):
+    """Parameters of the norm before both projections."""
+
+    scale_D: Array
+    bias_D: Array
+
+
 class Kernels(NamedTuple):
-    """Weights of both projections."""
+    """Weights of both projections, and what normalises the states before them."""
 
     key_DHK: Array
     value_DHK: Array
+    # With pre_norm. It gets a gradient from the cached states as well, as the weights do.
+    norm: InputNorm | None = None
 
 
 def project(kernel_DHK: Array, states_BSD: Array) -> Array:
@@ -67,7 +77,13 @@ def project(kernel_DHK: Array, states_BSD: Array) -> Array:
 
 
 def project_both(kernels: Kernels, states_BSD: Array) -> tuple[Array, Array]:
-    """Keys and values of states, as key_BSHK and value_BSHK."""
+    """Keys and values of states, as key_BSHK and value_BSHK; those of zeros are zeros."""
+    if kernels.norm is not None:
+        # Zeros stand for what was before the text. Inference has no states, but keys and values of
+        # zeros there.
+        is_state_BS1 = (states_BSD != 0).any(-1, keepdims=True)
+        normalised_BSD = layer_norm(states_BSD, kernels.norm.scale_D, kernels.norm.bias_D)
+        states_BSD = jnp.where(is_state_BS1, normalised_BSD, 0)
     return project(kernels.key_DHK, states_BSD), project(kernels.value_DHK, states_BSD)
 
 
@@ -127,13 +143,15 @@ def _project_last(
     S = cache_XBSD.shape[2]
     cache_BSD = last_states(cache_XBSD, x, size)
 
-    # Zeros fill the place of states that no head looks at, so that all branches have one shape.
-    def projected(kernel_DHK: Array) -> Array:
-        parts = [project(kernel_DHK, cache_BSD), project(kernel_DHK, h_BTD)]
-        zeros_before = ((0, 0), (S - size, 0), (0, 0), (0, 0))
-        return jnp.pad(jnp.concatenate(parts, axis=1), zeros_before)
+    cached_key_BSHK, cached_value_BSHK = project_both(kernels, cache_BSD)
+    key_BTHK, value_BTHK = project_both(kernels, h_BTD)
 
-    return projected(kernels.key_DHK), projected(kernels.value_DHK)
+    # Zeros fill the place of states that no head looks at, so that all branches have one shape.
+    def joined(cached_BSHK: Array, new_BTHK: Array) -> Array:
+        zeros_before = ((0, 0), (S - size, 0), (0, 0), (0, 0))
+        return jnp.pad(jnp.concatenate([cached_BSHK, new_BTHK], axis=1), zeros_before)
+
+    return joined(cached_key_BSHK, key_BTHK), joined(cached_value_BSHK, value_BTHK)
 
 
 def _forward(

@@ -57,21 +57,4 @@ class SpanTransformer(SpanAttention):
             **weights,
         )
         mass_BH = mass_BTH.mean(1)
-        return self.leave(h_BTD, self.merge(out_BTHK)), mass_BH
-
-    def __call__(
-        self,
-        h_BTD: Array,
-        key_BSHK: Array,
-        value_BSHK: Array,
-        position: Any,
-        attention: Operation,
-        dropout_seeds: DropoutSeeds | None = None,
-        **starts: Any,
-    ) -> tuple[Array, Array]:
-        """The whole layer: `attend`, then the feed-forward sublayer."""
-        # Both sublayers share the layer's seed.
-        h_BTD, mass_BH = self.attend(
-            h_BTD, key_BSHK, value_BSHK, position, attention, dropout_seeds, **starts
-        )
-        return self.feed_forward(h_BTD, dropout_seeds), mass_BH
+        return self.leave(h_BTD, self.merge(out_BTHK, h_BTD)), mass_BH

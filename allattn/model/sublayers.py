@@ -32,6 +32,11 @@ def uniform(rngs: nnx.Rngs, fan_in: int, *shape: int) -> nnx.Param:
     return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
 
 
+def scaled(weights: nnx.Param, factor: float) -> nnx.Param:
+    """Initial weights times a factor."""
+    return nnx.Param(weights[...] * factor)
+
+
 class DropoutSeeds(NamedTuple):
     """What one layer's dropout is a function of. With None instead, nothing is dropped."""
 
@@ -63,30 +68,47 @@ def drop(dropout_seeds: DropoutSeeds | None, x_BTD: Array, rate: float, site: in
 # --- sublayers
 
 
-class Sublayer(nnx.Module):
-    """A map f with its norm and residual: LN(h + f(h)), or with pre_norm h + f(LN(h))."""
+class Norm(nnx.Module):
+    """Layer normalisation with its parameters."""
+
+    def __init__(self, width: int):
+        # The identity until they are trained.
+        self.norm_scale = nnx.Param(jnp.ones(width))
+        self.norm_bias = nnx.Param(jnp.zeros(width))
+
+    def normalise(self, h_BTD: Array) -> Array:
+        """States of which every one has mean 0 and variance 1 before scale and bias."""
+        return layer_norm(h_BTD, self.norm_scale[...], self.norm_bias[...])
+
+
+class Sublayer(Norm):
+    """A map f with its norm and residual: LN(a h + b f(h)), or with pre_norm a h + b f(LN(h)).
+
+    Both factors are 1 or, with residual_scalars, learned.
+    """
 
     def __init__(self, config: ModelConfig):
-        # The identity until they are trained.
-        self.norm_scale = nnx.Param(jnp.ones(config.width))
-        self.norm_bias = nnx.Param(jnp.zeros(config.width))
+        super().__init__(config.width)
         self.config = config
+        if config.residual_scalars:
+            self.residual_scale = nnx.Param(jnp.ones(()))
+            self.branch_scale = nnx.Param(jnp.ones(()))
 
     def enter(self, h_BTD: Array) -> Array:
         """What f is applied to."""
         # Pre-norm: the residual path stays free of norms.
         if self.config.pre_norm:
-            return self._norm(h_BTD)
+            return self.normalise(h_BTD)
         return h_BTD
 
     def leave(self, h_BTD: Array, out_BTD: Array) -> Array:
         """The sublayer's output from its input and f's output."""
+        if self.config.residual_scalars:
+            h_BTD = h_BTD * self.residual_scale[...].astype(h_BTD.dtype)
+            out_BTD = out_BTD * self.branch_scale[...].astype(h_BTD.dtype)
         if self.config.pre_norm:
             return h_BTD + out_BTD
-        return self._norm(h_BTD + out_BTD)
-
-    def _norm(self, h_BTD: Array) -> Array:
-        return layer_norm(h_BTD, self.norm_scale[...], self.norm_bias[...])
+        return self.normalise(h_BTD + out_BTD)
 
 
 class FeedForward(Sublayer):
@@ -102,7 +124,7 @@ class FeedForward(Sublayer):
         # The order is that of the draws: a run is repeated from its seed.
         self.inner = uniform(rngs, D, D, F)
         self.inner_bias = uniform(rngs, D, F)
-        self.outer = uniform(rngs, F, F, D)
+        self.outer = scaled(uniform(rngs, F, F, D), config.output_scale)
         self.outer_bias = uniform(rngs, F, D)
         self.activation = softmax if config.integration == "ff_attention" else jax.nn.relu
         self.output_dropout = output_dropout

@@ -25,6 +25,17 @@ from allattn.model.sublayers import DropoutSeeds, FeedForward, drop
 
 Array = jax.Array
 
+# Parameters that begin as constants, and those that model.output_scale makes smaller.
+NOT_DRAWN = (
+    "residual_scale",
+    "branch_scale",
+    "embedding_scale",
+    "query_gain",
+    "key_gain",
+    "gate",
+)
+OUTPUT_PROJECTIONS = ("output", "outer")
+
 
 # --- positions
 
@@ -99,6 +110,7 @@ class TransformerXL(AttentionLayer):
     INTEGRATIONS = ("joint",)
     # A text begins with an empty memory.
     ATTENDS_ZEROS = False
+    FINAL_NORM = False
 
     @staticmethod
     def make_io(config: ModelConfig, rngs: nnx.Rngs) -> AdaptiveIO:
@@ -122,11 +134,11 @@ class TransformerXL(AttentionLayer):
         return RelativePositions(config)
 
     @staticmethod
-    def initialise(params: dict[str, Any], key: Array) -> dict[str, Any]:
+    def initialise(config: ModelConfig, params: dict[str, Any], key: Array) -> dict[str, Any]:
         """The paper's code draws every parameter alike, whatever the modules drew.
 
         Weights are N(0, 0.02), u and v among them; scales of norms N(1, 0.02); biases 0. `io`
-        draws its own.
+        draws its own. What the paper does not have stays as the modules set it.
         """
         leaves, tree = jax.tree_util.tree_flatten_with_path({**params, "io": {}})
         # A key of its own: the modules have drawn from `key`.
@@ -134,9 +146,13 @@ class TransformerXL(AttentionLayer):
 
         # The number of a parameter in the tree decides its key.
         def draw(number: int, name: str, old: Array) -> Array:
+            if name in NOT_DRAWN:
+                return old
             if name.endswith("bias"):
                 return jnp.zeros_like(old)
             noise = XL_DEVIATION * jax.random.normal(jax.random.fold_in(key, number), old.shape)
+            if name in OUTPUT_PROJECTIONS:
+                noise = noise * config.output_scale
             return noise + 1 if name == "norm_scale" else noise
 
         drawn = [draw(i, path[-1].key, old) for i, (path, old) in enumerate(leaves)]
@@ -183,24 +199,7 @@ class TransformerXL(AttentionLayer):
         )
 
         # Sites 0 and 1 are those of the feed-forward sublayer. There are no persistent pairs.
-        out_BTD = drop(dropout_seeds, self.merge(out_BTHK), config.dropout, site=2)
+        out_BTD = drop(dropout_seeds, self.merge(out_BTHK, h_BTD), config.dropout, site=2)
         h_BTD = self.leave(h_BTD, out_BTD)
         B, _, H, _ = query_BTHK.shape
         return h_BTD, jnp.zeros((B, H))
-
-    def __call__(
-        self,
-        h_BTD: Array,
-        key_BSHK: Array,
-        value_BSHK: Array,
-        position: Relative,
-        attention: Operation,
-        dropout_seeds: DropoutSeeds | None = None,
-        **starts: Any,
-    ) -> tuple[Array, Array]:
-        """The whole layer: `attend`, then the feed-forward sublayer."""
-        # Both sublayers share the layer's seed.
-        h_BTD, mass_BH = self.attend(
-            h_BTD, key_BSHK, value_BSHK, position, attention, dropout_seeds, **starts
-        )
-        return self.feed_forward(h_BTD, dropout_seeds), mass_BH

@@ -37,9 +37,11 @@ def dense_layer(
     T = h_BTD.shape[1]
     S = states_BSD.shape[1]
     K = config.head_width
-    query_BHTK = np.einsum("btd,dhk->bhtk", h_BTD, p["query"])
-    key_BHSK = np.einsum("bsd,dhk->bhsk", states_BSD, p["key"])
-    value_BHSK = np.einsum("bsd,dhk->bhsk", states_BSD, p["value"])
+    input_BTD = entered(config, h_BTD, p)
+    entered_BSD = entered(config, states_BSD, p)
+    query_BHTK = unit(config, np.einsum("btd,dhk->bhtk", input_BTD, p["query"]), p, "query_gain")
+    key_BHSK = unit(config, np.einsum("bsd,dhk->bhsk", entered_BSD, p["key"]), p, "key_gain")
+    value_BHSK = np.einsum("bsd,dhk->bhsk", entered_BSD, p["value"])
     C = key_BHSK.shape[1]
     distance_TS = S - T + np.arange(T)[:, None] - np.arange(S)
     seen_TS = (distance_TS >= 1) & (distance_TS <= L)
@@ -64,18 +66,48 @@ def dense_layer(
     else:
         pair_value_HNK = math.sqrt(config.persistent) * p["persistent_value"]
         bias_HN = p.get("persistent_bias", np.zeros(p["persistent_key"].shape[:2]))
-        pairs = p["persistent_key"], pair_value_HNK, bias_HN
+        pairs = stored_key_HNK(config, p), pair_value_HNK, bias_HN
         out_BHTK = INTEGRATE[config.integration](
             query_BHTK, logits_BHTS, mask_HTS, value_BHSK, pairs, renormalised
         )
-    h_BTD = norm(h_BTD + np.einsum("bhtk,hkd->btd", out_BHTK, p["output"]), p)
+    if config.output_gate:
+        gate_BTH = 2 / (1 + np.exp(-input_BTD @ p["gate"]))
+        out_BHTK = out_BHTK * gate_BTH.transpose(0, 2, 1)[..., None]
+    h_BTD = left(config, h_BTD, np.einsum("bhtk,hkd->btd", out_BHTK, p["output"]), p)
     if config.feed_forward:
         ff = p["feed_forward"]
-        inner_BTF = h_BTD @ ff["inner"] + ff["inner_bias"]
+        inner_BTF = entered(config, h_BTD, ff) @ ff["inner"] + ff["inner_bias"]
         soft = config.integration == "ff_attention"
         inner_BTF = softmax(inner_BTF, axis=-1) if soft else np.maximum(inner_BTF, 0)
-        h_BTD = norm(h_BTD + inner_BTF @ ff["outer"] + ff["outer_bias"], ff)
+        h_BTD = left(config, h_BTD, inner_BTF @ ff["outer"] + ff["outer_bias"], ff)
     return h_BTD
+
+
+def entered(config: ModelConfig, h_BTD: np.ndarray, p: Params) -> np.ndarray:
+    return norm(h_BTD, p) if config.pre_norm else h_BTD
+
+
+def left(config: ModelConfig, h_BTD: np.ndarray, out_BTD: np.ndarray, p: Params) -> np.ndarray:
+    if config.residual_scalars:
+        h_BTD = p["residual_scale"] * h_BTD
+        out_BTD = p["branch_scale"] * out_BTD
+    return h_BTD + out_BTD if config.pre_norm else norm(h_BTD + out_BTD, p)
+
+
+def unit(config: ModelConfig, x_BHTK: np.ndarray, p: Params, gain: str) -> np.ndarray:
+    """Every head's vectors at a mean square of 1, times the head's gain."""
+    if not config.qk_norm:
+        return x_BHTK
+    size_BHT1 = np.sqrt((x_BHTK**2).mean(-1, keepdims=True) + 1e-6)
+    return x_BHTK / size_BHT1 * p[gain][:, None, None]
+
+
+def stored_key_HNK(config: ModelConfig, p: Params) -> np.ndarray:
+    """Persistent keys whose product with a query is the logit; as long as context keys."""
+    if not config.qk_norm:
+        return p["persistent_key"]
+    width = config.width if config.integration == "single_head" else config.head_width
+    return unit(config, p["persistent_key"], p, "persistent_key_gain") / math.sqrt(width)
 
 
 def norm(x_BTD: np.ndarray, p: Params) -> np.ndarray:
@@ -142,15 +174,19 @@ def test_against_the_definition(name: str) -> None:
     run = jax.jit(lambda p, c: model.bind(p).train_forward(tokens_BT, c), compiler_options=quick)
     forward = run(params, cache_XBSD)
     exact = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
-    h_BTD = exact["io"]["embedding"][tokens_BT]
+    embedded_BTD = exact["io"]["embedding"][tokens_BT]
+    h_BTD = embedded_BTD
     for number in range(2):
         layer = jax.tree.map(lambda x, i=number: x[i], exact["layers"])
+        h_BTD = h_BTD + layer.get("embedding_scale", 0) * embedded_BTD
         h_BTD = dense_layer(
             config, layer, h_BTD, cache_XBSD[number].astype(np.float64), exact["position"]["table"]
         )
+    if config.pre_norm:
+        h_BTD = norm(h_BTD, exact["final"])
     np.testing.assert_allclose(forward.hidden_BTD, h_BTD, atol=2e-5, rtol=0)
     mass = forward.mass_XBH
-    if name in ("joint", "bias"):
+    if name in ("joint", "bias", "stable"):
         assert ((mass > 0.1) & (mass < 0.9)).all()
     else:
         np.testing.assert_array_equal(mass, 0.5 if config.persistent else 0)

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 from comparison import is_normal, is_uniform
 from flax import nnx
-from tiny_model import geometry, random_params
+from tiny_model import KINDS, geometry, random_params
 
 from allattn import config as configuration
-from allattn.attention import all_attention
+from allattn.attention import IMPLEMENTATIONS, all_attention
 from allattn.model import Model, ModelConfig, Params
 from allattn.model.all_attention_layer import AllAttention
-from allattn.model.norm import layer_norm
+from allattn.model.norm import layer_norm, normalise_heads, rms_norm
 from allattn.model.token_io import SMALL_VOCABULARY, lookup
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -184,12 +184,14 @@ def test_current_token_is_not_attended() -> None:
     assert (influence_TT[np.tril_indices(T, -1)] > 1e-6).all()
 
 
-@pytest.mark.parametrize("span", [0.0, 0.4])
-def test_projections_follow_the_reach(span: float) -> None:
+@pytest.mark.parametrize(
+    ("span", "changes"), [(0.0, {}), (0.4, {}), (0.4, {"pre_norm": True, "qk_norm": True})]
+)
+def test_projections_follow_the_reach(span: float, changes: dict[str, Any]) -> None:
     """Within reach they are the plain products, gradients included; beyond it zeros; the cache gets
     no gradient.
     """
-    model = Model(geometry(depth=1, limit=160, implementation="xla"))
+    model = Model(geometry(depth=1, limit=160, implementation="xla", **changes))
     params = random_params(model)
     params["layers"]["span"] = jnp.full((1, 2), span, jnp.float32)
     rng = np.random.default_rng(0)
@@ -275,6 +277,107 @@ def test_layer_norm_gradient() -> None:
 
         for ours, expected in zip(gradients(layer_norm), gradients(plain), strict=True):
             np.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_rms_norm() -> None:
+    """A mean square of 1 times the head's gain; values and gradients of the definition, in float64;
+    zeros stay zeros.
+    """
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x_BTHK = jnp.asarray(rng.normal(size=(2, 3, 4, 8))).at[0, 0].set(0)
+        weight_BTHK = jnp.asarray(rng.normal(size=(2, 3, 4, 8)))
+        gain_H = jnp.asarray(rng.normal(size=4))
+
+        def plain(x_BTHK: jax.Array, gain_H: jax.Array) -> jax.Array:
+            size_BTH1 = jnp.sqrt((x_BTHK**2).mean(-1, keepdims=True) + 1e-6)
+            return x_BTHK / size_BTH1 * gain_H[:, None]
+
+        def value_and_gradients(norm: Callable) -> tuple:
+            def loss(*inputs: jax.Array) -> jax.Array:
+                return (norm(*inputs) * weight_BTHK).sum()
+
+            return jax.value_and_grad(loss, argnums=(0, 1))(x_BTHK, gain_H)
+
+        ours, expected = map(value_and_gradients, (normalise_heads, plain))
+        for one, other in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-10, atol=1e-12)
+        assert (normalise_heads(x_BTHK, gain_H)[0, 0] == 0).all()
+    assert rms_norm(jnp.ones((2, 8), jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["joint", "transformer", "transformer_xl"])
+def test_options_begin_as_nothing(kind: str) -> None:
+    """Gates and scalars of a fresh network leave every state as it is, whatever its embedding; the
+    factor of output projections is that of the numbers drawn.
+    """
+    plain = Model(geometry(**KINDS[kind]))
+    options = {"residual_scalars": True, "output_gate": True, "output_scale": 0.1}
+    model = Model(dataclasses.replace(plain.config, **options))
+    quick = {"xla_backend_optimization_level": 0}
+    drawn = jax.jit(plain.init, compiler_options=quick)(jax.random.key(0))
+    params = jax.jit(model.init, compiler_options=quick)(jax.random.key(0))
+    if kind != "transformer_xl":
+        np.testing.assert_allclose(params["layers"]["output"], 0.1 * drawn["layers"]["output"])
+    assert np.std(params["layers"]["output"]) < 0.11 * np.std(drawn["layers"]["output"])
+    if "feed_forward" in drawn["layers"]:
+        outer = [x["layers"]["feed_forward"]["outer"] for x in (params, drawn)]
+        assert np.std(outer[0]) < 0.11 * np.std(outer[1])
+
+    # The same parameters without the options' own.
+    def shared(new: Params, old: Params) -> Params:
+        return {
+            name: shared(new[name], x) if isinstance(x, dict) else new[name]
+            for name, x in old.items()
+        }
+
+    tokens_BT = jnp.arange(6)[None]
+    found = []
+    for one, numbers in ((model, params), (plain, shared(params, drawn))):
+
+        def run(numbers: Params, one: Model = one) -> jax.Array:
+            cache_XBSD = one.empty_cache(1, 16)
+            return one.bind(numbers).train_forward(tokens_BT, cache_XBSD).hidden_BTD
+
+        found.append(jax.jit(run, compiler_options=quick)(numbers))
+    np.testing.assert_array_equal(*found)
+
+
+def test_qk_norm_of_transformer_xl() -> None:
+    """The sizes of queries and keys do not matter, those of position keys do."""
+    model = Model(geometry(**KINDS["stable_xl"]))
+    params = random_params(model)
+    tokens_BT = jnp.arange(6)[None]
+    cache_XBSD = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 12, 16)), jnp.float32)
+
+    @jax.jit
+    def hidden(factors: dict[str, float]) -> jax.Array:
+        layers = dict(params["layers"])
+        for name, factor in factors.items():
+            layers[name] = layers[name] * factor
+        network = model.bind({**params, "layers": layers})
+        return network.train_forward(tokens_BT, cache_XBSD).hidden_BTD
+
+    expected_BTD = hidden({"query": 1.0, "key": 1.0, "relative": 1.0})
+    long_BTD = hidden({"query": 7.0, "key": 30.0, "relative": 1.0})
+    np.testing.assert_allclose(long_BTD, expected_BTD, atol=2e-4)
+    other_BTD = hidden({"query": 1.0, "key": 1.0, "relative": 3.0})
+    assert np.abs(other_BTD - expected_BTD).max() > 1e-2
+
+
+def test_heads_of_width_128() -> None:
+    """The usual width of new models, in all implementations that a configuration may name."""
+    changes = {"width": 128, "heads": 1, "depth": 1, "persistent": 8, "limit": 16}
+    tokens_BT = jnp.arange(8)[None]
+    found = []
+    for implementation in IMPLEMENTATIONS:
+        model = Model(geometry(**changes, implementation=implementation))
+        params = random_params(model)
+        cache_XBSD = model.empty_cache(1, 16) + 0.1
+        forward = jax.jit(lambda p, m=model, c=cache_XBSD: m.bind(p).train_forward(tokens_BT, c))
+        found.append(forward(params).hidden_BTD)
+    for hidden_BTD in found[1:]:
+        np.testing.assert_allclose(hidden_BTD, found[0], atol=2e-5)
 
 
 @pytest.mark.parametrize("vocabulary", [7, SMALL_VOCABULARY + 1])

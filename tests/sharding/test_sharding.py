@@ -223,6 +223,10 @@ def test_training_on_a_mesh(tmp_path: Path, own_data_dir: None) -> None:
         one, eight = both.map(run, (1, 2))
     assert list(one) == list(eight) and len(one) > 20 * len(KINDS)
     errors = {name: golden.error(eight[name], one[name]) for name in one}
+    # So may a scalar's moments: its gradient is a sum over all features, which cancels.
+    may_be_farther = re.compile("/params/|(residual|branch|embedding)_scale$")
     assert {
-        name: e for name, e in errors.items() if not e <= (5e-5 if "/params/" in name else 5e-6)
+        name: e
+        for name, e in errors.items()
+        if not e <= (5e-5 if may_be_farther.search(name) else 5e-6)
     } == {}

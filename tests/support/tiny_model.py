@@ -15,6 +15,7 @@ from allattn.model import Model, ModelConfig, Params
 
 # Every kind of layer, as changes of `geometry`.
 _FEEDS: dict[str, Any] = {"persistent": 0, "feed_forward": 24}
+_STABLE: dict[str, Any] = {"qk_norm": True, "residual_scalars": True, "output_gate": True}
 KINDS: dict[str, dict[str, Any]] = {
     "joint": {},
     **{name: {"integration": name} for name in ("split", "head_split", "single_head")},
@@ -31,7 +32,21 @@ KINDS: dict[str, dict[str, Any]] = {
         "limit": 12,
         "pre_norm": True,
     },
+    "stable": {"pre_norm": True, **_STABLE},
+    "stable_single_head": {"integration": "single_head", "pre_norm": True, "qk_norm": True},
+    "stable_transformer": {"layer": "transformer", **_FEEDS, **_STABLE},
+    "stable_xl": {
+        "layer": "transformer_xl",
+        **_FEEDS,
+        "adaptive": False,
+        "limit": 12,
+        **_STABLE,
+    },
 }
+
+# Parameters of which 1 changes nothing.
+NEAR_ONE = ("norm_scale", "residual_scale", "branch_scale", "query_gain", "key_gain")
+NEAR_ONE += ("persistent_key_gain",)
 
 
 def geometry(**changes: Any) -> ModelConfig:
@@ -63,7 +78,7 @@ def random_params(model: Model, seed: int = 0) -> Params:
         scale = {"embedding": 1.0, "table": 0.3, "norm_scale": 0.1, "norm_bias": 0.1}.get(
             name, config.width**-0.5
         )
-        return jnp.asarray(rng.normal(name == "norm_scale", scale, leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.normal(name in NEAR_ONE, scale, leaf.shape), leaf.dtype)
 
     params = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(model.init, jax.random.key(0)))
     if config.adaptive:
