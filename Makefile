@@ -1,6 +1,7 @@
 PYTHON ?= $(or $(wildcard .venv/bin/python),python3)
 WORKDIR ?= runs/demo
 RESULTS ?= benchmarks/results/$(shell date +%F)-cpu.jsonl
+STEP ?= benchmarks/results/$(shell date +%F)-tpu-step.jsonl
 BIN := .venv/bin
 # A build for CPUs is enough, and gigabytes smaller, where one is at hand: make bench-peers TORCH=torch==2.13.0+cpu
 TORCH ?= torch>=2.9,<3
@@ -10,7 +11,7 @@ STAMP := .venv/.installed-$(VERSION)
 FRESH = $(if $(wildcard .venv/bin/python$(VERSION)),,--clear)
 
 .PHONY: help install demo notebook test test-all test-tpu-compile test-gpu-compile test-slurm same-program lint bench bench-gpu \
-    bench-peers bench-tpu-schedule clean
+    bench-peers bench-tpu-schedule bench-tpu-step clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,6 +91,11 @@ bench-tpu-schedule:  ## the TPU kernels' share of the matrix units by libtpu's s
 	@test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
 	@.venv-tpu/bin/python -m pip install -q --disable-pip-version-check -e '.[test,tpu]'
 	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m benchmarks.schedule
+
+bench-tpu-step:  ## where the cycles of a whole training step go on a v5e, by libtpu's schedule, in ten minutes; needs no TPU
+	@test -x .venv-tpu/bin/python || $(PYTHON) -m venv .venv-tpu
+	@.venv-tpu/bin/python -m pip install -q --disable-pip-version-check -e '.[test,tpu]'
+	JAX_PLATFORMS=cpu .venv-tpu/bin/python -m benchmarks.step_cycles --output=$(STEP)
 
 clean:  ## remove environments and caches
 	rm -rf .venv .venv-tpu .venv-gpu .venv-peers .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

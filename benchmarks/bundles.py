@@ -30,8 +30,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# What libtpu is told, to write all this into a folder; it reads the flags once a process.
-FLAGS = "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
+# What libtpu is told, to write this and no more into a folder; it reads the flags once a process.
+FLAGS = (
+    "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_emit_annotations=true"
+    " --xla_jf_dump_llo_pass_label_regex=packed-bundles-post-ra|utilization"
+)
 
 # Bits of a register.
 WORD = 0xFFFFFFFF
@@ -84,6 +87,10 @@ class Count(NamedTuple):
 
 # --- reading --------------------------------------------------------------------------------------
 
+# `123-NAME-45-packed-bundles-post-ra.txt`: groups NAME, which is an instruction's, and the kind.
+_FILE = re.compile(
+    r"\d+-([^<].*)-\d+-(packed-bundles-post-ra|pre-delay_hlo-static-per-bundle-utilization)\.txt$"
+)
 # A comment without another in it.
 _COMMENT = re.compile(r"/\*(?:[^*/]|\*(?!/)|/(?!\*))*\*/")
 _BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]{2})?:[ >]*\{(.*)\} *$", re.MULTILINE)
@@ -113,13 +120,24 @@ def read(folder: Path, kernel: str) -> Program:
     Raises:
       FileNotFoundError: there is no such kernel.
     """
-    texts = []
-    for kind in ("packed-bundles-post-ra", "pre-delay_hlo-static-per-bundle-utilization"):
-        found = sorted(folder.glob(f"*-{kernel}.*[0-9]-{kind}.txt"))
-        if not found:
-            raise FileNotFoundError(f"{folder}: expected {kind} of {kernel}, found none")
-        texts.append(found[0].read_text(encoding="utf8"))
-    return parse(*texts)
+    found = [texts for name, texts in listed(folder).items() if name.split(".")[0] == kernel]
+    if not found:
+        raise FileNotFoundError(f"{folder}: expected a program of {kernel}, found none")
+    return parse(*(text.read_text(encoding="utf8") for text in found[0]))
+
+
+def listed(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Program and table of everything that was compiled, by the name of its instruction.
+
+    Instructions that are the same have one program, under the name of one of them.
+    """
+    programs: dict[str, Path] = {}
+    tables: dict[str, Path] = {}
+    for file in folder.iterdir():
+        if found := _FILE.match(file.name):
+            texts = programs if found[2].startswith("packed") else tables
+            texts[found[1]] = file
+    return {name: (programs[name], tables[name]) for name in programs if name in tables}
 
 
 def parse(bundles: str, utilization: str) -> Program:

@@ -136,9 +136,9 @@ class Case(NamedTuple):
     dropout: float
 
 
-def operation(K: int, dropout: float, spans: Sequence[str]) -> Subject:
-    """A layer's operation and its gradients, in bfloat16."""
-    _, _, L, T, N = GEOMETRY.of_operation()
+def operation(K: int, dropout: float, spans: Sequence[str], L: int = GEOMETRY.limit) -> Subject:
+    """A layer's operation and its gradients, in bfloat16, with L cached positions."""
+    _, _, _, T, N = GEOMETRY.of_operation()
     H = GEOMETRY.width // K
     S = T + L
 
@@ -601,8 +601,8 @@ def count(
     return rows
 
 
-def _listed(known: Sequence[Any]) -> Callable[[str], list[Any]]:
-    """A flag's list, each of what is known."""
+def listed(known: Sequence[Any]) -> Callable[[str], list[Any]]:
+    """A reader of a flag's list, each of what is known."""
 
     def read(text: str) -> list[Any]:
         found = [type(known[0])(word) for word in text.split(",")]
@@ -620,25 +620,34 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kinds", type=_listed(KINDS), default=list(KINDS))
-    parser.add_argument("--chips", type=_listed(list(CORES)), default=list(CORES))
-    parser.add_argument("--widths", type=_listed(WIDTHS), default=list(WIDTHS))
-    parser.add_argument("--dropout", type=_listed(DROPOUT), default=list(DROPOUT))
-    parser.add_argument("--spans", type=_listed(SPANS), default=list(SPANS))
+    parser.add_argument("--kinds", type=listed(KINDS), default=list(KINDS))
+    parser.add_argument("--chips", type=listed(list(CORES)), default=list(CORES))
+    parser.add_argument("--widths", type=listed(WIDTHS), default=list(WIDTHS))
+    parser.add_argument("--dropout", type=listed(DROPOUT), default=list(DROPOUT))
+    parser.add_argument("--spans", type=listed(SPANS), default=list(SPANS))
     parser.add_argument("--regions", type=int, default=0, help="listed of each kernel")
     parser.add_argument("--workers", type=int, default=2, help="that compile beside each other")
     parser.add_argument("--output", type=Path, help="where the rows are kept")
     return parser.parse_args()
 
 
-def main() -> int:
-    """Compile and count all cases; print the table, then a line of JSON."""
-    arguments = _arguments()
+def require_libtpu() -> None:
+    """Make JAX and libtpu ready to compile for chips that are not here.
+
+    Raises:
+      UserError: there is no libtpu.
+    """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("expected libtpu (pip install -e '.[tpu]'), found none")
     # Whatever is here, it is only described; and libtpu says only what went wrong.
     jax.config.update("jax_platforms", "cpu")
     os.environ.update(TPU_STDERR_LOG_LEVEL="3", TPU_MIN_LOG_LEVEL="3", TF_CPP_MIN_LOG_LEVEL="3")
+
+
+def main() -> int:
+    """Compile and count all cases; print the table, then a line of JSON."""
+    arguments = _arguments()
+    require_libtpu()
     # Asked once: the workers take the code as it is now.
     here = {**provenance(), "libtpu": importlib.metadata.version("libtpu")}
     rows = count(cases(arguments), arguments.spans, arguments.regions, arguments.workers)
