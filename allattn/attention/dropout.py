@@ -97,9 +97,13 @@ def keep(query: QueryWords, column: Array, rate: float) -> Array:
     Returns:
       bool array, True with probability 1 - rate.
     """
+    return (query.word ^ column) * query.factor >= threshold(rate)
+
+
+def threshold(rate: float) -> Array:
+    """What a weight's word must reach, int32, for the weight to stay."""
     # A word with a sign is uniform in [-2^31, 2^31): the share of those below is the rate.
-    threshold = jnp.int32(min(round(rate * 2**32), 2**32 - 1) - 2**31)
-    return (query.word ^ column) * query.factor >= threshold
+    return jnp.int32(min(round(rate * 2**32), 2**32 - 1) - 2**31)
 
 
 def mix(word: Array) -> Array:

@@ -8,7 +8,7 @@ import pytest
 from attention_cases import GEOMETRIES, Case, arrays, call, error, exact, options, results
 
 from allattn.attention import tuning
-from allattn.attention.tpu import skew
+from allattn.attention.tpu import kept, skew
 
 # Every geometry on the oldest kind, and one of each model on the newest; others lower like those.
 QUICK = [(name, "TPU v4") for name in GEOMETRIES]
@@ -44,10 +44,13 @@ LONG = Case(T=40, S=600, H=2, K=16, L=500, N=150, spans=(20.5, 460.0), ramp=32, 
 
 @pytest.mark.slow
 def test_many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The definition's values and gradients, by the rotations of a v4, which has none by row."""
+    """The definition's values and gradients, as on a v4, which does not rotate by rows and does
+    not multiply whole numbers.
+    """
     tiles = tuning.TpuTiles(queries=8, keys=128, segment=256)
     monkeypatch.setitem(tuning.DEFAULTS, "pallas_tpu", tiles)
     monkeypatch.setattr(skew, "can_stride", lambda: False)
+    monkeypatch.setattr(kept, "can_multiply", lambda: False)
     with jax.default_matmul_precision("highest"):
         found = results(LONG, arrays(LONG), "pallas_tpu")
     assert error(found, exact(LONG)) <= 1e-5

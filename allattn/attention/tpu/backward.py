@@ -38,7 +38,7 @@ from allattn.attention import dropout
 from allattn.attention.contract import Inputs, Static
 from allattn.attention.numerics import LOG2_E, NT_DIMENSIONS, dot
 from allattn.attention.span import MAX_MASK_DERIVATIVE
-from allattn.attention.tpu import skew
+from allattn.attention.tpu import kept, skew
 from allattn.attention.tpu.call import (
     Arguments,
     Grid,
@@ -108,8 +108,8 @@ class Scratch(NamedTuple):
     # (R, 128), the same in all lanes
     lse: Any
     delta: Any
-    # dropout's words of the queries, (2, R, 128), int32
-    words: Any
+    # what dropout knows of the queries; None without dropout
+    kept: Any
     # float32: (T, E); sums of gradients (R, E); and turned (E, T), with reversed rows
     queries: Any
     d_query: Any
@@ -314,10 +314,9 @@ class _TileGradients:
         for p in range(self.sizes.heads):
             scratch.lse[self._of_head(p)] = jnp.broadcast_to(lse_TP[:, p : p + 1], shape)
             scratch.delta[self._of_head(p)] = jnp.broadcast_to(delta_TP[:, p : p + 1], shape)
-        # Dropout's words of the queries, for keys and pairs alike.
+        # What dropout knows of them, for keys and pairs alike.
         if self.static.dropout_rate:
-            for number, word_RQ in enumerate(self.tile.query_words()):
-                scratch.words[number] = word_RQ
+            scratch.kept.lay_out(self.tile)
         # Sums over keys.
         for sums in (scratch.d_query, scratch.d_position_query):
             sums[...] = jnp.zeros(sums.shape, jnp.float32)
@@ -400,8 +399,8 @@ class _TileGradients:
         }
         if scratch.position_query is not None:
             mine["position_query"] = scratch.position_query.at[rows]
-        if scratch.words is not None:
-            mine["words"] = scratch.words.at[:, rows]
+        if scratch.kept is not None:
+            mine["kept"] = scratch.kept.of_rows(rows)
         # What passes from stage to stage has room for more rows.
         for name in ("logits", "d_weights", *_FACTORS):
             mine[name] = getattr(scratch, name).at[:T]
@@ -527,12 +526,14 @@ class _TileGradients:
         """
         scratch = self.scratch
         factor = self.static.scale * LOG2_E
+        if self.static.dropout_rate:
+            keeps = scratch.kept.keeps(self.tile, domain, first, columns // LANES)
         for b in range(columns // LANES):
             # Logits less the log-sum-exp, and what a weight that is kept adds.
             excess_RQ = scratch.logits[:, lanes_of(b)] * factor - scratch.lse[...]
             d_weight_RQ = scratch.d_weights[:, lanes_of(b)]
             if self.static.dropout_rate:
-                kept_RQ = self._kept(domain, first + b * LANES)
+                kept_RQ = keeps(b)
                 d_weight_RQ = jnp.where(kept_RQ, d_weight_RQ, 0)
             d_weight_RQ = d_weight_RQ - scratch.delta[...]
             # The gradient of a logit belongs to the weight before dropout.
@@ -545,13 +546,6 @@ class _TileGradients:
             scratch.d_logits_factor[:, lanes_of(b)] = d_logits_RQ.astype(self.dtype)
             if domain == dropout.CONTEXT:
                 scratch.logits[:, lanes_of(b)] = d_logits_RQ
-
-    def _kept(self, domain: int, first: Any) -> Array:
-        """Which weights of 128 keys or pairs dropout keeps."""
-        # A word of each query and one of each column.
-        query_words = dropout.QueryWords(self.scratch.words[0], self.scratch.words[1])
-        column_words_RQ = self.tile.column_words(first, domain)
-        return dropout.keep(query_words, column_words_RQ, self.static.dropout_rate)
 
     def _add_products(self, chosen: Any, key_XE: Array, d_key: Any, d_value: Any) -> None:
         """Add to the gradients of queries, and to those of keys and values or pairs."""
@@ -709,11 +703,11 @@ def _scratch(static: Static, sizes: Sizes, dtype: Any) -> Scratch:
     factor = pltpu.VMEM((sizes.rows, columns), dtype)
     # What not every call has.
     position_query: Any = None
-    words: Any = None
+    dropped: Any = None
     if not static.one_query:
         position_query = stack
     if static.dropout_rate:
-        words = pltpu.VMEM((2, sizes.rows, LANES), jnp.int32)
+        dropped = kept.scratch(sizes, columns)
     return Scratch(
         d_key=keys,
         d_value=keys,
@@ -725,7 +719,7 @@ def _scratch(static: Static, sizes: Sizes, dtype: Any) -> Scratch:
         d_out_turned=turned,
         lse=number,
         delta=number,
-        words=words,
+        kept=dropped,
         queries=pltpu.VMEM((T, sizes.lanes), jnp.float32),
         d_query=sums,
         d_position_query=pltpu.VMEM((sizes.lanes, T), jnp.float32),

@@ -31,7 +31,7 @@ from allattn.attention import dropout
 from allattn.attention.contract import Static
 from allattn.attention.numerics import LEAST_TOP, LOG2_E, NT_DIMENSIONS, dot, log_sum
 from allattn.attention.span import MASKED_LOGIT
-from allattn.attention.tpu import skew
+from allattn.attention.tpu import kept, skew
 from allattn.attention.tpu.call import (
     Arguments,
     Grid,
@@ -71,9 +71,8 @@ class Scratch(NamedTuple):
     # the stacked queries (R, E)
     query: Any
     position_query: Any
-    # dropout's words of the queries, int32 (R, 128)
-    word: Any
-    factor: Any
+    # what dropout knows of the queries; None without dropout
+    kept: Any
     # two slots, one being saved and one in use: logits and weights (2, R, C), maximum and what the
     # sums so far shrink by (2, R, 128)
     logits: Any
@@ -146,9 +145,9 @@ def _scratch(static: Static, sizes: Sizes, dtype: Any) -> Scratch:
     state = pltpu.VMEM((tiles, sizes.rows, LANES), jnp.float32)
     passed = pltpu.VMEM((2, sizes.rows, LANES), jnp.float32)
     query = pltpu.VMEM((sizes.rows, sizes.lanes), dtype)
-    words = None
+    dropped = None
     if static.dropout_rate:
-        words = pltpu.VMEM((sizes.rows, LANES), jnp.int32)
+        dropped = kept.scratch(sizes, columns)
     return Scratch(
         top=state,
         total=state,
@@ -157,8 +156,7 @@ def _scratch(static: Static, sizes: Sizes, dtype: Any) -> Scratch:
         sums=pltpu.VMEM((tiles, sizes.rows, sizes.lanes), jnp.float32),
         query=query,
         position_query=None if static.one_query else query,
-        word=words,
-        factor=words,
+        kept=dropped,
         logits=pltpu.VMEM((2, sizes.rows, sizes.key_tile), jnp.float32),
         weights=pltpu.VMEM((2, sizes.rows, columns), dtype),
         new_top=passed,
@@ -201,9 +199,7 @@ class _Softmax:
             self.scratch.position_query[...] = self._stacked(position_query_TE)
         # Words that all tiles of keys share.
         if self.static.dropout_rate:
-            words_RQ = self.tile.query_words()
-            self.scratch.word[...] = words_RQ.word
-            self.scratch.factor[...] = words_RQ.factor
+            self.scratch.kept.lay_out(self.tile)
 
     def _stacked(self, query_TE: Array) -> Array:
         if self.static.scale <= 0:
@@ -244,9 +240,10 @@ class _Softmax:
         rows = stretch(head * self.sizes.query_tile, self.sizes.query_tile)
         scratch = self.scratch
         shared = {"query": scratch.query.at[rows]}
-        for name in ("position_query", "word", "factor"):
-            if getattr(scratch, name) is not None:
-                shared[name] = getattr(scratch, name).at[rows]
+        if scratch.position_query is not None:
+            shared["position_query"] = scratch.position_query.at[rows]
+        if scratch.kept is not None:
+            shared["kept"] = scratch.kept.of_rows(rows)
         alone = _Softmax(
             self.tile.of_head(head),
             self.inputs,
@@ -319,7 +316,10 @@ class _Softmax:
         """Add the blocks of keys between two of a segment: inner tiles, and edges around them."""
         # The last tile of the edge before is worked on beside the first inner one, if there is one.
         cut = self.tile.cut(segment, blocks)
-        beside = jnp.minimum(cut.before, jnp.minimum(cut.tiles, 1))
+        # In one of several segments there is none, as a rule.
+        beside: Any = 0
+        if self.sizes.segments == 1:
+            beside = jnp.minimum(cut.before, jnp.minimum(cut.tiles, 1))
         before = cut.before - beside
 
         def one(number: Array, _: None) -> None:
@@ -393,7 +393,8 @@ class _Softmax:
 
         @pl.when(tiles > 0)
         def _begin() -> None:
-            self._edge(segment, edge)
+            if self.sizes.segments == 1:
+                self._edge(segment, edge)
             self._carry(segment * self.sizes.segment + at(0))
             self._save(0, segment, at(0))
 
@@ -510,18 +511,16 @@ class _Softmax:
         """The product of weights and values, (R, E)."""
         dtype = part.value_XE.dtype
         rows = slice(self.sizes.rows)
+        # Weights after dropout, but for the factor 1 / (1 - rate).
+        if self.static.dropout_rate:
+            blocks = len(part.weights)
+            keeps = self.scratch.kept.keeps(self.tile, part.domain, part.first, blocks)
         for b, weight_RQ in enumerate(part.weights):
             if self.static.dropout_rate:
-                weight_RQ = self._dropped(weight_RQ, part.domain, part.first + b * LANES)
+                weight_RQ = jnp.where(keeps(b), weight_RQ, 0)
             self.scratch.weights[part.slot, rows, lanes_of(b)] = weight_RQ.astype(dtype)
         weight_RX = self.scratch.weights[part.slot, rows, : len(part.weights) * LANES]
         return dot(weight_RX, part.value_XE)
-
-    def _dropped(self, weight_RQ: Array, domain: int, first: Array | int) -> Array:
-        """Weights after dropout, but for the factor 1 / (1 - rate)."""
-        query = dropout.QueryWords(self.scratch.word[...], self.scratch.factor[...])
-        column_RQ = self.tile.column_words(first, domain)
-        return jnp.where(dropout.keep(query, column_RQ, self.static.dropout_rate), weight_RQ, 0)
 
     # --- the end
 

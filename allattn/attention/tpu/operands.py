@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from allattn.attention.contract import Dynamic, Inputs, Static, seed_and_offsets
 from allattn.attention.span import reach
-from allattn.attention.tpu import skew
+from allattn.attention.tpu import kept, skew
 from allattn.attention.tpu.skew import LANES
 from allattn.attention.tpu.tile import Scalars, Sizes, round_up
 
@@ -22,7 +22,7 @@ Array = jax.Array
 
 # Bytes of on-chip memory of a TPU v4, where a step of the grid holds fewer keys.
 SMALL_VMEM = 16 * 2**20
-SMALL_SEGMENT = 1024
+SMALL_SEGMENT = 2048
 # Tiles of queries that a step of the grid holds, at most.
 QUERY_TILES = 4
 # Keys of a tile at an edge, keys of the one nearest to the queries, and persistent pairs that are
@@ -104,6 +104,7 @@ def sizes_of(static: Static, inputs: Inputs) -> Sizes:
         left=left,
         right=right,
         strided=skew.can_stride(),
+        multiplies=kept.can_multiply(),
     )
 
 

@@ -69,7 +69,7 @@ def rotate(block_RQ: Array, T: int, remainder: Any, strided: bool) -> Array:
         back = _modulo_lanes(LANES - remainder)
         rotated = [pltpu.roll(part_TQ, back, 1, stride=1, stride_axis=0) for part_TQ in parts]
     else:
-        rotated = [_rotate_by_bits(part_TQ, 1, remainder) for part_TQ in parts]
+        rotated = [_rotate_by_places(part_TQ, 1, remainder) for part_TQ in parts]
     return jnp.concatenate(rotated)
 
 
@@ -151,7 +151,7 @@ def _rotated_back(tile: Any, columns: slice, T: int, remainder: Any, strided: bo
     R, _ = tile.shape
     if not strided:
         parts = [tile[row : row + T, columns] for row in range(0, R, T)]
-        return jnp.concatenate([_rotate_by_bits(part_TQ, -1, remainder) for part_TQ in parts])
+        return jnp.concatenate([_rotate_by_places(part_TQ, -1, remainder) for part_TQ in parts])
     flip = SUBLANES - 1 - jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
     eights = []
     for row in range(0, R, SUBLANES):
@@ -162,16 +162,11 @@ def _rotated_back(tile: Any, columns: slice, T: int, remainder: Any, strided: bo
     return jnp.concatenate(eights)
 
 
-def _rotate_by_bits(part_TQ: Array, sign: int, remainder: Any) -> Array:
-    """Rotate row t by t - remainder columns to the right (sign 1) or left (-1), bit by bit of t."""
-    T, Q = part_TQ.shape
-    row_TQ = jax.lax.broadcasted_iota(jnp.int32, (T, Q), 0)
-    for bit in range((T - 1).bit_length()):
-        rotated_TQ = pltpu.roll(part_TQ, sign * (1 << bit) % Q, 1)
-        part_TQ = jnp.where((row_TQ >> bit) & 1 == 1, rotated_TQ, part_TQ)
-    if _is_zero(remainder):
-        return part_TQ
-    return pltpu.roll(part_TQ, _modulo_lanes(LANES - sign * remainder), 1)
+def _rotate_by_places(part_TQ: Array, sign: int, remainder: Any) -> Array:
+    """Rotate row t by t - remainder columns to the right (sign 1) or left (-1): a permutation."""
+    row_TQ, lane_TQ = _places(part_TQ.shape, part_TQ.shape[0])
+    from_TQ = _modulo_lanes(lane_TQ - sign * (row_TQ - remainder))
+    return jnp.take_along_axis(part_TQ, from_TQ, axis=1)
 
 
 def _places(shape: tuple[int, ...], T: int) -> tuple[Array, Array]:

@@ -47,8 +47,9 @@ class Sizes(CallSizes):
     # Columns of the position table before its first and behind its last distance.
     left: int
     right: int
-    # Whether the TPU rotates each row by one column more.
+    # Whether the TPU rotates each row by one column more, and whether it multiplies whole numbers.
     strided: bool
+    multiplies: bool
 
     @property
     def rows(self) -> int:
@@ -324,7 +325,7 @@ class Tile:
         # Hashing whole registers costs no more than hashing a column and spreading it.
         shape = (self.sizes.query_tile, LANES)
         query_TQ = self.first_query + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-        words = [dropout.query_words(*owner, query_TQ, dropout.CONTEXT) for owner in self._owners()]
+        words = [dropout.query_words(*owner, query_TQ, dropout.CONTEXT) for owner in self.owners()]
         return jax.tree.map(lambda *heads: jnp.concatenate(heads), *words)
 
     def column_words(self, first: Array | int, domain: int) -> Array:
@@ -334,18 +335,23 @@ class Tile:
           first: number of the first key or pair.
           domain: `dropout.CONTEXT` or `dropout.PERSISTENT`.
         """
-        # Keys are counted from the first query of the block.
-        if domain == dropout.CONTEXT:
-            first = first - (self.begin - self.first_query)
+        first = self.column_index(first, domain)
         index_1Q = first + jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
         shape = (self.sizes.query_tile, LANES)
         words = []
-        for owner in self._owners():
+        for owner in self.owners():
             word_1Q = dropout.column_words(*owner, index_1Q, domain)
             words.append(jnp.broadcast_to(word_1Q, shape))
         return jnp.concatenate(words)
 
-    def _owners(self) -> list[tuple[Array, Array, Array]]:
+    def column_index(self, first: Array | int, domain: int) -> Array | int:
+        """What dropout calls a key or pair; arguments as of `column_words`."""
+        # Keys are counted from the first query of the block.
+        if domain == dropout.CONTEXT:
+            return first - (self.begin - self.first_query)
+        return first
+
+    def owners(self) -> list[tuple[Array, Array, Array]]:
         """Seed, global row and global head of every head of the group."""
         seed = self.scalars.seed_and_offsets[0]
         row = self.scalars.seed_and_offsets[1] + self.row
