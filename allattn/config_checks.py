@@ -126,6 +126,7 @@ FIELDS = {
     "train.init_from": Field(may_change=True),  # without effect once there is a checkpoint
     "train.steps": Field(least=0, may_change=True),
     "train.finetune_steps": Field(least=0, may_change=True),
+    "train.restore_on_spike": Field(least=0, may_change=True),
     "train.log_every": Field(least=1, may_change=True),
     "train.profile": Field(least=0, may_change=True),
     "train.peak_flops": Field(least=0, may_change=True),

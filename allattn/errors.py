@@ -13,7 +13,20 @@ class RunError(RuntimeError):
     """A run that failed by itself, such as a loss that is not a number: exit code 1."""
 
 
-class NotANumberError(RunError):
+class SpikeError(RunError):
+    """The loss of a training step leapt.
+
+    Args:
+      message: what was found.
+      step: the step of that loss; the parameters of the step before it may have been spoiled.
+    """
+
+    def __init__(self, message: str, step: int) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class NotANumberError(SpikeError):
     """The loss, the gradient or a span of a training step is not a number."""
 
 

@@ -102,6 +102,9 @@ def get_config() -> ConfigDict:
     c.train.init_from = ""  # workdir whose newest parameters this run starts from; "": random ones
     c.train.steps = 450_000  # updates
     c.train.finetune_steps = 30_000  # further steps at a tenth of the rate
+    # nats by which the loss of a step may exceed the lowest so far; beyond, or where it is not a
+    # number, the run goes back to the last good checkpoint and on at half the rate, once; 0: never
+    c.train.restore_on_spike = 0.0
     c.train.log_every = 100  # steps
     c.train.profile = 0  # step after which TensorBoard's profiler watches three; 0: none
     # FLOP/s of one device in this dtype, for the MFU metric; 0: not reported

@@ -584,6 +584,17 @@ class Checkpointer:
         self._manager.reload()
         self._verified = {known for known in self._verified if known[0] not in steps}
 
+    def set_aside_from(self, step: int) -> None:
+        """Move checkpoints out of the way whose parameters may be spoiled.
+
+        Args:
+          step: the first of them; that of step 0 is never one, as it comes from elsewhere.
+
+        Raises:
+          RunError: one cannot be moved.
+        """
+        self._set_aside([known for known in self.steps() if known >= max(step, 1)])
+
     def restore_meta(self, step: Step = None) -> dict[str, Any]:
         """What a checkpoint says besides its arrays, from `describe`.
 
@@ -670,6 +681,8 @@ def _check_meta(meta: Any, step: int) -> None:
     int(meta.get("bucket", 1))
     np.asarray(meta.get("key", []), np.uint32)
     dict(meta.get("vocabulary", {}))
+    for number in dict(meta.get("spikes", {})).values():
+        float(number)
 
 
 def _move_aside(folder: epath.Path) -> str:

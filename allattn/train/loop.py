@@ -9,13 +9,15 @@ from etils import epath
 
 from allattn import data
 from allattn.config import changed_fields, from_json, to_json, with_vocabulary
-from allattn.errors import NotANumberError, PreemptedError, RunError
+from allattn.errors import PreemptedError, RunError, SpikeError
 from allattn.evaluation import scores as reported
+from allattn.model import Params
 from allattn.model.parameters import parameter_count
 from allattn.sharding import processes
 from allattn.storage import checkpoint, paths
 from allattn.train import start
 from allattn.train.recorder import Recorder, describe_start
+from allattn.train.spikes import SLOWER
 from allattn.train.state import TrainState
 from allattn.train.trainer import Trainer
 
@@ -37,7 +39,7 @@ def train_and_evaluate(
     Raises:
       UserError: the configuration does not fit the data, the devices or the workdir, or differs
         between processes; another run holds the workdir.
-      RunError: the loss is not a number.
+      RunError: the loss is not a number, or leapt, and train.restore_on_spike does not help.
       PreemptedError: SIGTERM or SIGHUP came, as before a machine is taken away; the state is saved.
       StoppedByKeyboard: Ctrl-C, a KeyboardInterrupt; the state is saved.
     """
@@ -67,25 +69,76 @@ def train_and_evaluate(
 
     with processes.Preemption() as preemption:
         with checkpoint.Checkpointer(workdir, config.checkpoint.keep, force=force) as checkpoints:
-            restored = start.restore(trainer, checkpoints)
-            if restored is None:
-                initial = initial or start.warm_start(trainer, trainer.dataset)
-                restored = trainer.fresh_state(initial)
-            state, context_length = restored
-            # Only here it is known what a failure leaves.
-            try:
-                state = _run(trainer, checkpoints, state, context_length, workdir, preemption)
-            except NotANumberError as error:
-                raise RunError(f"{error}; {_last_good(checkpoints)}") from error
+            state = _train(trainer, checkpoints, initial, workdir, preemption)
         scores = {"split": "test", "protocol": config.evaluate.protocol, "step": int(state.step)}
         scores |= trainer.evaluate(state.params, "test", preemption)
     _keep_scores(trainer, state, workdir, scores)
     return scores
 
 
-def _last_good(checkpoints: checkpoint.Checkpointer) -> str:
-    """What a run that failed has left."""
-    steps = checkpoints.steps()
+def _train(
+    trainer: Trainer,
+    checkpoints: checkpoint.Checkpointer,
+    initial: Params | None,
+    workdir: str,
+    preemption: processes.Preemption,
+) -> TrainState:
+    """The loop, from where the run is; once more from a good checkpoint if the loss leapt.
+
+    Raises:
+      RunError: the loss leapt, or is not a number, and the run may not go back.
+    """
+    # Twice at most: a second leap ends the run.
+    spike_step = None
+    while True:
+        # What a checkpoint says of its rates comes first, then what this start knows.
+        state, context_length = _first_state(trainer, checkpoints, initial)
+        if spike_step is not None:
+            trainer.go_on_slower(spike_step, int(state.step))
+        # The loop gives its arrays away: a second start reads those of init_from again.
+        initial = None
+        try:
+            return _run(trainer, checkpoints, state, context_length, workdir, preemption)
+        except SpikeError as error:
+            _go_back(trainer, checkpoints, error)
+            spike_step = error.step
+
+
+def _first_state(
+    trainer: Trainer, checkpoints: checkpoint.Checkpointer, initial: Params | None
+) -> tuple[TrainState, int]:
+    """The state of the newest checkpoint, or of a new run, and its context length."""
+    restored = start.restore(trainer, checkpoints)
+    if restored is None:
+        initial = initial or start.warm_start(trainer, trainer.dataset)
+        restored = trainer.fresh_state(initial)
+    return restored
+
+
+def _go_back(trainer: Trainer, checkpoints: checkpoint.Checkpointer, error: SpikeError) -> None:
+    """Leave a checkpoint from before a leap as the newest, or end the run.
+
+    Raises:
+      RunError: the run does not go back, or has done so before.
+    """
+    spikes = trainer.spikes
+    # The loss of a step is that of the parameters before it, which only a later loss can clear.
+    suspect = error.step - 1
+    if not spikes.may_go_back:
+        before = ""
+        if spikes.went_back:
+            before = f"; the run had gone back once, before the leap of step {spikes.spike_step}"
+        raise RunError(f"{error}{before}; {_last_good(checkpoints, suspect)}") from error
+    # Orbax writes no step at or before its newest, and this run is about to write them again.
+    if not jax.process_index():
+        print(f"{error}: going back to a checkpoint before it, at {SLOWER} of the rate", flush=True)
+    checkpoints.set_aside_from(suspect)
+
+
+def _last_good(checkpoints: checkpoint.Checkpointer, suspect: int) -> str:
+    """What a run that failed has left, before the step whose parameters may be spoiled."""
+    # That of step 0 comes from elsewhere.
+    steps = [step for step in checkpoints.steps() if step < suspect or not step]
     if not steps:
         return "there is no checkpoint from before"
     return f"the last good checkpoint is that of step {steps[-1]}"
@@ -119,6 +172,9 @@ def _run(
         return state
 
     with _recorder(trainer, workdir, total, state) as recorder:
+        # The row stands where the run went back to, before those that it writes again.
+        if trainer.spikes.went_back and trainer.spikes.restored_step == first:
+            recorder.log_return()
         if is_due:
             dev_nll = _dev_score(recorder, state, preemption)
             if dev_nll is not None:
@@ -186,6 +242,7 @@ def _recorder(trainer: Trainer, workdir: str, total: int, state: TrainState) -> 
         words=trainer.dataset.vocabulary.unit == "word",
         bytes_per_token=trainer.dataset.bytes_per_token("train"),
         evaluate=lambda params, stop: trainer.evaluate(params, "valid", stop),
+        spikes=trainer.spikes,
         first_step=step,
         total_steps=total,
         start_message=describe_start(config, trainer.mesh, parameter_count(state.params), step),
@@ -199,12 +256,19 @@ def _keep_scores(trainer: Trainer, state: TrainState, workdir: str, scores: dict
         "parameters": parameter_count(state.params),
         "trained_tokens": int(state.step) * train.batch * train.block,
     }
-    text = reported.to_json({**scores, **size}) + "\n"
+    told = trainer.spikes.described()
+    text = reported.to_json({**scores, **size, **told}) + "\n"
 
     # A run that is complete leaves the file as it is when it is started again.
     path = epath.Path(workdir) / "scores.json"
     if jax.process_index():
         return
+    if told:
+        print(
+            f"the loss leapt at step {told['spike_step']}: the run went back to step "
+            f"{told['restored_step']}, and on at {told['rate_factor']} of the rate",
+            flush=True,
+        )
     with paths.reached(path):
         is_there = path.exists() and path.read_bytes() == text.encode()
     if not is_there:

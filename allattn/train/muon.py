@@ -61,6 +61,7 @@ def matrices_by_muon(
         "adamw": optax.adamw(adam_rate, weight_decay=weight_decay),
     }
 
+    # Optax keeps the state of each rule for its own parameters alone.
     def labels(params: optax.Params) -> optax.Params:
         def label(path: tuple, x: jax.Array) -> str:
             return "muon" if dimensions(path, x) else "adamw"

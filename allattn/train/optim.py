@@ -157,7 +157,7 @@ def factors_by_name(factors: Mapping[str, float]) -> optax.GradientTransformatio
 
 
 def optimizer(
-    config: ml_collections.ConfigDict, mesh: Mesh | None = None
+    config: ml_collections.ConfigDict, mesh: Mesh | None = None, rate_factor: float = 1.0
 ) -> optax.GradientTransformation:
     """The transformation that `config.optimizer` names.
 
@@ -168,12 +168,13 @@ def optimizer(
     Args:
       config: the whole configuration.
       mesh: devices that the parameters are spread over; None: one.
+      rate_factor: share of the configuration's rates, of a run whose loss leapt.
 
     Raises:
       UserError: unknown name.
     """
     c = config.optimizer
-    rule = _rule(config, mesh)
+    rule = _rule(config, mesh, rate_factor)
     # Keys of pairs and spans may have rates of their own. Without any the state has no place for
     # them, as it had none in older checkpoints.
     factors = {"layers/persistent_key": c.pairs_rate, "layers/span": c.span_rate}
@@ -182,10 +183,12 @@ def optimizer(
     return optax.chain(rule, factors_by_name(factors))
 
 
-def _rule(config: ml_collections.ConfigDict, mesh: Mesh | None) -> optax.GradientTransformation:
+def _rule(
+    config: ml_collections.ConfigDict, mesh: Mesh | None, rate_factor: float
+) -> optax.GradientTransformation:
     """The update rule, the same for all parameters of a kind."""
     c = config.optimizer
-    rate = schedule(config)
+    rate = schedule(config, rate_factor * c.learning_rate)
     # The rule of the adaptive-span and all-attention papers, which clips by itself.
     if c.name == "adagrad":
         return paper_adagrad(rate, c.clip)
@@ -198,5 +201,5 @@ def _rule(config: ml_collections.ConfigDict, mesh: Mesh | None) -> optax.Gradien
         return optax.chain(clip, optax.adamw(rate, weight_decay=c.weight_decay))
 
     # Parameters that are no matrices have AdamW, at a rate of their own if one is named.
-    adam_rate = schedule(config, c.adam_rate or c.learning_rate)
+    adam_rate = schedule(config, rate_factor * (c.adam_rate or c.learning_rate))
     return optax.chain(clip, matrices_by_muon(rate, adam_rate, c.weight_decay, mesh))

@@ -23,6 +23,7 @@ from allattn.model import ModelConfig, Params, forward_flops
 from allattn.train import metrics
 from allattn.train.logs import Logs
 from allattn.train.progress import RunProgress
+from allattn.train.spikes import Spikes
 
 # Steps that `train.profile` watches.
 PROFILED_STEPS = 3
@@ -44,6 +45,7 @@ class Recorder:
       words: symbols are words, so scores are perplexities; False: bits per byte.
       bytes_per_token: of the training text.
       evaluate: from parameters and `stop` to the scores on dev.
+      spikes: what counts as a leap of the loss.
       first_step: updates made before this start.
       total_steps: updates of the whole run.
       start_message: first line on the screen.
@@ -59,6 +61,7 @@ class Recorder:
         words: bool,
         bytes_per_token: float,
         evaluate: Callable[[Params, Callable[[], bool]], dict[str, float]],
+        spikes: Spikes,
         first_step: int,
         total_steps: int,
         start_message: str,
@@ -69,6 +72,7 @@ class Recorder:
         self._devices = devices
         self._bytes_per_token = bytes_per_token
         self._evaluate = evaluate
+        self._spikes = spikes
         self._start_message = start_message
 
         # Where rows and lines go.
@@ -106,7 +110,7 @@ class Recorder:
         """Take the metrics of a step and read those of the step before.
 
         Raises:
-          NotANumberError: as `flush`.
+          SpikeError: as `flush`.
         """
         self.flush()
         self._pending = (step, values)
@@ -134,6 +138,7 @@ class Recorder:
 
         Raises:
           NotANumberError: the loss or the gradient of that step is not a number.
+          SpikeError: the loss leapt.
         """
         if self._pending is None:
             return
@@ -145,7 +150,8 @@ class Recorder:
         values = step_metrics.compute()
         for name, description in WATCHED.items():
             if not math.isfinite(float(values[name])):
-                raise NotANumberError(f"the {description} of step {step} is not a number")
+                raise NotANumberError(f"the {description} of step {step} is not a number", step)
+        self._spikes.check(step, float(values["nll"]))
         self._step = step
 
         # A row tells of all steps since the last one.
@@ -155,6 +161,10 @@ class Recorder:
             self._sum = self._sum.merge(step_metrics)
         if step % self._config.train.log_every == 0:
             self.log_rest()
+
+    def log_return(self) -> None:
+        """Write down that the run went back before a leap of its loss."""
+        self._logs.write_scalars(self._step, self._spikes.described())
 
     def log_rest(self) -> None:
         """Write a row of the steps that were read since the last one, if there are any."""

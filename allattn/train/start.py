@@ -64,11 +64,13 @@ def restore(
     # Refused or restored, a checkpoint is read on the shardings of this run's mesh.
     restored = checkpoints.restore_newest(abstract)
     if restored is None:
+        trainer.recall_spikes({})
         return None
 
     # Parameters that were converted from another implementation start a run at step 0.
     params, optimizer, cache_XBSD, meta = restored
     check_spans(params, f"the checkpoint of step {meta['step']} in {checkpoints.workdir}")
+    trainer.recall_spikes(meta)
     if meta.get("params_only"):
         return trainer.fresh_state(params)
     _check_text(meta, trainer, checkpoints.workdir)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,10 +16,12 @@ from allattn.errors import NotANumberError
 from allattn.evaluation import protocols, scoring
 from allattn.model import Params
 from allattn.storage import checkpoint
+from allattn.train import optim
 from allattn.train.context import choose_context_length, grow_cache
 from allattn.train.memory import check_fits
 from allattn.train.metrics import TrainMetrics
 from allattn.train.program import TrainProgram
+from allattn.train.spikes import Spikes
 from allattn.train.state import TrainState
 
 
@@ -45,8 +47,9 @@ class Trainer(TrainProgram):
         self.stream = data.Stream(
             dataset.tokens("train"), train.batch, train.block, config.seed, self.rows.local
         )
-        # Compiled steps by context length.
+        # Compiled steps by context length, and the leaps of the loss that decide their rate.
         self._steps: dict[int, Callable] = {}
+        self.spikes = Spikes(train.restore_on_spike)
 
         # Refuse at once what would fail at the first step or at the first evaluation: arrays that
         # the mesh does not divide or that no memory holds, and splits too short for the protocol.
@@ -75,6 +78,30 @@ class Trainer(TrainProgram):
             self._steps[context_length] = self.jitted_step(context_length)
         return self._steps[context_length](state, batch)
 
+    def go_on_slower(self, spike_step: int, restored_step: int) -> None:
+        """Train with smaller rates from now on, as the run went back before a leap of its loss.
+
+        Args:
+          spike_step: whose loss leapt.
+          restored_step: that the run went back to.
+        """
+        self.spikes.go_on_slower(spike_step, restored_step)
+        self._take_rates()
+
+    def recall_spikes(self, meta: Mapping[str, Any]) -> None:
+        """Train with the rates that a checkpoint was trained with.
+
+        Args:
+          meta: of the checkpoint; empty for a new run.
+        """
+        self.spikes.recall(meta)
+        self._take_rates()
+
+    def _take_rates(self) -> None:
+        """Make the update rule anew; the steps that are compiled have the rates of before."""
+        self.optimizer = optim.optimizer(self.config, self.mesh, self.spikes.rate_factor)
+        self._steps.clear()
+
     def grow(self, state: TrainState, context_length: int) -> tuple[TrainState, int]:
         """Choose the context length again from the spans, and make room in the cache if it grew.
 
@@ -87,7 +114,8 @@ class Trainer(TrainProgram):
         # A NaN would compare as shorter than everything and go unseen.
         longest = float(jnp.max(state.params["layers"]["span"]))
         if not math.isfinite(longest):
-            raise NotANumberError(f"a span of step {int(state.step)} is not a number")
+            step = int(state.step)
+            raise NotANumberError(f"a span of step {step} is not a number", step)
         chosen = choose_context_length(self.config, longest, context_length)
         if chosen > context_length:
             cache_XBSD = grow_cache(state.cache, chosen, self.config.model.span.limit)
@@ -141,7 +169,7 @@ class Trainer(TrainProgram):
         meta["bucket"] = context_length
         # Another version may draw other masks, which a run that goes on with it says.
         meta["dropout_mask"] = dropout.GENERATION
-        return meta
+        return meta | self.spikes.to_meta()
 
 
 def check(config: ml_collections.ConfigDict) -> None:
