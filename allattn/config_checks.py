@@ -100,6 +100,7 @@ FIELDS = {
     "model.span.adaptive": Field(shapes=True),
     "model.span.ramp": Field(least=1),
     "model.span.init": Field(least=0),
+    "model.span.epsilon": Field(least=0, later=True),
     "model.span.loss": Field(),
     "model.span.check_every": Field(least=1),
     "model.span.margin": Field(least=0),
@@ -207,6 +208,20 @@ MODEL_RULES = (
         field="model.span.init",
         holds=lambda c: c.model.span.init <= 1,
         expected="a number in [0, 1]",
+    ),
+    Rule(
+        name="a normaliser of soft spans",
+        field="model.span.epsilon",
+        holds=lambda c: not c.model.span.epsilon or c.model.span.adaptive,
+        expected="0 with model.span.adaptive False",
+    ),
+    Rule(
+        name="an implementation with the papers' normaliser",
+        field="model.implementation",
+        holds=lambda c: (
+            not c.model.span.epsilon or c.model.implementation in ("", "reference", "xla")
+        ),
+        expected=lambda c: f"reference or xla with model.span.epsilon {c.model.span.epsilon}",
     ),
 )
 
@@ -399,6 +414,13 @@ TRAINING_RULES = (
         field="model.span.ramp",
         holds=lambda c: not c.model.span.adaptive or c.model.span.ramp <= c.model.span.limit,
         expected=lambda c: f"at most model.span.limit {c.model.span.limit}",
+    ),
+    # The papers' normaliser depends on the largest span of a layer.
+    Rule(
+        name="all heads on a device for the papers' normaliser",
+        field="mesh.tensor",
+        holds=lambda c: not c.model.span.epsilon or c.mesh.tensor == 1,
+        expected=lambda c: f"1 with model.span.epsilon {c.model.span.epsilon}",
     ),
     # The cache gains one block per step: after this many even the longest one holds only real
     # states, and the context may grow.

@@ -64,6 +64,9 @@ def get_config() -> ConfigDict:
     c.model.span.adaptive = True  # False: every head always sees `limit` tokens
     c.model.span.ramp = 32  # length of the soft end in tokens (R)
     c.model.span.init = 0.0  # initial span as a fraction of the limit
+    # share of the sum without the soft end that the weights' sum gains: 1e-8 in the papers' models,
+    # which convert sets; reference and xla only
+    c.model.span.epsilon = 0.0
     c.model.span.loss = 1e-7  # coefficient of limit x mean span, summed over layers
     c.model.span.check_every = 100  # steps between choices of the context length
     # tokens by which the context length exceeds the longest reach when it is chosen

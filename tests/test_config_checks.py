@@ -54,6 +54,11 @@ BROKEN = {
     "an implementation that exists": {"model.implementation": "fast"},
     "heads of equal width": {"model.heads": 3},
     "an initial span within the limit": {"model.span.init": 1.5},
+    "a normaliser of soft spans": {"model.span.epsilon": 1e-8, "model.span.adaptive": False},
+    "an implementation with the papers' normaliser": {
+        "model.span.epsilon": 1e-8,
+        "model.implementation": "pallas_tpu",
+    },
     "cutoffs that cut the vocabulary": {"model.adaptive_io.cutoffs": (300,)},
     "a last cluster that has a width": {
         "model.adaptive_io.cutoffs": (100,),
@@ -96,6 +101,10 @@ BROKEN = {
     },
     "a choice of recomputation that exists": {"train.remat": "all"},
     "a ramp within the limit": {"model.span.limit": 16},
+    "all heads on a device for the papers' normaliser": {
+        "model.span.epsilon": 1e-8,
+        "mesh.tensor": 2,
+    },
     "time to fill the cache between choices of the context length": {"model.span.check_every": 15},
 }
 

@@ -27,6 +27,7 @@ Dimension key: B batch, T query position in the block, S context key, L distance
 H head, K head width.
 """
 
+import math
 import types
 from typing import Any
 
@@ -65,6 +66,7 @@ def all_attention(
     dropout_seed: Array | int | None = None,
     row_offset: Array | int = 0,
     head_offset: Array | int = 0,
+    span_epsilon: float = 0.0,
     scale: float | None = None,
     return_persistent_mass: bool = False,
     implementation: str | None = None,
@@ -99,6 +101,9 @@ def all_attention(
       dropout_seed: integer that, with the weight's global place, decides what is dropped.
       row_offset: global index of row 0.
       head_offset: global index of head 0.
+      span_epsilon: the divisor of the weights gains so much of the sum without m, over the pairs
+        and the distances that the papers' code keeps (`span.kept_distances` of the largest span
+        here): 1e-8 in their models. Without spans it has no effect.
       scale: factor of every logit; None: 1/sqrt(K).
       return_persistent_mass: also return the share of each query's weight that lies on persistent
         pairs.
@@ -127,7 +132,7 @@ def all_attention(
     L = position_HLK.shape[1]
     persistent_HNK = _pairs(query_BTHK, persistent_key_HNK, persistent_value_HNK)
     persistent_bias_HN = _pair_bias(persistent_key_HNK, persistent_bias_HN)
-    _check_numbers(first_distance, dropout_rate, dropout_seed)
+    _check_numbers(first_distance, dropout_rate, dropout_seed, span_epsilon)
     if span_H is not None:
         ramp = _checked_ramp(H, L, span_H, ramp)
 
@@ -142,8 +147,11 @@ def all_attention(
         dropout_seed = 0
     if scale is None:
         scale = K**-0.5
+    # All distances count fully, and the two sums are one.
+    if span_H is None:
+        span_epsilon = 0.0
     if not implementation:
-        implementation = best_here(query_BTHK.dtype)
+        implementation = best_here(query_BTHK.dtype, span_epsilon)
 
     # What every implementation receives, the definition too: plain numbers if they are static,
     # arrays if they are known only at run time.
@@ -162,6 +170,7 @@ def all_attention(
         "dropout_seed": jnp.asarray(dropout_seed).astype(jnp.uint32),
         "row_offset": jnp.asarray(row_offset, jnp.int32),
         "head_offset": jnp.asarray(head_offset, jnp.int32),
+        "span_epsilon": float(span_epsilon),
         "scale": float(scale),
     }
 
@@ -208,10 +217,10 @@ def _run(
     return _FUSED[implementation].all_attention(*packed)
 
 
-def best_here(dtype: Any) -> str:
+def best_here(dtype: Any, span_epsilon: float = 0.0) -> str:
     """The fastest implementation for the machine that the code is traced for."""
-    # The kernels know these two dtypes.
-    if dtype not in (jnp.float32, jnp.bfloat16):
+    # The kernels know these two dtypes, and no other normaliser.
+    if span_epsilon or dtype not in (jnp.float32, jnp.bfloat16):
         return "xla"
     # Triton compiles for Ampere (8.0) and later: not for a T4 (7.5). AMD's are named otherwise.
     capability = getattr(jax.devices()[0], "compute_capability", "")
@@ -330,6 +339,8 @@ def _pair_bias(persistent_key_HNK: Array | None, bias_HN: Array | None) -> Array
         raise ValueError(f"{name}: expected shape {(H, N)}, found {bias_HN.shape}")
     if bias_HN.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f"{name}: expected dtype float32 or float64, found {bias_HN.dtype}")
+    if N == 0:
+        return None
     # What removes a pair is -inf alone. Implementations have finite numbers of their own for what
     # does not count, and any real one lies far above them; its gradient is its own.
     finite_HN = jnp.where(jnp.isneginf(bias_HN), 0, bias_HN)
@@ -337,12 +348,16 @@ def _pair_bias(persistent_key_HNK: Array | None, bias_HN: Array | None) -> Array
     return jnp.where(finite_HN < LEAST_BIAS, least_HN, bias_HN)
 
 
-def _check_numbers(first_distance: Any, dropout_rate: Any, dropout_seed: Any) -> None:
+def _check_numbers(
+    first_distance: Any, dropout_rate: Any, dropout_seed: Any, span_epsilon: Any
+) -> None:
     # The current token is attended (0) or it is not (1); nothing else is meant.
     if first_distance not in (0, 1):
         raise ValueError(f"first_distance: expected 0 or 1, found {first_distance}")
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate: expected a number in [0, 1), found {dropout_rate}")
+    if not 0 <= span_epsilon < math.inf:
+        raise ValueError(f"span_epsilon: expected a number, at least 0, found {span_epsilon}")
     # Dropout without a seed would drop the same weights in every step.
     if dropout_rate and dropout_seed is None:
         raise ValueError(

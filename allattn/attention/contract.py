@@ -52,6 +52,8 @@ class Static(Generic[Tiles]):
     ramp: int
     # Probability of dropping a weight after normalisation; 0: the code draws nothing.
     dropout_rate: float
+    # Share of the sum without the span mask that the normaliser gains; 0: the code has no such sum.
+    span_epsilon: float
     # Factor of every logit, persistent ones included.
     scale: float
     # Whether query_start is S - T and key_start 0: then the last T keys belong to the queries, and
@@ -111,6 +113,7 @@ def pack(
     first_distance: int,
     ramp: int,
     dropout_rate: float,
+    span_epsilon: float,
     scale: float,
     whole_context: bool,
     one_query: bool,
@@ -135,6 +138,7 @@ def pack(
         first_distance=first_distance,
         ramp=ramp,
         dropout_rate=dropout_rate,
+        span_epsilon=span_epsilon,
         scale=scale,
         whole_context=whole_context,
         one_query=one_query,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from allattn.attention import dropout
-from allattn.attention.span import MAX_MASK_DERIVATIVE, ramp_position
+from allattn.attention.span import MAX_MASK_DERIVATIVE, kept_distances, ramp_position
 
 Array = jax.Array
 
@@ -108,6 +108,7 @@ def all_attention(
     dropout_seed: Array,
     row_offset: Array,
     head_offset: Array,
+    span_epsilon: float,
     scale: float,
 ) -> tuple[Array, Array]:
     """The operation of `allattn.attention.all_attention`, whose docstring gives the arguments.
@@ -156,8 +157,12 @@ def all_attention(
     if persistent_bias_HN is not None:
         persistent_BHTN += persistent_bias_HN.astype(dtype)[:, None]
 
-    # Exponentials less the largest logit with a weight; those of the context times m.
+    # Exponentials less the largest logit that enters a sum; those of the context times m.
     weighed_BHTS = counts_BHTS & (mask_BHTS > 0)
+    if span_epsilon and span_H is not None:
+        beyond_kept = first_distance + kept_distances(span_H, ramp, L)
+        kept_B1TS = (exists_BTS & (distance_BTS < beyond_kept))[:, None]
+        weighed_BHTS |= kept_B1TS
     top_BHT1 = largest_logit(weighed_BHTS, logits_BHTS, persistent_BHTN)
     persistent_BHTN = jnp.exp(persistent_BHTN - top_BHT1)
     # A logit where the ramp touches 0 has no weight, so it may exceed the top without bound, and
@@ -167,6 +172,11 @@ def all_attention(
 
     # One softmax over both. No key at all and N = 0: weights, output and gradients are 0.
     total_BHT1 = context_BHTS.sum(-1, keepdims=True) + persistent_BHTN.sum(-1, keepdims=True)
+    if span_epsilon and span_H is not None:
+        unmasked_BHTS = jnp.exp(jnp.where(kept_B1TS, excess_BHTS, -jnp.inf))
+        unmasked_BHT1 = unmasked_BHTS.sum(-1, keepdims=True)
+        unmasked_BHT1 += persistent_BHTN.sum(-1, keepdims=True)
+        total_BHT1 += span_epsilon * unmasked_BHT1
     total_BHT1 = jnp.where(total_BHT1 > 0, total_BHT1, 1)
     context_BHTS = context_BHTS / total_BHT1
     persistent_BHTN = persistent_BHTN / total_BHT1

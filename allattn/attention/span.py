@@ -24,6 +24,9 @@ MAX_MASK_DERIVATIVE = 1e5
 # can arise.
 MASKED_LOGIT = -1e30
 
+# The papers' code trims distances in steps of so many.
+TRIM_STEP = 64
+
 
 def ramp_position(distance: Array, span: Array, ramp: int) -> Array:
     """Where on the ramp a distance lies: >= 1 before it, 0 at its end, negative beyond.
@@ -50,6 +53,22 @@ def last_distance(span: Array, ramp: int) -> Array:
     There m is below 1 / ramp, and 0 for a span of whole tokens.
     """
     return jnp.floor(span).astype(jnp.int32) + ramp + 1
+
+
+def kept_distances(span_H: Array, ramp: int, limit: int) -> Array:
+    """How many distances of a layer the papers' code keeps before its softmax, int32.
+
+    It trims what no head reaches in steps of 64, so what is left is congruent to the limit modulo
+    64: a shorter table of such a length keeps the same, as long as it has them.
+
+    Args:
+      span_H: learned spans in tokens.
+      ramp: R in tokens.
+      limit: rows of the position table, L.
+    """
+    size = jnp.ceil(jnp.max(span_H)).astype(jnp.int32) + ramp
+    size = jnp.clip(size, 0, limit)
+    return size + (limit - size) % TRIM_STEP
 
 
 def reach(span: Array, ramp: int, first_distance: int, limit: int) -> Array:

@@ -23,6 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from allattn import sharding
+from allattn.attention.span import TRIM_STEP
 from allattn.data import Vocabulary
 from allattn.data.stream import TokenSource
 from allattn.errors import PreemptedError
@@ -135,6 +136,9 @@ def scoring_context(model: Model, params: Params) -> int:
     # Spans are stored as shares of the limit; the soft mask ends `ramp` positions after them.
     longest = float(jnp.max(params["layers"]["span"])) * config.limit
     reach = math.ceil(longest) + config.ramp
+    # The papers' normaliser also sees what their code keeps beyond.
+    if config.epsilon:
+        reach += TRIM_STEP - 1
     return min(config.limit, -(-reach // CONTEXT_STEP) * CONTEXT_STEP)
 
 

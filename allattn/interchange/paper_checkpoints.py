@@ -148,6 +148,7 @@ def convert(
     # The network that the configuration and its data set describe.
     config = _in_their_numbering(config, file)
     dataset = data.prepare_configured(config)
+    config = _with_their_normaliser(config, source, dataset.vocabulary)
     config = with_vocabulary(config, dataset.vocabulary.size, dataset.name)
     model = Model(ModelConfig.from_config(config))
     table = _source(source, config)
@@ -182,6 +183,24 @@ def _in_their_numbering(config: ml_collections.ConfigDict, file: str) -> ml_coll
     # The caller's configuration stays as it is.
     config = config.copy_and_resolve_references().lock()
     config.dataset.numbering = "appearance"
+    return config
+
+
+def _with_their_normaliser(
+    config: ml_collections.ConfigDict, source: str, vocabulary: data.Vocabulary
+) -> ml_collections.ConfigDict:
+    """The normaliser of their code for models of words that have learned spans.
+
+    Of such models logits reach hundreds, spans hide the largest of them, and the epsilon decides
+    what is left. Of bytes they are small: it does not show, and no kernel has it.
+    """
+    model = config.model
+    is_of_words = vocabulary.unit == "word" or len(model.adaptive_io.cutoffs) > 0
+    if source not in SOURCES or not (is_of_words and model.span.adaptive):
+        return config
+    # The caller's configuration stays as it is.
+    config = config.copy_and_resolve_references().lock()
+    config.model.span.epsilon = SOURCES[source].epsilon
     return config
 
 

@@ -335,6 +335,8 @@ class Source(NamedTuple):
     copies: Callable[[ModelConfig], dict[str, str]]
     # Arrays that are no parameters, by name.
     constants: Callable[[ModelConfig], State]
+    # What their weights' sum gains where spans are learned (docs/method.md).
+    epsilon: float = 0.0
 
 
 SOURCES = {
@@ -344,6 +346,7 @@ SOURCES = {
         entries=adaptive_span,
         copies=_adaptive_span_copies,
         constants=_adaptive_span_constants,
+        epsilon=1e-8,
     ),
     "transformer-xl": Source(
         layers=("transformer_xl",),

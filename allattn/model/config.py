@@ -52,6 +52,8 @@ class ModelConfig:
     # them at the start; 0: the offsets start at 0.
     persistent_bias: bool = False
     persistent_share: float = 0.0
+    # Of the papers' normaliser; 0: weights add up to 1.
+    epsilon: float = 0.0
 
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict) -> "ModelConfig":
@@ -97,6 +99,7 @@ class ModelConfig:
             residual_scalars=model.residual_scalars,
             output_scale=model.output_scale,
             output_gate=model.output_gate,
+            epsilon=model.span.epsilon,
         )
 
     @property

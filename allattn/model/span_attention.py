@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from allattn.attention.span import reach
+from allattn.attention.span import TRIM_STEP, reach
 from allattn.model.adaptive_softmax import AdaptiveIO
 from allattn.model.attention_layer import AttentionLayer
 from allattn.model.config import ModelConfig
@@ -25,6 +25,7 @@ class Positions(nnx.Module):
     """One learned table of position keys for all layers and heads, nearest first."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.epsilon = config.epsilon
         self.table = nnx.Param(jax.random.normal(rngs.params(), (config.limit, config.head_width)))
 
     def keys(
@@ -37,7 +38,12 @@ class Positions(nnx.Module):
         """
         # At run time the context may be shorter than the limit, and the table is cut to it.
         del block, dropout_seeds
-        return self.table[: min(self.table.shape[0], cached)].astype(dtype)
+        limit = self.table.shape[0]
+        length = min(limit, cached)
+        # How many distances the papers' normaliser keeps shows in the last digits of the limit.
+        if self.epsilon:
+            length = max(0, length - (length - limit) % TRIM_STEP)
+        return self.table[:length].astype(dtype)
 
 
 class SpanAttention(AttentionLayer):
@@ -85,6 +91,8 @@ class SpanAttention(AttentionLayer):
         # whose spans have a leading dimension.
         longest = jnp.max(self.span_tokens(), axis=-1)
         needed = reach(longest, self.config.ramp, 1, S)
+        if self.config.epsilon:
+            needed = jnp.minimum(needed + TRIM_STEP - 1, S)
         return jnp.searchsorted(jnp.array(lengths(S, T)), needed)
 
     def context_options(self, position_LK: Array, starts: dict[str, Any]) -> dict[str, Any]:
@@ -102,6 +110,7 @@ class SpanAttention(AttentionLayer):
             "position_HLK": position_LK[None],
             "span_H": span_H,
             "ramp": self.config.ramp,
+            "span_epsilon": self.config.epsilon,
             **starts,
         }
 

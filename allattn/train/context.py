@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from allattn.attention.span import TRIM_STEP
+
 Array = jax.Array
 
 # The shortest context that gets a program of its own, where the limit is not shorter still.
@@ -57,6 +59,9 @@ def choose_context_length(
     # The soft mask ends a ramp beyond the span. The margin is how far spans may grow until they
     # are looked at again, `span.check_every` steps later.
     reach = math.ceil(longest_span * span.limit) + span.ramp
+    # The papers' normaliser also sees what their code keeps beyond.
+    if span.epsilon:
+        reach += TRIM_STEP - 1
     needed = min(span.limit, reach + span.margin)
 
     # Never below the current one: a run that went back and forth would compile each time.

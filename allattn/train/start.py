@@ -19,7 +19,8 @@ from allattn.train.state import TrainState
 from allattn.train.trainer import Trainer
 
 # Begin the names of fields that may differ where parameters alone are restored.
-FREE_WITHOUT_TRAINING_STATE = ("optimizer.", "train.", "seed")
+# model.span.epsilon is the papers': a run of our own may leave it out.
+FREE_WITHOUT_TRAINING_STATE = ("optimizer.", "train.", "seed", "model.span.epsilon")
 
 
 def restore(

@@ -36,7 +36,9 @@ from allattn.attention.tpu import skew
 
 IMPLEMENTATIONS = [name for name in attention.IMPLEMENTATIONS if name != "reference"]
 # Implementations that know offsets of pairs; the others refuse them by name.
-OFFSETS = ("reference", "xla")
+OFFSETS = ("reference", "xla", "pallas_gpu")
+# Implementations that know the papers' normaliser; the others refuse it by name.
+EPSILON = ("reference", "xla")
 
 
 DEFAULTS = tuning.DEFAULTS  # before the fixture makes them small
@@ -58,6 +60,8 @@ def test_equals_reference(name: str, implementation: str) -> None:
     where nothing is attended.
     """
     case = CASES[name]
+    if case.epsilon and implementation not in EPSILON:
+        pytest.skip(f"{implementation} has no span_epsilon")
     if case.offsets and implementation not in OFFSETS:
         pytest.skip(f"{implementation} has no offsets")
     inputs = arrays(case)
@@ -411,6 +415,7 @@ def test_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             r"dropout_rate: expected a number in \[0, 1\), found 1.0",
         ),
         ({"first_distance": 2}, "first_distance: expected 0 or 1, found 2"),
+        ({"span_epsilon": -1e-8}, "span_epsilon: expected a number, at least 0, found -1e-08"),
         ({"ramp": 3.5}, "ramp: expected a whole number of tokens, found 3.5"),
         ({"ramp": float("inf")}, "ramp: expected a whole number of tokens, found inf"),
         ({"ramp": 0.0}, "ramp: expected at least 1 token, found 0"),
@@ -443,6 +448,55 @@ def test_whole_numbers_of_any_type(ramp: Any, monkeypatch: pytest.MonkeyPatch) -
     for name, expected in (("ramp", 4), ("first_distance", 1)):
         found = received[0][name]
         assert type(found) is int and found == expected
+
+
+def weights_by_hand(inputs: dict[str, Any], case: Case, kept: int) -> np.ndarray:
+    """The papers' weights of one head and its last query, by distance and then by pair: softmax
+    over what is kept, times m, over the sum plus epsilon.
+    """
+    L = case.L
+    query_K = np.asarray(inputs["query"][0, -1, 0], np.float64)
+    key_LK = np.asarray(inputs["key"][0, case.S - 2 : case.S - 2 - L : -1, 0], np.float64)
+    by_distance_L = (key_LK + np.asarray(inputs["position_HLK"][0])) @ query_K
+    by_pair_N = np.asarray(inputs["persistent_key_HNK"][0], np.float64) @ query_K
+    logits_X = np.concatenate([by_distance_L, by_pair_N]) / np.sqrt(case.K)
+    distance_L = np.arange(1, L + 1)
+    logits_X[:L][distance_L > kept] = -np.inf
+    softmax_X = np.exp(logits_X - logits_X.max())
+    softmax_X /= softmax_X.sum()
+    mask_L = np.clip((case.ramp + 1 - distance_L + case.spans[0]) / case.ramp, 0, 1)
+    softmax_X[:L] *= mask_L
+    return softmax_X / (softmax_X.sum() + case.epsilon)
+
+
+@pytest.mark.parametrize("implementation", EPSILON)
+@pytest.mark.parametrize(
+    ("L", "spans", "kept"),
+    [(150, (8.0, 9.0), 22), (150, (8.0, 18.5), 86), (60, (0.0, 0.0), 60), (150, (8.0, 148.0), 150)],
+)
+def test_span_epsilon(L: int, spans: tuple[float, float], kept: int, implementation: str) -> None:
+    """Against the papers' definition, and with a shorter table that ends alike."""
+    case = Case(B=1, T=2, S=L + 3, L=L, spans=spans, epsilon=0.2)
+    inputs = arrays(case)
+    # Values that show the weights: the number of a key or pair in one of two lanes.
+    weight_X = weights_by_hand(inputs, case, kept)
+    value_X = np.concatenate(
+        [inputs["value"][0, L + 1 :: -1, 0][:L], inputs["persistent_value_HNK"][0]]
+    )
+    run = output(case, implementation)
+    found = run(inputs, 7)[0, -1, 0]
+    np.testing.assert_allclose(found, weight_X @ value_X, rtol=1e-4, atol=1e-5)
+    table = inputs["position_HLK"][:, : kept + (L - kept) // 128 * 64]
+    np.testing.assert_allclose(
+        run({**inputs, "position_HLK": table}, 7)[0, -1, 0], found, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("implementation", [x for x in IMPLEMENTATIONS if x not in EPSILON])
+def test_kernels_refuse_epsilon(implementation: str) -> None:
+    case = dataclasses.replace(CASES["plain"], epsilon=1e-8)
+    with pytest.raises(NotImplementedError, match=f"{implementation}: expected span_epsilon 0"):
+        call(arrays(case), implementation=implementation, **options(case))
 
 
 def test_unknown_implementation() -> None:
@@ -544,7 +598,7 @@ def run(operation, implementation):
         return jax.value_and_grad(loss)(inputs)
     return value_and_gradients(inputs)
 for implementation in IMPLEMENTATIONS[1:]:  # all but the definition
-    if implementation != "xla": inputs.pop("persistent_bias_HN", None)
+    if implementation == "pallas_tpu": inputs.pop("persistent_bias_HN", None)
     single = run(all_attention, implementation)
     spread = run(attention_over(mesh, 8), implementation)
     for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(spread), strict=True):

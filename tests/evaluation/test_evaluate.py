@@ -151,7 +151,16 @@ def test_words_of_nothing_but_line_ends() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["bias", "head_split", "single_head", "transformer", "transformer_xl", "pre_norm", "stable"],
+    [
+        "bias",
+        "epsilon",
+        "head_split",
+        "single_head",
+        "transformer",
+        "transformer_xl",
+        "pre_norm",
+        "stable",
+    ],
 )
 def test_kinds(name: str) -> None:
     """`authors` is the training pass, and `full` one pass over the whole text, for the other kinds

@@ -93,7 +93,9 @@ def test_logits_equal_the_training_pass(
     assert np.ptp(expected_TV) > 1, "the logits must differ by far more than the tolerance"
 
 
-@pytest.mark.parametrize("name", ["bias", "head_split", "transformer", "transformer_xl", "stable"])
+@pytest.mark.parametrize(
+    "name", ["bias", "epsilon", "head_split", "transformer", "transformer_xl", "stable"]
+)
 def test_kinds(logits: list, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The same for the other kinds of layers; Transformer-XL's begins with an empty memory, and its
     window slides.

@@ -14,6 +14,8 @@ import pytest
 from command_line import ROOT, call, flags, write_texts
 
 import allattn
+from allattn import sharding
+from allattn.evaluation import scoring
 from allattn.interchange.paper_checkpoints import to_ours, to_theirs
 from allattn.interchange.paper_state_dicts import SOURCES
 from allattn.model import Model
@@ -288,6 +290,49 @@ def test_recorded_state_dicts(name: str) -> None:
     assert back.keys() == state.keys()
     for key in state:
         np.testing.assert_array_equal(back[key], state[key])
+
+
+WORD_MODELS = ["model_pers_span_adaptio_tied", "model_pers_span_adaptio_untied"]
+
+
+@pytest.mark.parametrize("name", WORD_MODELS)
+def test_scores_of_word_models(name: str, tmp_path: Path, own_data_dir: None) -> None:
+    """What the papers' code printed for its own checkpoint, from the state dict to `evaluate`."""
+    g = golden_data.load(name)
+    state = {f"module.{key[2:]}": x for key, x in g.items() if key.startswith("p.")}
+    np.savez(tmp_path / "theirs.npz", **state)
+    # As many symbols as the model has, with <unk> and the end of a line.
+    words = [f"w{i:02}" for i in range(1, 39)]
+    lines = [" ".join(words[: 39 - i]) for i in range(1, 39)]
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for split in ("train", "valid", "test"):
+        (texts / f"{split}.txt").write_text("\n".join(lines) + "\n" * 10)
+    config = golden_data.layer_config(g)
+    changes: dict[str, Any] = {
+        "model__depth": config.depth,
+        "model__width": config.width,
+        "model__heads": config.heads,
+        "model__persistent": config.persistent,
+        "model__span__limit": config.limit,
+        "model__span__ramp": config.ramp,
+        "model__adaptive_io__cutoffs": "10,20",
+        "model__adaptive_io__division": config.division,
+        "model__adaptive_io__tied": config.tied,
+        "dataset__unit": "word",
+    }
+    words = [f"--checkpoint={tmp_path / 'theirs.npz'}", *flags(texts, **changes)]
+    done = call("convert", "--source=adaptive-span", *words, f"--workdir={tmp_path / 'run'}")
+    assert done.code == 0, done.err
+
+    # The two recorded streams, four times each: `authors` scores eight.
+    run = allattn.load(tmp_path / "run")
+    assert run.config.model.span.epsilon == 1e-8
+    tokens = np.tile(g["tokens"], (4, 1)).ravel()
+    mesh = sharding.mesh_over_rows()
+    options = {"protocol": "authors", "block": int(g["block"]), "mesh": mesh}
+    found = scoring.evaluate_tokens(run.model, run.params, tokens, **options)
+    assert found["nll"] == pytest.approx(g["nll"].mean(), rel=1e-6)
 
 
 # --- numbers that are none ------------------------------------------------------------------------

@@ -4,8 +4,8 @@ Dimension key: X layer, B batch, T position in the block, S cached position, H h
 model width.
 """
 
+import functools
 import math
-from collections.abc import Callable
 
 import golden_data as golden
 import jax
@@ -59,8 +59,8 @@ def attention_only(config, params: dict, position_LK, cache_BSD, h_BTD, attentio
     return jnp.einsum("bthk,hkd->btd", captured[0][0], params["output"])
 
 
-def layer_inputs(g: dict, dtype) -> tuple:
-    config = golden.layer_config(g)
+def layer_inputs(g: dict, dtype, **changes) -> tuple:
+    config = golden.layer_config(g, **changes)
     take = {k.removeprefix("p."): v.astype(dtype) for k, v in g.items() if k.startswith("p.")}
     params = golden.layer(take, config, "", "")
     params |= {
@@ -90,7 +90,8 @@ SLOW = [
 @pytest.mark.parametrize(("name", "implementation"), [*QUICK, *SLOW])
 def test_layer(name: str, implementation: str) -> None:
     g = golden.load(f"layer_{name}")
-    config, params, position, cache, h = layer_inputs(g, np.float32)
+    # The kernels have no epsilon, and it does not show.
+    config, params, position, cache, h = layer_inputs(g, np.float32, epsilon=0.0)
 
     def attention(*arrays, **options):
         return attention_package.all_attention(
@@ -126,22 +127,19 @@ def test_layer(name: str, implementation: str) -> None:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_float64(name: str) -> None:
-    """To 1e-9, with the 1e-8 that the authors add to their normaliser (see
-    golden_data.authors_attention).
-    """
+    """To 1e-9, with the 1e-8 that the authors add to their normaliser, and their trimming."""
     g = golden.load(f"layer_{name}", "golden64")
     with jax.enable_x64(True):
         config, params, position, cache, h = layer_inputs(g, np.float64)
+        definition = functools.partial(attention_package.all_attention, implementation="reference")
 
         def loss(h, params):
-            out = attention_only(config, params, position, cache, h, golden.authors_attention)
+            out = attention_only(config, params, position, cache, h, definition)
             return jnp.sum(out * g["cot"]), out
 
         (d_h, d_params), out = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(h, params)
-        # Their trimming changes the normaliser that the 1e-8 is added to (docs/exactness.md).
-        tolerance = 2e-8 if "trim" in name else 1e-9
-        assert golden.error(out, g["out"]) <= tolerance
-        assert golden.error(d_h, g["grad_h"]) <= tolerance
+        assert golden.error(out, g["out"]) <= 1e-9
+        assert golden.error(d_h, g["grad_h"]) <= 1e-9
         if config.adaptive:
             assert (
                 golden.error(d_params["span"], g["g.attn.adaptive_span._mask.current_val"][:, 0, 0])
@@ -164,26 +162,18 @@ def rounded_onto_tie(span, config) -> np.ndarray:
 @pytest.mark.parametrize("name", MODELS)
 def test_model(name: str) -> None:
     """With adaptive input, embeddings and so logits are large: the mask then leaves so little of
-    the softmax that the authors' 1e-8 shows, and is put back."""
-    g = golden.load(f"model_{name}")
-    attention = golden.authors_attention if "cutoffs" in g else attention_package.all_attention
-    check_model(g, "float32", attention, OUTPUT, GRADIENT)
+    the softmax that the authors' 1e-8 shows."""
+    check_model(golden.load(f"model_{name}"), "float32", OUTPUT, GRADIENT)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_model_float64(name: str) -> None:
     """To 1e-9, with the authors' 1e-8."""
     with jax.enable_x64(True):
-        check_model(
-            golden.load(f"model_{name}", "golden64"),
-            "float64",
-            golden.authors_attention,
-            1e-9,
-            1e-9,
-        )
+        check_model(golden.load(f"model_{name}", "golden64"), "float64", 1e-9, 1e-9)
 
 
-def check_model(g: dict, dtype: str, attention: Callable, output: float, gradient: float) -> None:
+def check_model(g: dict, dtype: str, output: float, gradient: float) -> None:
     """NLL, log-probabilities and states of four blocks, and the gradients of the last."""
     config = golden.layer_config(g, dtype=dtype)
     model = Model(config)
@@ -195,7 +185,7 @@ def check_model(g: dict, dtype: str, attention: Callable, output: float, gradien
     def run(params, cache, inputs, targets):
         def loss(params):
             network = model.bind(params)
-            forward = network.train_forward(inputs, cache, attention=attention)
+            forward = network.train_forward(inputs, cache)
             nll = network.io.nll(forward.hidden_BTD, targets)
             coefficient = float(g["span_loss_coeff"]) if config.adaptive else 0.0
             penalty = (

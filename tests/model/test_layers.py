@@ -59,7 +59,7 @@ def dense_layer(
 
     def renormalised(logits: np.ndarray, mask: np.ndarray) -> np.ndarray:
         weight = softmax(logits, axis=-1) * mask
-        return weight / weight.sum(-1, keepdims=True)
+        return weight / (weight.sum(-1, keepdims=True) + config.epsilon)
 
     if not config.persistent:
         out_BHTK = renormalised(logits_BHTS, mask_HTS) @ value_BHSK
@@ -186,7 +186,7 @@ def test_against_the_definition(name: str) -> None:
         h_BTD = norm(h_BTD, exact["final"])
     np.testing.assert_allclose(forward.hidden_BTD, h_BTD, atol=2e-5, rtol=0)
     mass = forward.mass_XBH
-    if name in ("joint", "bias", "stable"):
+    if name in ("joint", "bias", "epsilon", "stable"):
         assert ((mass > 0.1) & (mass < 0.9)).all()
     else:
         np.testing.assert_array_equal(mass, 0.5 if config.persistent else 0)

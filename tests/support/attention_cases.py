@@ -43,6 +43,7 @@ class Case:
     # Whether pairs have offsets, and which pairs an offset of -inf removes.
     offsets: bool = False
     removed: tuple[int, ...] = ()
+    epsilon: float = 0.0
 
 
 CASES = {
@@ -93,6 +94,21 @@ CASES = {
     "every pair removed": Case(
         N=3, offsets=True, removed=(0, 1, 2), query_start=0, key_start=3, spans=None
     ),
+    # Span and ramp are 13 distances; 22 are the next that are congruent to 150 modulo 64.
+    "epsilon": Case(
+        T=21,
+        S=180,
+        L=150,
+        spans=(8.5, 3.0),
+        offsets=True,
+        removed=(1,),
+        dropout=0.3,
+        magnitude=3.0,
+        epsilon=0.1,
+    ),
+    "epsilon with starts": Case(
+        query_start=(2, 11), key_start=(3, 9), N=0, epsilon=0.1, first_distance=0
+    ),
     "offsets alone": Case(S=0, L=0, spans=None, offsets=True, removed=(1,), two_queries=True),
 }
 
@@ -135,6 +151,7 @@ def options(case: Case) -> dict[str, Any]:
         "first_distance": case.first_distance,
         "ramp": case.ramp,
         "dropout_rate": case.dropout,
+        "span_epsilon": case.epsilon,
     }
     found |= {"dropout_seed": 7} if case.dropout else {}
     for name in ("query_start", "key_start"):

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from allattn.attention import all_attention, reference
 from allattn.model import ModelConfig
 
 HERE = Path(__file__).parents[1]
@@ -23,6 +21,8 @@ SHARED = HERE.parent.parent / "shared"
 # The largest error that float32 may have, as a share of the largest entry.
 OUTPUT = 2e-5
 GRADIENT = 1e-4
+# What the authors add to the sum of the weights after the mask of learned spans.
+EPSILON = 1e-8
 
 
 def load(name: str, folder: str = "golden") -> dict[str, np.ndarray]:
@@ -53,6 +53,7 @@ def layer_config(g: dict[str, np.ndarray], **changes: Any) -> ModelConfig:
         persistent=known["pers_mem_size"], dropout=0.0, embedding_dropout=0.0, dtype="float32"
     )
     fields |= dict(limit=known["span_max"], adaptive=adaptive, ramp=max(known["ramp"], 1), init=0.0)
+    fields |= dict(epsilon=EPSILON if adaptive else 0.0)
     if any("ff.fc1" in k for k in g):
         fields |= dict(layer="transformer", feed_forward=len(g[_first(g, "ff.fc1.bias")]))
     if "cutoffs" in g:
@@ -245,41 +246,3 @@ def error(ours: Any, theirs: Any) -> float:
     theirs = np.asarray(theirs, np.float64)
     assert ours.shape == theirs.shape, f"shape {ours.shape} against {theirs.shape}"
     return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-30))
-
-
-def authors_attention(query_BTHK, key_BSHK, value_BSHK, **options):
-    """Our reference as the authors compute it: their weights are divided by (sum + 1e-8) after the
-    mask.
-
-    With s the share of the unmasked softmax that the mask leaves, that multiplies every output by s
-    / (s + 1e-8). They trim distances beyond reach before the softmax, in steps of 64, which changes
-    s and nothing else.
-    """
-    out_BTHK, mass_BTH = all_attention(
-        query_BTHK, key_BSHK, value_BSHK, **{**options, "implementation": "reference"}
-    )
-    if options["span_H"] is None:
-        return out_BTHK, mass_BTH
-    _, T, _, K = query_BTHK.shape
-    S = key_BSHK.shape[1]
-    R = options["ramp"]
-    span_H = options["span_H"]
-    L = options["position_HLK"].shape[1]
-    size = jnp.clip(jnp.ceil(span_H.max()) + R, 0, L)
-    kept = L - jnp.floor(jnp.minimum(L - 1, L - size) / 64) * 64
-    distance_TS = S - T + jnp.arange(T)[:, None] - jnp.arange(S)
-    logits_BHTS = reference.context_logits(
-        *(query_BTHK, query_BTHK, key_BSHK, options["position_HLK"]), distance_TS[None] - 1, K**-0.5
-    )
-    visible_TS = (distance_TS >= 1) & (distance_TS <= kept)
-    context_BHTS = jnp.where(visible_TS, jnp.exp(logits_BHTS), 0)
-    persistent_BHT = 0.0
-    if options.get("persistent_key_HNK") is not None:
-        persistent_BHTN = (
-            jnp.einsum("bthk,hnk->bhtn", query_BTHK, options["persistent_key_HNK"]) * K**-0.5
-        )
-        persistent_BHT = jnp.exp(persistent_BHTN).sum(-1)
-    mask_HTS = reference.span_mask(distance_TS, span_H, R)[0]
-    left_BHT = (context_BHTS * mask_HTS).sum(-1) + persistent_BHT
-    share_BTH = (left_BHT / (context_BHTS.sum(-1) + persistent_BHT)).transpose(0, 2, 1)
-    return out_BTHK * (share_BTH / (share_BTH + 1e-8))[..., None], mass_BTH

@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     **{name: {"integration": name} for name in ("split", "head_split", "single_head")},
     "bias": {"persistent_bias": True},
     "single_head_bias": {"integration": "single_head", "persistent_bias": True},
+    "epsilon": {"epsilon": 0.05},
     "no_pairs": {"persistent": 0},
     "transformer": {"layer": "transformer", **_FEEDS},
     "ff_attention": {"layer": "transformer", "integration": "ff_attention", **_FEEDS},

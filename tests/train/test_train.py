@@ -4,7 +4,6 @@ Dimension key: X layer, B batch, T position in the block, S cached position.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +45,13 @@ def golden_config(g: dict[str, np.ndarray], name: str) -> ml_collections.ConfigD
     return c
 
 
-def follow(name: str, folder: str, attention: Callable, updates: int | None = None):
-    """Run the authors' updates; returns the largest error of a loss and of a span, and state,
-    numbers and geometry.
+def follow(name: str, folder: str, epsilon: float = 0.0, updates: int | None = None):
+    """Run the authors' updates, with their epsilon or 0; returns the largest error of a loss and of
+    a span, and state, numbers and geometry.
     """
     g = golden.load(f"traj_{name}", folder)
     c = golden_config(g, name)
+    c.model.span.epsilon = epsilon
     dtype = "float64" if folder == "golden64" else "float32"
     c.model.dtype = dtype
     config = ModelConfig.from_config(c)
@@ -62,7 +62,7 @@ def follow(name: str, folder: str, attention: Callable, updates: int | None = No
     cache_XBSD = model.empty_cache(g["data"].shape[0], config.limit)
     key = jax.random.key_data(jax.random.key(0))
     state = train.TrainState(jnp.int32(0), params, optimizer.init(params), cache_XBSD, key)
-    step = jax.jit(train.make_train_step(model, optimizer, c, config.limit, attention))
+    step = jax.jit(train.make_train_step(model, optimizer, c, config.limit, all_attention))
     last = -1
     before = -M
     losses = []
@@ -85,7 +85,7 @@ def follow(name: str, folder: str, attention: Callable, updates: int | None = No
 
 @pytest.mark.parametrize("name", ["adagrad", "adam", "adagrad_wrap", "adagrad_ff_nospan"])
 def test_trajectory(name: str) -> None:
-    loss, span, state, g, config = follow(name, "golden", all_attention)
+    loss, span, state, g, config = follow(name, "golden")
     assert loss <= 1e-5 and span <= 1e-5
     theirs = golden.params(g, config, "p1.")
     for ours, expected in zip(jax.tree.leaves(state.params), jax.tree.leaves(theirs), strict=True):
@@ -104,10 +104,10 @@ def test_trajectory_with_trimming() -> None:
     At update 21 this trajectory magnifies an earlier difference tenfold, in float64 as well:
     float32's rounding then shows as 1.2e-5 (`reference`) and 1.4e-5 (`xla`) in one loss.
     """
-    loss, span, *_ = follow("adagrad_trim_cache", "golden", all_attention, updates=20)
+    loss, span, *_ = follow("adagrad_trim_cache", "golden", updates=20)
     assert loss <= 1e-5 and span <= 1e-5
     with jax.enable_x64(True):
-        loss, span, *_ = follow("adagrad_trim_cache", "golden64", all_attention)
+        loss, span, *_ = follow("adagrad_trim_cache", "golden64")
     assert loss <= 1e-5 and span <= 1e-5
 
 
@@ -118,10 +118,10 @@ def test_trajectory_from_zero_spans() -> None:
     authors add to the normaliser decides the trajectory; float32, theirs too, rounds it away.
     Float64 with their 1e-8 must agree.
     """
-    loss, span, *_ = follow("adagrad_init0", "golden", all_attention, updates=5)
+    loss, span, *_ = follow("adagrad_init0", "golden", updates=5)
     assert loss <= 1e-5 and span <= 1e-5
     with jax.enable_x64(True):
-        loss, span, *_ = follow("adagrad_init0", "golden64", golden.authors_attention)
+        loss, span, *_ = follow("adagrad_init0", "golden64", golden.EPSILON)
     assert loss <= 1e-7 and span <= 1e-7
 
 
@@ -131,10 +131,10 @@ def test_trajectory_with_adaptive_io() -> None:
 
     Without their 1e-8 the losses differ by up to 6e-5 in float64 too (docs/exactness.md).
     """
-    loss, span, _, g, _ = follow("adam_adaptio", "golden", golden.authors_attention)
+    loss, span, _, g, _ = follow("adam_adaptio", "golden", golden.EPSILON)
     assert loss <= 1e-5 * g["loss"].min() and span <= 1e-5
     with jax.enable_x64(True):
-        loss, span, state, g, config = follow("adam_adaptio", "golden64", golden.authors_attention)
+        loss, span, state, g, config = follow("adam_adaptio", "golden64", golden.EPSILON)
     assert loss <= 1e-6 and span <= 1e-6
     theirs = golden.params(g, config, "p1.", np.float64)
     for ours, expected in zip(jax.tree.leaves(state.params), jax.tree.leaves(theirs), strict=True):

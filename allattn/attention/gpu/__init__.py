@@ -56,11 +56,13 @@ def all_attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Arr
       out_BTHK in the query's dtype and mass_BTH in float32.
 
     Raises:
-      NotImplementedError: pairs have offsets, the dtype is neither float32 nor bfloat16, or the
-        logits by position of one head of one row do not fit into the scratch array.
+      NotImplementedError: there is a span_epsilon, the dtype is neither float32 nor bfloat16, or
+        the logits by position of one head of one row do not fit into the scratch array.
     """
-    if inputs.persistent_bias_HN is not None:
-        raise NotImplementedError("pallas_gpu: expected persistent_bias_HN None, found an array")
+    if static.span_epsilon:
+        raise NotImplementedError(
+            f"pallas_gpu: expected span_epsilon 0, found {static.span_epsilon}"
+        )
     if inputs.query_BTHK.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(
             f"pallas_gpu: expected dtype float32 or bfloat16, found {inputs.query_BTHK.dtype}"
@@ -118,7 +120,10 @@ def _heads_in_columns(x_BXHK: Array) -> Array:
 
 
 def _flat(inputs: Inputs) -> Inputs:
-    """The inputs in rows and columns; the spans as they are."""
+    """The inputs in rows and columns; the spans as they are, and offsets of pairs in one row."""
+    bias_X = None
+    if inputs.persistent_bias_HN is not None:
+        bias_X = inputs.persistent_bias_HN.astype(jnp.float32).reshape(-1)
     return Inputs(
         query_BTHK=_heads_in_columns(inputs.query_BTHK),
         position_query_BTHK=_heads_in_columns(inputs.position_query_BTHK),
@@ -128,6 +133,7 @@ def _flat(inputs: Inputs) -> Inputs:
         persistent_key_HNK=_rows(inputs.persistent_key_HNK),
         persistent_value_HNK=_rows(inputs.persistent_value_HNK),
         span_H=inputs.span_H,
+        persistent_bias_HN=bias_X,
     )
 
 
@@ -301,6 +307,7 @@ def _attention_forward(
             persistent_key=flat.persistent_key_HNK,
             persistent_value=flat.persistent_value_HNK,
             logits=logits,
+            persistent_bias=flat.persistent_bias_HN,
         )
         return logits, call.run(forward.forward, grid, context, results)
 
@@ -438,6 +445,7 @@ def _query_gradients(
         lse=per_query.lse,
         delta=per_query.delta,
         d_logits=d_logits,
+        persistent_bias=flat.persistent_bias_HN,
     )
     return call.run(backward.query_gradients, call.query_grid(), inputs, queries)
 
@@ -462,9 +470,7 @@ def _in_shape_of(
     if sizes.shared:
         d_position_HLK = d_position_HLK.sum(0, keepdims=True)
     # Once for all chunks: these need no logits by position.
-    d_persistent_key_HNK, d_persistent_value_HNK = _persistent_gradients(
-        call, inputs, flat, per_query
-    )
+    d_pairs = _persistent_gradients(call, inputs, flat, per_query)
     # Every program has its part of a head row's span.
     d_span_BHP = keys.d_span.reshape(sizes.B, sizes.H, PROGRAMS)
     all_gradients = Inputs(
@@ -473,8 +479,9 @@ def _in_shape_of(
         key_BSHK=d_key_BSHK,
         value_BSHK=d_value_BSHK,
         position_HLK=d_position_HLK,
-        persistent_key_HNK=d_persistent_key_HNK,
-        persistent_value_HNK=d_persistent_value_HNK,
+        persistent_key_HNK=d_pairs.d_key,
+        persistent_value_HNK=d_pairs.d_value,
+        persistent_bias_HN=d_pairs.d_bias,
         span_H=d_span_BHP.sum((0, 2)) / call.static.ramp,
     )
     return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), all_gradients, inputs)
@@ -493,11 +500,14 @@ def _position_gradient(call: Call, sums: backward.PositionSums) -> Array:
 
 def _persistent_gradients(
     call: Call, inputs: Inputs, flat: Inputs, per_query: PerQuery
-) -> tuple[Array, Array]:
-    """Gradients of persistent keys and values, from sums over groups of rows."""
+) -> backward.PersistentGradientOutputs:
+    """Gradients of the pairs in the shapes of the inputs, from sums over groups of rows."""
     sizes = call.sizes
+    pairs = backward.PersistentGradientOutputs(
+        inputs.persistent_key_HNK, inputs.persistent_value_HNK, inputs.persistent_bias_HN
+    )
     if not sizes.N:
-        return inputs.persistent_key_HNK, inputs.persistent_value_HNK
+        return pairs
     operands = backward.PersistentGradientInputs(
         query=flat.query_BTHK,
         persistent_key=flat.persistent_key_HNK,
@@ -505,17 +515,17 @@ def _persistent_gradients(
         d_out=per_query.d_out,
         lse=per_query.lse,
         delta=per_query.delta,
+        persistent_bias=flat.persistent_bias_HN,
     )
     # A program for every tile of pairs and group of rows; the groups are added here.
     groups = min(GROUPS, sizes.B)
-    sums_XK = jax.ShapeDtypeStruct((groups * sizes.H * sizes.N, sizes.K), jnp.float32)
-    outputs = backward.PersistentGradientOutputs(sums_XK, sums_XK)
+    outputs = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((groups * sizes.H * sizes.N, *x.shape[2:]), jnp.float32),
+        pairs,
+    )
     grid = (pl.cdiv(sizes.N, sizes.key_tile), sizes.H, groups)
     sums = call.run(backward.persistent_gradients, grid, operands, outputs)
-    shape_GHNK = (groups, *inputs.persistent_key_HNK.shape)
-    d_key_HNK = sums.d_key.reshape(shape_GHNK).sum(0)
-    d_value_HNK = sums.d_value.reshape(shape_GHNK).sum(0)
-    return d_key_HNK, d_value_HNK
+    return jax.tree.map(lambda sum_X, x: sum_X.reshape(groups, *x.shape).sum(0), sums, pairs)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

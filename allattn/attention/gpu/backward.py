@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from allattn.attention.contract import Static
-from allattn.attention.gpu.forward import mask_pairs
+from allattn.attention.gpu.forward import pair_logits
 from allattn.attention.gpu.head_row import (
     HeadRow,
     Sizes,
@@ -92,38 +92,45 @@ def _before_dropout(static: Static, keeps: Array | None, d_weight: Array) -> Arr
     return jnp.where(keeps, d_weight, 0) * (1 / (1 - static.dropout_rate))
 
 
-def _pair_gradients(
-    head_row: HeadRow, pair_tile: Array, queries: QueryTile, key_NK: Array, value_NK: Array
-) -> tuple[Array, Array]:
+class PairTile(NamedTuple):
+    """A tile of persistent pairs."""
+
+    tile: Array
+    key_NK: Array
+    value_NK: Array
+    # reference to what is added to the logits, (H N); None: nothing is
+    bias: Any
+
+
+def _pair_gradients(head_row: HeadRow, pairs: PairTile, queries: QueryTile) -> tuple[Array, Array]:
     """Gradients of a tile of logits of persistent pairs, and the weights.
 
     Args:
       head_row: whose queries and pairs.
-      pair_tile: number of the tile of pairs.
+      pairs: a tile of pairs.
       queries: a tile of queries.
-      key_NK, value_NK: persistent keys and values of the tile.
 
     Returns:
-      d_logits_TN, before the scale, and the weights that dropout keeps, in the values' dtype.
+      d_logits_TN, before the scale, in float32, and the weights that dropout keeps, in the values'
+      dtype.
     """
     static = head_row.static
     sizes = head_row.sizes
-    pair_1N = indices(pair_tile, sizes.key_tile, 1)
+    pair_1N = indices(pairs.tile, sizes.key_tile, 1)
     keeps_TN = head_row.keeps_pairs(queries.query_T1, pair_1N)
 
     # The weights again, from the log-sum-exp.
-    logits_TN = dot(queries.query_TK, key_NK, NT_DIMENSIONS) * (static.scale * LOG2_E)
-    logits_TN = mask_pairs(sizes, pair_1N, logits_TN)
+    logits_TN = pair_logits(head_row, pair_1N, queries.query_TK, pairs.key_NK, pairs.bias)
     weight_TN = exp2(sizes, logits_TN - queries.lse_T1 * LOG2_E)
 
     # Their gradients, and those of the logits.
-    d_kept_TN = dot(queries.d_out_TK, value_NK, NT_DIMENSIONS)
+    d_kept_TN = dot(queries.d_out_TK, pairs.value_NK, NT_DIMENSIONS)
     d_weight_TN = _before_dropout(static, keeps_TN, d_kept_TN)
     d_logits_TN = weight_TN * (d_weight_TN - queries.delta_T1)
     kept_TN = weight_TN
     if keeps_TN is not None:
         kept_TN = jnp.where(keeps_TN, weight_TN, 0)
-    return d_logits_TN.astype(value_NK.dtype), kept_TN.astype(value_NK.dtype)
+    return d_logits_TN, kept_TN.astype(pairs.value_NK.dtype)
 
 
 # --- keys, values and span ------------------------------------------------------------------------
@@ -319,6 +326,8 @@ class QueryGradientInputs(NamedTuple):
     delta: Any
     # the scratch array, as `key_gradients` left it
     d_logits: Any
+    # (H N); None: nothing is added to the pairs' logits
+    persistent_bias: Any = None
 
 
 class QueryGradientOutputs(NamedTuple):
@@ -347,8 +356,9 @@ def _query_gradients(refs: QueryRefs, head_row: HeadRow, query_tile: Array) -> N
         pair_N1 = indices(tile, sizes.key_tile, 0)
         key_NK = load_pairs(inputs.persistent_key, sizes, head_row.head, pair_N1)
         value_NK = load_pairs(inputs.persistent_value, sizes, head_row.head, pair_N1)
-        d_logits_TN, _ = _pair_gradients(head_row, tile, queries, key_NK, value_NK)
-        return sum_TK + dot(d_logits_TN, key_NK)
+        pairs = PairTile(tile, key_NK, value_NK, inputs.persistent_bias)
+        d_logits_TN, _ = _pair_gradients(head_row, pairs, queries)
+        return sum_TK + dot(d_logits_TN.astype(key_NK.dtype), key_NK)
 
     def add_keys(masked: bool, tile: Array, sum_TK: Array) -> Array:
         key_C1 = indices(tile, sizes.key_tile, 0)
@@ -514,13 +524,18 @@ class PersistentGradientInputs(NamedTuple):
     d_out: Any
     lse: Any
     delta: Any
+    # (H N); None: nothing is added to the pairs' logits
+    persistent_bias: Any = None
 
 
 class PersistentGradientOutputs(NamedTuple):
-    """What `persistent_gradients` writes, both (groups H N, K)."""
+    """What `persistent_gradients` writes."""
 
+    # (groups H N, K)
     d_key: Any
     d_value: Any
+    # (groups H N); None: nothing is added to the pairs' logits
+    d_bias: Any = None
 
 
 class PersistentSums(NamedTuple):
@@ -528,6 +543,7 @@ class PersistentSums(NamedTuple):
 
     d_key_NK: Array
     d_value_NK: Array
+    d_bias_1N: Array | None
 
 
 def persistent_gradients(
@@ -542,6 +558,7 @@ def persistent_gradients(
     pair_N1 = indices(tile, sizes.key_tile, 0)
     key_NK = load_pairs(inputs.persistent_key, sizes, head, pair_N1)
     value_NK = load_pairs(inputs.persistent_value, sizes, head, pair_N1)
+    pairs = PairTile(tile, key_NK, value_NK, inputs.persistent_bias)
     query_tiles = pl.cdiv(sizes.T, sizes.query_tile)
 
     def add_queries(i: Array, sums: PersistentSums) -> PersistentSums:
@@ -549,17 +566,24 @@ def persistent_gradients(
         query_tile = jax.lax.rem(i, query_tiles)
         head_row = HeadRow.load(static, sizes, refs.scalars, row * sizes.H + head)
         queries = _load_query_tile(inputs, head_row, query_tile)
-        d_logits_TN, kept_TN = _pair_gradients(head_row, tile, queries, key_NK, value_NK)
-        d_key_NK = sums.d_key_NK + dot(d_logits_TN, queries.query_TK, TN_DIMENSIONS)
+        d_logits_TN, kept_TN = _pair_gradients(head_row, pairs, queries)
+        factor_TN = d_logits_TN.astype(key_NK.dtype)
+        d_key_NK = sums.d_key_NK + dot(factor_TN, queries.query_TK, TN_DIMENSIONS)
         d_value_NK = sums.d_value_NK + dot(kept_TN, queries.d_out_TK, TN_DIMENSIONS)
-        return PersistentSums(d_key_NK, d_value_NK)
+        d_bias_1N = None
+        if sums.d_bias_1N is not None:
+            d_bias_1N = sums.d_bias_1N + jnp.sum(d_logits_TN, axis=0, keepdims=True)
+        return PersistentSums(d_key_NK, d_value_NK, d_bias_1N)
 
     # All tiles of queries of the group's rows.
     next_group = group + 1
     begin = jax.lax.div(group * sizes.B, groups) * query_tiles
     end = jax.lax.div(next_group * sizes.B, groups) * query_tiles
     zeros_NK = zeros(sizes, sizes.key_tile)
-    sums = PersistentSums(zeros_NK, zeros_NK)
+    d_bias_1N = None
+    if inputs.persistent_bias is not None:
+        d_bias_1N = jnp.zeros((1, sizes.key_tile), jnp.float32)
+    sums = PersistentSums(zeros_NK, zeros_NK, d_bias_1N)
     sums = jax.lax.fori_loop(begin, end, add_queries, sums)
 
     row_N1 = (group * sizes.H + head) * sizes.N + pair_N1
@@ -568,3 +592,7 @@ def persistent_gradients(
     store(refs.outputs.d_key, sizes, 0, row_N1, exists_N1, d_key_NK)
     d_value_NK = sums.d_value_NK / (1 - static.dropout_rate)
     store(refs.outputs.d_value, sizes, 0, row_N1, exists_N1, d_value_NK)
+    if sums.d_bias_1N is not None:
+        pair_1N = indices(tile, sizes.key_tile, 1)
+        index_1N = (group * sizes.H + head) * sizes.N + pair_1N
+        store_at(refs.outputs.d_bias, index_1N, pair_1N < sizes.N, sums.d_bias_1N)

@@ -27,6 +27,7 @@ from allattn.attention.gpu.memory import (
     exp2,
     load_by_key,
     load_keys,
+    load_pair_bias,
     load_pairs,
     load_positions,
     load_queries,
@@ -105,6 +106,8 @@ class ForwardInputs(NamedTuple):
     persistent_value: Any
     # the scratch array, as `logits_by_position` left it
     logits: Any
+    # (H N); None: nothing is added to the pairs' logits
+    persistent_bias: Any = None
 
 
 class ForwardOutputs(NamedTuple):
@@ -224,8 +227,7 @@ def _add_pairs(
     pair_N1 = indices(tile, sizes.key_tile, 0)
     pair_1N = indices(tile, sizes.key_tile, 1)
     key_NK = load_pairs(inputs.persistent_key, sizes, head_row.head, pair_N1)
-    logits_TN = dot(queries.query_TK, key_NK, NT_DIMENSIONS) * (head_row.static.scale * LOG2_E)
-    logits_TN = mask_pairs(sizes, pair_1N, logits_TN)
+    logits_TN = pair_logits(head_row, pair_1N, queries.query_TK, key_NK, inputs.persistent_bias)
     keeps_TN = head_row.keeps_pairs(queries.query_T1, pair_1N)
     value_NK = load_pairs(inputs.persistent_value, sizes, head_row.head, pair_N1)
     return softmax.add(sizes, logits_TN, None, keeps_TN, value_NK)
@@ -263,8 +265,22 @@ def _add_keys(
     return softmax.add(sizes, logits_TC, mask_TC, keeps_TC, value_CK)
 
 
-def mask_pairs(sizes: Sizes, pair: Array, logits: Array) -> Array:
-    """Logits of persistent pairs, MASKED_LOGIT beyond the last one."""
+def pair_logits(
+    head_row: HeadRow, pair_1N: Array, query_TK: Array, key_NK: Array, bias: Any
+) -> Array:
+    """Logits of a tile of persistent pairs times log2(e), without weight beyond the last one.
+
+    Args:
+      head_row: whose queries and pairs.
+      pair_1N: numbers of the pairs.
+      query_TK, key_NK: the queries and the pairs' keys.
+      bias: reference to what is added, (H N); None: nothing is.
+    """
+    sizes = head_row.sizes
+    logits_TN = dot(query_TK, key_NK, NT_DIMENSIONS) * (head_row.static.scale * LOG2_E)
+    # A pair that does not exist is one that an offset removes.
+    if bias is not None:
+        return logits_TN + load_pair_bias(bias, sizes, head_row.head, pair_1N) * LOG2_E
     if sizes.N % sizes.key_tile == 0:
-        return logits
-    return jnp.where(pair < sizes.N, logits, MASKED_LOGIT)
+        return logits_TN
+    return jnp.where(pair_1N < sizes.N, logits_TN, MASKED_LOGIT)

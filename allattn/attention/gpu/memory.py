@@ -103,6 +103,12 @@ def load_pairs(ref: Any, sizes: Sizes, head: Any, pair_N1: Array) -> Array:
     return load(ref, sizes, 0, head * sizes.N + pair_N1, pair_N1 < sizes.N)
 
 
+def load_pair_bias(ref: Any, sizes: Sizes, head: Any, pair_1N: Array) -> Array:
+    """Load what is added to pairs' logits, which lies head by head; -inf beyond the last one."""
+    index_1N = head * sizes.N + pair_1N
+    return plgpu.load(ref.at[index_1N], mask=pair_1N < sizes.N, other=-jnp.inf)
+
+
 def load_positions(ref: Any, head_row: HeadRow, column_D1: Array) -> Array:
     """Load the position keys of some columns of the scratch array."""
     sizes = head_row.sizes

@@ -35,10 +35,15 @@ def all_attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Arr
       out_BTHK in the query's dtype and mass_BTH in float32.
 
     Raises:
-      NotImplementedError: pairs have an offset, the dtype is neither float32 nor bfloat16.
+      NotImplementedError: pairs have offsets, there is a span_epsilon, or the dtype is neither
+        float32 nor bfloat16.
     """
     if inputs.persistent_bias_HN is not None:
         raise NotImplementedError("pallas_tpu: expected persistent_bias_HN None, found an array")
+    if static.span_epsilon:
+        raise NotImplementedError(
+            f"pallas_tpu: expected span_epsilon 0, found {static.span_epsilon}"
+        )
     if inputs.query_BTHK.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(
             f"pallas_tpu: expected dtype float32 or bfloat16, found {inputs.query_BTHK.dtype}"

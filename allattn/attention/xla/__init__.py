@@ -15,6 +15,7 @@ reach (farthest first), P the same padded to R + T + 1, A head width and one col
 carries log m.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from allattn.attention.numerics import LEAST_TOP, log_sum
 from allattn.attention.span import (
     MASKED_LOGIT,
     MAX_MASK_DERIVATIVE,
+    kept_distances,
     last_distance,
     ramp_position,
     reach,
@@ -56,14 +58,43 @@ def all_attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Arr
     Returns:
       out_BTHK in the query's dtype and mass_BTH in the dtype of the statistics.
     """
-    return _attention(static, inputs, dynamic)
+    out_BTHK, mass_BTH, lse_BTH = _attention(static, inputs, dynamic)
+    if not static.span_epsilon:
+        return out_BTHK, mass_BTH
+    # The papers' normaliser makes all weights of a query smaller by the same factor.
+    factor_BTH = _epsilon_factor(static, inputs, dynamic, lse_BTH)
+    scaled_BTHK = out_BTHK.astype(factor_BTH.dtype) * factor_BTH[..., None]
+    mass_BTH = mass_BTH * jax.lax.stop_gradient(factor_BTH)
+    return scaled_BTHK.astype(out_BTHK.dtype), mass_BTH
+
+
+def _epsilon_factor(static: Static, inputs: Inputs, dynamic: Dynamic, lse_BTH: Array) -> Array:
+    """masked sum / (masked sum + epsilon x unmasked sum), of every query.
+
+    Args:
+      static, inputs, dynamic: of the call.
+      lse_BTH: log of the masked sums.
+    """
+    # All that are kept count fully, and nothing beyond: a ramp of 1 behind them.
+    kept = kept_distances(inputs.span_H, static.ramp, inputs.position_HLK.shape[1])
+    span = (static.first_distance + kept - 2).astype(inputs.span_H.dtype)
+    unmasked = inputs._replace(span_H=jnp.full_like(inputs.span_H, span))
+    unmasked_static = dataclasses.replace(static, ramp=1, dropout_rate=0.0)
+    _, _, unmasked_lse_BTH = _attention(unmasked_static, unmasked, dynamic)
+
+    # Where nothing has a weight there is no logarithm, and nothing to divide.
+    is_any_BTH = lse_BTH < -MASKED_LOGIT / 2
+    excess_BTH = jnp.where(is_any_BTH, lse_BTH - unmasked_lse_BTH, 0)
+    share_BTH = jnp.exp(excess_BTH)
+    return share_BTH / (share_BTH + static.span_epsilon)
 
 
 # --- all heads -----------------------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Array, Array]:
+def _attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Array, Array, Array]:
+    """Output, persistent mass, and lse_BTH, the log-sum-exp with a gradient where it is used."""
     return _attention_forward(static, inputs, dynamic)[0]
 
 
@@ -72,18 +103,22 @@ def _attention_forward(static: Static, inputs: Inputs, dynamic: Dynamic) -> tupl
     out_HBTK, mass_HBT, lse_HBT = _for_each_head(static, inputs, dynamic, _head_forward, ())
     out_BTHK = _heads_third(out_HBTK).astype(inputs.query_BTHK.dtype)
     out_BTHK, lse_HBT = name_for_remat(out_BTHK, lse_HBT)
-    return (out_BTHK, mass_HBT.transpose(1, 2, 0)), (inputs, out_BTHK, lse_HBT, dynamic)
+    results = (out_BTHK, mass_HBT.transpose(1, 2, 0), lse_HBT.transpose(1, 2, 0))
+    return results, (inputs, out_BTHK, lse_HBT, dynamic)
 
 
 def _attention_backward(static: Static, residuals: tuple, cotangents: tuple) -> tuple:
     inputs, out_BTHK, lse_HBT, dynamic = residuals
-    d_out_BTHK, _ = cotangents
+    d_out_BTHK, _, d_lse_BTH = cotangents
     inputs, out_BTHK, lse_HBT, d_out_BTHK = forbid_second_derivative(
         (inputs, out_BTHK, lse_HBT, d_out_BTHK)
     )
     # The sum of weight times gradient of the weight, which softmax's derivative subtracts.
     dtype = lse_HBT.dtype
     delta_BTH = jnp.sum(d_out_BTHK.astype(dtype) * out_BTHK.astype(dtype), axis=-1)
+    # A logit's gradient of the log-sum-exp is its weight.
+    if static.span_epsilon:
+        delta_BTH -= d_lse_BTH
     delta_HBT = delta_BTH.transpose(2, 0, 1)
     by_head = _for_each_head(
         static, inputs, dynamic, _head_backward, (d_out_BTHK, lse_HBT, delta_HBT)
