@@ -4,7 +4,6 @@ Dimension key: X layer, B batch, T position in the block, S cached position, H h
 model width.
 """
 
-import functools
 import math
 
 import golden_data as golden
@@ -131,7 +130,10 @@ def test_layer_float64(name: str) -> None:
     g = golden.load(f"layer_{name}", "golden64")
     with jax.enable_x64(True):
         config, params, position, cache, h = layer_inputs(g, np.float64)
-        definition = functools.partial(attention_package.all_attention, implementation="reference")
+
+        def definition(*arrays, **options):
+            options["implementation"] = "reference"
+            return attention_package.all_attention(*arrays, **options)
 
         def loss(h, params):
             out = attention_only(config, params, position, cache, h, definition)
