@@ -125,6 +125,7 @@ FIELDS = {
     "train.accumulation": Field(least=1, may_change=True),
     "train.remat": Field(may_change=True),
     "train.init_from": Field(may_change=True),  # without effect once there is a checkpoint
+    "train.grown_share": Field(least=0, below=1, may_change=True),  # nor has this
     "train.steps": Field(least=0, may_change=True),
     "train.finetune_steps": Field(least=0, may_change=True),
     "train.restore_on_spike": Field(least=0, may_change=True),
@@ -414,6 +415,18 @@ TRAINING_RULES = (
         field="model.span.ramp",
         holds=lambda c: not c.model.span.adaptive or c.model.span.ramp <= c.model.span.limit,
         expected=lambda c: f"at most model.span.limit {c.model.span.limit}",
+    ),
+    Rule(
+        name="a start for a share of pairs",
+        field="train.grown_share",
+        holds=lambda c: not c.train.grown_share or bool(c.train.init_from),
+        expected="0 without train.init_from",
+    ),
+    Rule(
+        name="offsets for a share of pairs",
+        field="train.grown_share",
+        holds=lambda c: not c.train.grown_share or c.model.persistent_bias,
+        expected="0 with model.persistent_bias False",
     ),
     # The papers' normaliser depends on the largest span of a layer.
     Rule(

@@ -103,6 +103,9 @@ def get_config() -> ConfigDict:
     # "": nothing
     c.train.remat = ""
     c.train.init_from = ""  # workdir whose newest parameters this run starts from; "": random ones
+    # share of the pairs' weight for pairs that init_from's model lacks or has removed; 0: they are
+    # removed, and the function is its own
+    c.train.grown_share = 0.0
     c.train.steps = 450_000  # updates
     c.train.finetune_steps = 30_000  # further steps at a tenth of the rate
     # nats by which the loss of a step may exceed the lowest so far; beyond, or where it is not a

@@ -101,6 +101,8 @@ BROKEN = {
     },
     "a choice of recomputation that exists": {"train.remat": "all"},
     "a ramp within the limit": {"model.span.limit": 16},
+    "a start for a share of pairs": {"train.grown_share": 0.1, "model.persistent_bias": True},
+    "offsets for a share of pairs": {"train.grown_share": 0.1, "train.init_from": "runs/x"},
     "all heads on a device for the papers' normaliser": {
         "model.span.epsilon": 1e-8,
         "mesh.tensor": 2,

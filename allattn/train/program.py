@@ -15,6 +15,7 @@ from allattn.errors import UserError
 from allattn.model import Model, ModelConfig, Params
 from allattn.train import optim
 from allattn.train.context import choose_context_length
+from allattn.train.growth import grow_pairs
 from allattn.train.state import TrainState, initial_state
 from allattn.train.step import make_train_step
 
@@ -98,6 +99,20 @@ class TrainProgram:
         if params:
             state = dataclasses.replace(state, params=params)
         return state, context_length
+
+    def grown(self, params: Params) -> Params:
+        """Parameters of this run's model, from those of the same model with fewer pairs.
+
+        Args:
+          params: on the mesh; `growth.grow_pairs` says what becomes of them.
+        """
+        share = self.config.train.grown_share
+
+        def grow(params: Params) -> Params:
+            fresh = self.model.init(jax.random.key(self.config.seed))
+            return grow_pairs(params, fresh, share)
+
+        return jax.jit(grow, out_shardings=self._shardings(1).params)(params)
 
     def restored_state(
         self, arrays: tuple[Any, Any, Any], meta: dict[str, Any]

@@ -8,12 +8,13 @@ import jax
 
 from allattn.attention import dropout
 from allattn.config import changed_fields, from_json
-from allattn.config_checks import MAY_CHANGE_ON_RESUMING, MAY_CHANGE_ON_WARM_START
+from allattn.config_checks import MAY_CHANGE_ON_RESUMING
 from allattn.data import Dataset, Vocabulary
 from allattn.errors import UserError
 from allattn.model import Params
 from allattn.model.parameters import check_spans
 from allattn.storage import checkpoint
+from allattn.train import growth
 from allattn.train.program import TrainProgram
 from allattn.train.state import TrainState
 from allattn.train.trainer import Trainer
@@ -160,15 +161,9 @@ def warm_start(program: TrainProgram, dataset: Dataset) -> Params | None:
         with checkpoints.parsing(step):
             other_model = from_json(meta["config"]).model
 
-        # The shapes of the parameters, and what each row of the embedding stands for, must agree.
-        changed = changed_fields(
-            other_model, program.config.model, MAY_CHANGE_ON_WARM_START, ("there", "here")
-        )
-        if changed:
-            raise UserError(
-                f"train.init_from: {source}: expected the model of this configuration, "
-                f"found {'; '.join(changed)}"
-            )
+        # The shapes of the parameters, and what each row of the embedding stands for, must agree;
+        # pairs may be added.
+        growth.check_models(other_model, program.config.model, source)
         difference = _first_difference(meta, dataset, ("there", "here"))
         if difference:
             raise UserError(
@@ -177,6 +172,11 @@ def warm_start(program: TrainProgram, dataset: Dataset) -> Params | None:
             )
 
         # Parameters are the same for every context length.
-        params = checkpoints.restore_params(program.abstract_state(1).params)
+        wanted = program
+        if growth.grows(other_model, program.config.model):
+            wanted = TrainProgram(growth.pairs_of(program.config, other_model), program.mesh)
+        params = checkpoints.restore_params(wanted.abstract_state(1).params)
     check_spans(params, f"train.init_from: {source}")
+    if wanted is not program or program.config.train.grown_share:
+        params = program.grown(params)
     return params

@@ -65,11 +65,22 @@ def train_step(
     # The papers' update rule; the spans stay in [0, 1].
     updates, optimizer_state = options.optimizer.update(gradients, state.optimizer, state.params)
     params = clip_spans(options.config, optax.apply_updates(state.params, updates))
+    params = keep_removed(options.config, params, state.params)
 
     # The block becomes the newest part of the cache.
     cache_XBSD = shift_cache(cache_XBSD, outputs.new_XBTD)
     next_state = TrainState(state.step + 1, params, optimizer_state, cache_XBSD, state.key)
     return next_state, measure(options.config, params, gradients, outputs, batch.inputs_BT.size)
+
+
+def keep_removed(config: ml_collections.ConfigDict, params: Params, before: Params) -> Params:
+    """Pairs that an offset of -inf removes stay so: of it no decay and no average is a number."""
+    if not config.model.persistent_bias:
+        return params
+    old_XHN = before["layers"]["persistent_bias"]
+    new_XHN = params["layers"]["persistent_bias"]
+    bias_XHN = jnp.where(jnp.isneginf(old_XHN), old_XHN, new_XHN)
+    return {**params, "layers": {**params["layers"], "persistent_bias": bias_XHN}}
 
 
 def make_train_step(
