@@ -88,8 +88,9 @@ def test_opened_pairs(place: Path) -> None:
     assert layers["persistent_key"][:, :, 16:].any()
 
     # Closed pairs that are opened later are the same.
-    decay = {"optimizer__name": "adamw", "optimizer__weight_decay": 0.1}
-    by, closed = grown(place, True, model__persistent=64, **decay)
+    changes = {"optimizer__name": "adamw", "optimizer__weight_decay": 0.1}
+    changes |= {"model__persistent": 64, "model__implementation": "reference"}
+    by, closed = grown(place, True, **changes)
     again = growth.grow_pairs(closed, closed, 0.05)
     jax.tree.map(np.testing.assert_array_equal, again, params)
     state, context_length = by.fresh_state(closed)
