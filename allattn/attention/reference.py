@@ -159,6 +159,7 @@ def all_attention(
 
     # Exponentials less the largest logit that enters a sum; those of the context times m.
     weighed_BHTS = counts_BHTS & (mask_BHTS > 0)
+    # So does what the papers' code keeps, if its sum is asked for.
     if span_epsilon and span_H is not None:
         beyond_kept = first_distance + kept_distances(span_H, ramp, L)
         kept_B1TS = (exists_BTS & (distance_BTS < beyond_kept))[:, None]
@@ -172,6 +173,7 @@ def all_attention(
 
     # One softmax over both. No key at all and N = 0: weights, output and gradients are 0.
     total_BHT1 = context_BHTS.sum(-1, keepdims=True) + persistent_BHTN.sum(-1, keepdims=True)
+    # The papers' code adds to it a share of what the mask takes away.
     if span_epsilon and span_H is not None:
         unmasked_BHTS = jnp.exp(jnp.where(kept_B1TS, excess_BHTS, -jnp.inf))
         unmasked_BHT1 = unmasked_BHTS.sum(-1, keepdims=True)

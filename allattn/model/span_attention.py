@@ -91,6 +91,7 @@ class SpanAttention(AttentionLayer):
         # whose spans have a leading dimension.
         longest = jnp.max(self.span_tokens(), axis=-1)
         needed = reach(longest, self.config.ramp, 1, S)
+        # The papers' normaliser also sees what their code keeps beyond.
         if self.config.epsilon:
             needed = jnp.minimum(needed + TRIM_STEP - 1, S)
         return jnp.searchsorted(jnp.array(lengths(S, T)), needed)

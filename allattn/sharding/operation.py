@@ -53,6 +53,7 @@ def attention_over(mesh: Mesh, rows: int) -> Callable[..., Any]:
     def attention(query_BTHK, key_BSHK, value_BSHK, **options):
         # Arrays among the options are split as well; what is left in `options` is the same on all
         # devices, such as the length of the ramp.
+        # Each device would find the largest span of its own heads.
         if options.get("span_epsilon") and mesh.shape["tensor"] > 1:
             raise NotImplementedError(
                 "span_epsilon: expected all heads of a layer on a device, as mesh.tensor 1 has "

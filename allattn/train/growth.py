@@ -58,7 +58,7 @@ def check_models(
                 f"{start} model.persistent_bias True in this configuration, so that pairs can be "
                 f"added to its {there.persistent} without effect, found False"
             )
-        # What is different may become the same.
+        # All other fields must be the same.
         there = there.copy_and_resolve_references().unlock()
         there.update({name: here[name] for name in FIELDS_OF_PAIRS})
     changed = changed_fields(there, here, MAY_CHANGE_ON_WARM_START, ("there", "here"))
@@ -89,6 +89,7 @@ def grow_pairs(params: Params, fresh: Params, share: float) -> Params:
 
     def grown(path: tuple, new: Array) -> Array:
         name = _name(path)
+        # The pairs that were there come first.
         if name.endswith("persistent_key"):
             old_XHNK = before[name]
             return jnp.concatenate([old_XHNK, new[:, :, old_XHNK.shape[2] :]], axis=2)
@@ -98,6 +99,7 @@ def grow_pairs(params: Params, fresh: Params, share: float) -> Params:
             keys = before[name.replace("bias", "key")]
             old_XHN = before.get(name, jnp.zeros((*new.shape[:2], keys.shape[2]), new.dtype))
             return _open_pairs(_more_offsets(old_XHN, new.shape[2]), share)
+        # What is not of the pairs stays as it was.
         return before[name]
 
     return jax.tree_util.tree_map_with_path(grown, fresh)
@@ -125,6 +127,7 @@ def _open_pairs(bias_XHN: Array, share: float) -> Array:
     """Give an offset to the pairs that are removed."""
     if share == 0:
         return bias_XHN
+    # Where none is removed the offset is not used.
     removed_XHN = jnp.isneginf(bias_XHN)
     others_XH1 = jax.nn.logsumexp(bias_XHN, axis=2, keepdims=True)
     number_XH1 = removed_XHN.sum(2, keepdims=True)

@@ -109,6 +109,7 @@ class TrainProgram:
         share = self.config.train.grown_share
 
         def grow(params: Params) -> Params:
+            # Of these only keys of the new pairs are drawn: the compiler leaves out the rest.
             fresh = self.model.init(jax.random.key(self.config.seed))
             return grow_pairs(params, fresh, share)
 

@@ -519,6 +519,7 @@ def _persistent_gradients(
     )
     # A program for every tile of pairs and group of rows; the groups are added here.
     groups = min(GROUPS, sizes.B)
+    # In rows as the kernel has them, a group after the other.
     outputs = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((groups * sizes.H * sizes.N, *x.shape[2:]), jnp.float32),
         pairs,

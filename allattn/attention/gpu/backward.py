@@ -580,6 +580,7 @@ def persistent_gradients(
     begin = jax.lax.div(group * sizes.B, groups) * query_tiles
     end = jax.lax.div(next_group * sizes.B, groups) * query_tiles
     zeros_NK = zeros(sizes, sizes.key_tile)
+    # Sums over queries; of offsets only where there are some.
     d_bias_1N = None
     if inputs.persistent_bias is not None:
         d_bias_1N = jnp.zeros((1, sizes.key_tile), jnp.float32)
@@ -592,6 +593,7 @@ def persistent_gradients(
     store(refs.outputs.d_key, sizes, 0, row_N1, exists_N1, d_key_NK)
     d_value_NK = sums.d_value_NK / (1 - static.dropout_rate)
     store(refs.outputs.d_value, sizes, 0, row_N1, exists_N1, d_value_NK)
+    # Offsets have one number for each pair, head by head as the rows.
     if sums.d_bias_1N is not None:
         pair_1N = indices(tile, sizes.key_tile, 1)
         index_1N = (group * sizes.H + head) * sizes.N + pair_1N
