@@ -141,6 +141,8 @@ def test_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             (SLICE / f"{split}.txt").read_bytes()[:size]
         )
     changes: dict[str, Any] = {"dataset.name": "files", "dataset.data_dir": str(tmp_path / "texts")}
+    # As many symbols as the text has, as in the papers' runs.
+    changes["dataset.numbering"] = "appearance"
     changes |= {
         "model.depth": 2,
         "model.width": 128,
