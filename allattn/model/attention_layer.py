@@ -198,7 +198,7 @@ class AttentionLayer(Sublayer, abc.ABC):
           choice: the layer's index from `choose_length`.
 
         Returns:
-          key_BSHK and value_BSHK, zeros where no head looks (reach_projection.py).
+          key_BSHK and value_BSHK; where no head looks they may be anything (reach_projection.py).
         """
         S = cache_XBSD.shape[2]
         T = h_BTD.shape[1]
@@ -208,7 +208,10 @@ class AttentionLayer(Sublayer, abc.ABC):
         if choice is not None:
             sizes = lengths(S, T)
             chosen = choice
-        key_BSHK, value_BSHK = project_one_of(sizes, chosen, x, self._kernels(), cache_XBSD, h_BTD)
+        # The definition reads all keys, as a norm of keys does.
+        filled = self.config.implementation == "reference" or self.config.qk_norm
+        states = (x, self._kernels(), cache_XBSD, h_BTD)
+        key_BSHK, value_BSHK = project_one_of(sizes, filled, chosen, *states)
         return self._normalised_keys(key_BSHK), value_BSHK
 
     def _kernels(self) -> Kernels:

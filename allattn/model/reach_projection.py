@@ -8,7 +8,7 @@ states that its longest span and ramp reach:
     cache of layer x    [ . . . . . . . . . . . . . . . . . . . . . ]  S states, oldest first
     within reach                            [ . . . . . . . . . . ]  `size` of them, projected
     block                                                           [ . . . . ]  T states
-    keys and values     [ 0 0 0 0 0 0 0 0 0 0 k k k k k k k k k k k   k k k k ]
+    keys and values     [ . . . . . . . 0 0 0 k k k k k k k k k k k   k k k k ]
 
 The reach is known only at run time and differs by layer, while shapes are static. Therefore code
 for a few sizes is compiled, and a `lax.switch` inside the scan over layers runs one of them. It
@@ -29,7 +29,7 @@ cached and block), H head, K head width, E all heads side by side, D model width
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,9 @@ from allattn.attention.xla.tiles import reach_sizes
 from allattn.model.norm import layer_norm
 
 Array = jax.Array
+
+# Keys beyond reach that an implementation may read: at most as many as it works on at once.
+LARGEST_TILE = 1024
 
 
 class InputNorm(NamedTuple):
@@ -69,11 +72,16 @@ def project(kernel_DHK: Array, states_BSD: Array) -> Array:
     Returns:
       Projected states, as out_BSHK.
     """
-    # Parameters are in float32; the product is in the dtype of the activations.
-    D, H, K = kernel_DHK.shape
-    kernel_DE = kernel_DHK.astype(states_BSD.dtype).reshape(D, H * K)
+    _, H, K = kernel_DHK.shape
     B, S, _ = states_BSD.shape
-    return (states_BSD @ kernel_DE).reshape(B, S, H, K)
+    out_BSE = states_BSD @ _side_by_side(kernel_DHK, states_BSD.dtype)
+    return out_BSE.reshape(B, S, H, K)
+
+
+def _side_by_side(kernel_DHK: Array, dtype: Any) -> Array:
+    """Weights as kernel_DE; parameters are in float32, products in the activations' dtype."""
+    D, H, K = kernel_DHK.shape
+    return kernel_DHK.astype(dtype).reshape(D, H * K)
 
 
 def project_both(kernels: Kernels, states_BSD: Array) -> tuple[Array, Array]:
@@ -103,9 +111,10 @@ def last_states(cache_XBSD: Array, x: Array | int, length: int) -> Array:
     return jax.lax.dynamic_slice(cache_XBSD, (x, 0, S - length, 0), (1, B, length, D))[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def project_one_of(
     sizes: tuple[int, ...],
+    filled: bool,
     choice: Array | int,
     x: Array | int,
     kernels: Kernels,
@@ -116,6 +125,7 @@ def project_one_of(
 
     Args:
       sizes: from `lengths`; static.
+      filled: whether there are zeros where nothing is projected, for those who read them; static.
       choice: index in `sizes`, int32, may be traced.
       x: the layer, may be traced. Its states are read inside the branch that runs.
       kernels: weights of the layer.
@@ -123,39 +133,59 @@ def project_one_of(
       h_BTD: inputs of the layer in this block.
 
     Returns:
-      key_BSHK and value_BSHK of S cached states and the block; zeros for the cached states before
-      the last sizes[choice].
+      key_BSHK and value_BSHK of S cached states and the block. Those of cached states before the
+      last sizes[choice] are zeros; if not `filled`, only of the nearest `LARGEST_TILE` of them, and
+      others may be anything, even not a number.
     """
     # One branch for each size. The whole cache is an operand: only the branch that runs reads its
     # part of it.
-    branches = [functools.partial(_project_last, size) for size in sizes]
-    return jax.lax.switch(choice, branches, x, kernels, cache_XBSD, h_BTD)
+    branches = [functools.partial(_project_last, size, filled) for size in sizes]
+    key_BSE, value_BSE = jax.lax.switch(choice, branches, x, kernels, cache_XBSD, h_BTD)
+    # Heads go apart out here: a TPU stores narrow ones with positions along lanes, and the results
+    # of a branch as they are.
+    B, S, _ = key_BSE.shape
+    _, H, K = kernels.key_DHK.shape
+    return key_BSE.reshape(B, S, H, K), value_BSE.reshape(B, S, H, K)
 
 
 def _project_last(
-    size: int, x: Array | int, kernels: Kernels, cache_XBSD: Array, h_BTD: Array
-) -> tuple[Array, Array]:
-    """Keys and values of the last `size` cached states and the block, behind zeros.
+    size: int, filled: bool, x: Array | int, kernels: Kernels, cache_XBSD: Array, h_BTD: Array
+) -> tuple[Array, ...]:
+    """Keys and values of the last `size` cached states and the block, as key_BSE and value_BSE.
 
-    Cache and block are projected separately and the results concatenated: concatenating the states
-    first makes a step on a CPU 3 % slower.
+    Cache and block are projected separately, each into its place: concatenating the states first
+    makes a step on a CPU 3 % slower.
     """
     S = cache_XBSD.shape[2]
     cache_BSD = last_states(cache_XBSD, x, size)
+    cached = project_both(kernels, cache_BSD)
+    new = project_both(kernels, h_BTD)
 
-    cached_key_BSHK, cached_value_BSHK = project_both(kernels, cache_BSD)
-    key_BTHK, value_BTHK = project_both(kernels, h_BTD)
+    # So that all branches have one shape, there is room for states that no head looks at. Left as
+    # it is, it still has zeros where an implementation that works on whole tiles may read.
+    def placed(cached_BSHK: Array, new_BTHK: Array) -> Array:
+        B, T, H, K = new_BTHK.shape
+        shape = (B, S + T, H * K)
+        first_zero = max(0, S - size - LARGEST_TILE)
+        out_BSE = jnp.zeros(shape, h_BTD.dtype)
+        if not filled:
+            out_BSE = jax.lax.empty(shape, h_BTD.dtype)
+            zeros_BSE = jnp.zeros((B, S - size - first_zero, H * K), h_BTD.dtype)
+            out_BSE = _put(out_BSE, zeros_BSE, first_zero)
+        out_BSE = _put(out_BSE, cached_BSHK.reshape(B, size, H * K), S - size)
+        return _put(out_BSE, new_BTHK.reshape(B, T, H * K), S)
 
-    # Zeros fill the place of states that no head looks at, so that all branches have one shape.
-    def joined(cached_BSHK: Array, new_BTHK: Array) -> Array:
-        zeros_before = ((0, 0), (S - size, 0), (0, 0), (0, 0))
-        return jnp.pad(jnp.concatenate([cached_BSHK, new_BTHK], axis=1), zeros_before)
+    return tuple(map(placed, cached, new))
 
-    return joined(cached_key_BSHK, key_BTHK), joined(cached_value_BSHK, value_BTHK)
+
+def _put(out_BSE: Array, part_BSE: Array, first: int) -> Array:
+    """The array with a part of its positions replaced."""
+    return jax.lax.dynamic_update_slice_in_dim(out_BSE, part_BSE, first, 1)
 
 
 def _forward(
     sizes: tuple[int, ...],
+    filled: bool,
     choice: Array | int,
     x: Array | int,
     kernels: Kernels,
@@ -163,11 +193,14 @@ def _forward(
     h_BTD: Array,
 ) -> tuple[tuple[Array, Array], tuple]:
     # The inputs are all that is kept.
-    out = project_one_of(sizes, choice, x, kernels, cache_XBSD, h_BTD)
+    out = project_one_of(sizes, filled, choice, x, kernels, cache_XBSD, h_BTD)
     return out, (choice, x, kernels, cache_XBSD, h_BTD)
 
 
-def _backward(sizes: tuple[int, ...], inputs: tuple, d_out: tuple[Array, Array]) -> tuple:
+def _backward(
+    sizes: tuple[int, ...], filled: bool, inputs: tuple, d_out: tuple[Array, Array]
+) -> tuple:
+    del filled
     # The same choice again, among branches that each compute the gradient of theirs.
     choice, x, kernels, cache_XBSD, h_BTD = inputs
     branches = [functools.partial(_gradients_last, size) for size in sizes]

@@ -9,8 +9,8 @@ gradient reduction
     gradient: then it is one too many.
 fsdp gather
     Gathers over `fsdp` of arrays as large as a parameter. A TPU may also send their parts around a
-    ring while it multiplies. Together at most three times the parameters, four with
-    `train.remat`.
+    ring while it multiplies. Together at most three times the parameters, four where the backward
+    pass computes something again (`train.remat`; on a TPU, long contexts).
 whole matrices
     With `optimizer.name=muon`, gathers of gradients and of their means before the update, over
     `fsdp` and `tensor`: of each along each axis no more numbers than the parameters have.
@@ -43,13 +43,13 @@ from jax.sharding import Mesh
 from allattn import sharding
 from allattn.model.parameters import parameter_count
 from allattn.planning.collectives import OVER_SLICES, Collective
-from allattn.train import TrainProgram
+from allattn.train import TrainProgram, recomputation
 
 # Bytes that norms and metrics may take together.
 MAX_METRIC_BYTES = 65_536
 
 # Gathers of every parameter in a pass: forward, backward, and its gradient where that is sent round
-# the same ring. Recomputation (`train.remat`) gathers it once more.
+# the same ring. Recomputation gathers it once more.
 GATHERS_OF_A_PARAMETER = 3
 
 # What Muon needs whole of every matrix: its gradient, and the mean of that.
@@ -275,7 +275,9 @@ def _too_many_gathers(
     counts = _counts_by_size([c for c in classified if c.purpose is purpose])
     gathered = sum(size * count for size, count in counts.items())
     # Every part of an accumulated batch is a pass. Muon's gradients and means look alike.
-    passes = train.accumulation * (GATHERS_OF_A_PARAMETER + bool(train.remat))
+    platform = program.mesh.devices.flat[0].platform
+    again = recomputation(program.config, program.config.model.span.limit, platform)
+    passes = train.accumulation * (GATHERS_OF_A_PARAMETER + bool(again))
     passes += WHOLE_MATRICES * _has_muon(program)
     most = passes * sum(size for _, size in _parameter_sizes(program))
     if gathered > most:

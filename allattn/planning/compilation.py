@@ -260,9 +260,11 @@ def advice(step: Compiled, config: ml_collections.ConfigDict) -> str:
     if rows > 1:
         parts = next(n for n in range(2, rows + 1) if rows % n == 0)
         return f"--config.train.accumulation={train_config.accumulation * parts}"
-    # Then recomputing, of projections first and of whole layers next.
-    if train_config.remat != "layer":
-        remat = "layer" if train_config.remat else "projections"
+    # Then recomputing, of projections first, where that is not done anyway, and of layers next.
+    platform = chips.chip(step.topology).platform
+    again = train.recomputation(config, config.model.span.limit, platform)
+    if again != "layer":
+        remat = "layer" if again else "projections"
         return f"--config.train.remat={remat}"
     # Then splitting parameters, which costs communication.
     if mesh["data"] > 1:

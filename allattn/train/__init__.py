@@ -21,7 +21,7 @@ from allattn.train.context import (
 from allattn.train.loop import train_and_evaluate
 from allattn.train.program import TrainProgram
 from allattn.train.state import TrainState
-from allattn.train.step import StepOptions, make_train_step, measure, train_step
+from allattn.train.step import StepOptions, make_train_step, measure, recomputation, train_step
 from allattn.train.trainer import Trainer, check
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "make_train_step",
     "measure",
     "next_context_length",
+    "recomputation",
     "train_and_evaluate",
     "train_step",
 ]

@@ -22,6 +22,7 @@ import optax
 from jax.sharding import Mesh
 
 from allattn import sharding
+from allattn.attention import tuning
 from allattn.data import Batch
 from allattn.model import Model, Params
 from allattn.train.accumulation import BatchRows, RowOutputs, mean_gradients
@@ -115,7 +116,11 @@ def make_train_step(
 
 def cache_at_start_of_text(cache_XBSD: Array, before: Array) -> Array:
     """Zero states where no token of this pass over the text came before the block."""
-    return jnp.where(before == 0, 0, cache_XBSD).astype(cache_XBSD.dtype)
+    # A loop of one round or none: nothing is written where the cache stays as it is.
+    begins = (before == 0).astype(jnp.int32)
+    return jax.lax.fori_loop(
+        0, begins, lambda _, cache_XBSD: jnp.zeros_like(cache_XBSD), cache_XBSD
+    )
 
 
 def dropout_seeds(model: Model, state: TrainState) -> Array | None:
@@ -167,6 +172,7 @@ def loss(
     """
     # The network on its parameters; tables that every row looks up are gathered once.
     mesh = options.mesh
+    platform, _ = tuning.device()
     network = options.model.bind(sharding.gather_tables(mesh, params))
     forward = network.train_forward(
         rows.inputs_BT,
@@ -175,7 +181,7 @@ def loss(
         row_B,
         options.attention,
         before,
-        options.config.train.remat,
+        recomputation(options.config, options.context_length, platform),
     )
 
     # What is minimised: the loss of every token, and the spans.
@@ -187,6 +193,24 @@ def loss(
     mass_B = forward.mass_XBH.mean((0, 2))
     mean_loss = nll_BT.mean() + penalty
     return mean_loss, RowOutputs(nll_B, mass_B, jax.lax.stop_gradient(forward.new))
+
+
+def recomputation(config: ml_collections.ConfigDict, context_length: int, platform: str) -> str:
+    """What the backward pass computes again, of `train.remat`'s choices.
+
+    On a TPU at least the projections of a context that is longer than the block: to keep keys and
+    values of all of it in every layer, and to fetch them, takes longer than to project what the
+    layer reaches.
+
+    Args:
+      config: the whole configuration.
+      context_length: in tokens.
+      platform: of the devices, such as `tpu`.
+    """
+    remat = config.train.remat
+    if platform == "tpu" and context_length > config.train.block:
+        return remat or "projections"
+    return remat
 
 
 def span_penalty(config: ml_collections.ConfigDict, params: Params) -> Array | float:
@@ -211,8 +235,20 @@ def shift_cache(cache_XBSD: Array, new_XBTD: Array) -> Array:
     before   | a b c d e f |         S = 6, T = 2
     after    | c d e f G H |
     """
+    X, B, S, D = cache_XBSD.shape
     T = new_XBTD.shape[2]
-    return jnp.concatenate([cache_XBSD, new_XBTD], axis=2)[:, :, T:]
+    if S <= T:
+        return new_XBTD[:, :, T - S :]
+
+    # What stays moves layer by layer, so that the donated cache is written in place.
+    def move(x: Array, cache_XBSD: Array) -> Array:
+        kept_XBSD = jax.lax.dynamic_slice(cache_XBSD, (x, 0, T, 0), (1, B, S - T, D))
+        # It is read as a whole before it is put where its source lies.
+        kept_XBSD = jax.lax.optimization_barrier(kept_XBSD)
+        return jax.lax.dynamic_update_slice(cache_XBSD, kept_XBSD, (x, 0, 0, 0))
+
+    cache_XBSD = jax.lax.fori_loop(0, X, move, cache_XBSD)
+    return jax.lax.dynamic_update_slice_in_dim(cache_XBSD, new_XBTD, S - T, 2)
 
 
 def measure(

@@ -21,7 +21,7 @@ from tiny_model import KINDS, geometry, random_params
 
 from allattn import config as configuration
 from allattn.attention import IMPLEMENTATIONS, all_attention
-from allattn.model import Model, ModelConfig, Params
+from allattn.model import Model, ModelConfig, Params, reach_projection
 from allattn.model.all_attention_layer import AllAttention
 from allattn.model.norm import layer_norm, normalise_heads, rms_norm
 from allattn.model.token_io import SMALL_VOCABULARY, lookup
@@ -217,6 +217,39 @@ def test_projections_follow_the_reach(span: float, changes: dict[str, Any]) -> N
         *(jax.tree.leaves(run(params, cache_BSD, h_BTD, r)) for r in (True, False)), strict=True
     ):
         np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "limit", "tile"),
+    [
+        ("reference", 128, 16),
+        ("xla", 128, 16),
+        pytest.param("pallas_tpu", 2048, reach_projection.LARGEST_TILE, marks=pytest.mark.slow),
+    ],
+)
+def test_room_that_is_not_filled(
+    implementation: str, limit: int, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an accelerator keys and values far beyond reach are what was in memory, even no numbers:
+    no output and no gradient has them.
+    """
+    model = Model(geometry(depth=1, limit=limit, implementation=implementation))
+    params = random_params(model)
+    params["layers"]["span"] = jnp.zeros((1, 2), jnp.float32)
+    tokens_BT = jnp.arange(8)[None]
+    cache_XBSD = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, limit, 16)), jnp.float32)
+
+    def gradients() -> tuple:
+        def loss(params: Params) -> tuple:
+            hidden_BTD = model.bind(params).train_forward(tokens_BT, cache_XBSD).hidden_BTD
+            return jnp.sum(hidden_BTD**2), hidden_BTD
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    expected = gradients()
+    monkeypatch.setattr(reach_projection, "LARGEST_TILE", tile)
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
+    jax.tree.map(np.testing.assert_array_equal, gradients(), expected)
 
 
 def test_cache_beyond_reach_is_not_read() -> None:

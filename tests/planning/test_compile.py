@@ -345,23 +345,27 @@ def test_no_compiler() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "changes", "setting"),
+    ("machine", "mesh", "changes", "setting"),
     [
-        ((4, 1, 1), {}, "--config.train.accumulation=2"),
-        ((4, 1, 1), {"train.accumulation": "8"}, "--config.train.accumulation=16"),
-        ((64, 1, 1), {}, "--config.train.remat=projections"),
-        ((64, 1, 1), {"train.remat": "projections"}, "--config.train.remat=layer"),
-        ((64, 1, 1), {"train.remat": "layer"}, "--config.mesh.fsdp=64"),
-        ((1, 64, 1), {"train.remat": "layer"}, "a chip with more memory"),
+        ("v5e:2x2", (4, 1, 1), {}, "--config.train.accumulation=2"),
+        ("v5e:2x2", (4, 1, 1), {"train.accumulation": "8"}, "--config.train.accumulation=16"),
+        ("h100:8", (64, 1, 1), {}, "--config.train.remat=projections"),
+        # Which a TPU computes again in any case.
+        ("v5e:2x2", (64, 1, 1), {}, "--config.train.remat=layer"),
+        ("v5e:2x2", (64, 1, 1), {"train.remat": "projections"}, "--config.train.remat=layer"),
+        ("v5e:2x2", (64, 1, 1), {"train.remat": "layer"}, "--config.mesh.fsdp=64"),
+        ("v5e:2x2", (1, 64, 1), {"train.remat": "layer"}, "a chip with more memory"),
     ],
 )
-def test_what_to_change(mesh: tuple[int, ...], changes: dict[str, str], setting: str) -> None:
+def test_what_to_change(
+    machine: str, mesh: tuple[int, ...], changes: dict[str, str], setting: str
+) -> None:
     c = config.load(str(ROOT / "configs" / "enwik8_small.py"), changes)
     sizes = dict(zip(("data", "fsdp", "tensor"), mesh, strict=True))
     memory = {"arguments": 9 * compilation.GIB, "temporaries": 8 * compilation.GIB, "outputs": 0}
     found = compilation.Compiled(
         name="small",
-        topology="v5e:2x2",
+        topology=machine,
         slices=1,
         mesh=sizes,
         batch=64,

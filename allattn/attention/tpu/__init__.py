@@ -18,7 +18,9 @@ from allattn.attention.contract import Dynamic, Inputs, Static
 from allattn.attention.tpu.backward import BackwardOperands, in_shape_of, run_backward
 from allattn.attention.tpu.forward import run_forward
 from allattn.attention.tpu.operands import (
+    apart,
     heads_apart,
+    joined,
     operands_of,
     scalars_of,
     side_by_side,
@@ -72,15 +74,21 @@ def _attention_forward(
     T = inputs.query_BTHK.shape[1]
     mass_BTGP = outputs.mass.transpose(0, 2, 1, 3)
     mass_BTH = mass_BTGP.reshape(sizes.B, sizes.T, sizes.H)[:, :T]
-    return (out_BTHK, mass_BTH), (inputs, out_BTHK, lse_BGTP, dynamic)
+    # Heads stay side by side in what is kept: a TPU stores narrow ones with positions along lanes.
+    _, _, H, K = out_BTHK.shape
+    kept = joined(static, inputs), out_BTHK.reshape(sizes.B, T, H * K), lse_BGTP
+    return (out_BTHK, mass_BTH), (kept, dynamic)
 
 
 def _attention_backward(
     static: Static, residuals: tuple, cotangents: tuple[Array, Array]
 ) -> tuple[Inputs, None]:
     # The share of persistent pairs has no gradient.
-    inputs, out_BTHK, lse_BGTP, dynamic = residuals
+    (inputs, out_BTE, lse_BGTP), dynamic = residuals
     d_out_BTHK, _ = cotangents
+    _, _, H, K = d_out_BTHK.shape
+    inputs = apart(static, inputs, H, K)
+    out_BTHK = out_BTE.reshape(d_out_BTHK.shape)
     differentiable = (inputs, out_BTHK, lse_BGTP, d_out_BTHK)
     inputs, out_BTHK, lse_BGTP, d_out_BTHK = forbid_second_derivative(differentiable)
     sizes = sizes_of(static, inputs)

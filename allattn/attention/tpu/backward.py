@@ -738,12 +738,13 @@ def in_shape_of(
     # Back from the padded, reversed table; where a head does not reach, nothing was written.
     K = inputs.query_BTHK.shape[3]
     d_position_HKW = gradients.d_position.reshape(sizes.H, sizes.K, -1)
-    d_position_HKL = d_position_HKW[:, :K, sizes.left : sizes.left + sizes.L][:, :, ::-1]
-    reached_H1L = jnp.arange(sizes.L) < scalars.reach_H[:, None, None]
+    d_position_HKL = d_position_HKW[:, :K, sizes.left : sizes.left + sizes.L]
+    reached_H1L = jnp.arange(sizes.L)[::-1] < scalars.reach_H[:, None, None]
     d_position_HKL = jnp.where(reached_H1L, d_position_HKL, 0)
-    # Heads that share the table have a gradient each.
+    # Heads that share the table have a gradient each: there is less to reverse after the sum.
     if sizes.shared:
         d_position_HKL = d_position_HKL.sum(0, keepdims=True)
+    d_position_HKL = d_position_HKL[:, :, ::-1]
     # Where one array asks keys and positions, its whole gradient is that of the first.
     if gradients.d_position_query is None:
         d_position_query_BTHK = jnp.zeros_like(inputs.query_BTHK)

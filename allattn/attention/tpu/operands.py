@@ -185,18 +185,49 @@ def heads_apart(x_BXE: Array, like_BXHK: Array) -> Array:
     return x_BXE.reshape(*x_BXE.shape[:2], H, -1)[:, :X, :, :K]
 
 
+def joined(static: Static, inputs: Inputs) -> Inputs:
+    """The inputs with the heads of queries, keys and values side by side, (B, X, H K)."""
+    _, _, H, K = inputs.query_BTHK.shape
+    return _reshaped(static, inputs, (H * K,))
+
+
+def apart(static: Static, inputs: Inputs, H: int, K: int) -> Inputs:
+    """The inverse of `joined`."""
+    return _reshaped(static, inputs, (H, K))
+
+
+def _reshaped(static: Static, inputs: Inputs, heads: tuple[int, ...]) -> Inputs:
+    """The inputs with the heads of queries, keys and values in another shape."""
+
+    def reshape(x: Array) -> Array:
+        return x.reshape(*x.shape[:2], *heads)
+
+    query = reshape(inputs.query_BTHK)
+    # The same queries are one array, which is kept once.
+    position_query = query
+    if not static.one_query:
+        position_query = reshape(inputs.position_query_BTHK)
+    return inputs._replace(
+        query_BTHK=query,
+        position_query_BTHK=position_query,
+        key_BSHK=reshape(inputs.key_BSHK),
+        value_BSHK=reshape(inputs.value_BSHK),
+    )
+
+
 def _table(sizes: Sizes, position_HLK: Array, reach_H: Array) -> Array:
     """The position table, farthest distance first, with distances along the lanes."""
+    # Every window lies inside the padded table, which is the same in every layer.
+    pad_K = (0, sizes.K - position_HLK.shape[2])
+    position_HLK = jnp.pad(position_HLK[:, ::-1], ((0, 0), (sizes.left, sizes.right), pad_K))
+    position_HKL = position_HLK.transpose(0, 2, 1)
     # What no head looks at may be anything, and becomes 0.
     needed_H = reach_H
     if sizes.shared:
         needed_H = jnp.max(reach_H, keepdims=True)
-    needed_HLK = (jnp.arange(sizes.L) < needed_H[:, None])[..., None]
-    position_HLK = jnp.where(needed_HLK, position_HLK, 0)[:, ::-1]
-    # Every window lies inside the padded table.
-    pad_K = (0, sizes.K - position_HLK.shape[2])
-    position_HLK = jnp.pad(position_HLK, ((0, 0), (sizes.left, sizes.right), pad_K))
-    position_HKL = position_HLK.transpose(0, 2, 1)
+    distance = sizes.left + sizes.L - 1 - jnp.arange(sizes.positions)
+    needed_HKL = (distance < needed_H[:, None])[:, None]
+    position_HKL = jnp.where(needed_HKL, position_HKL, 0)
     # Heads of a group that share it need it once each.
     if sizes.shared:
         position_HKL = jnp.broadcast_to(position_HKL, (sizes.heads, *position_HKL.shape[1:]))
