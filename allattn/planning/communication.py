@@ -18,8 +18,9 @@ norms and metrics
     Single numbers, or one for every layer, once a step, together at most 64 KiB.
 activations
     With `mesh.tensor` > 1, sums over `tensor`: in a layer one forward and two backward (keys and
-    values; queries), or all in one on Transformer-XL. A feed-forward sublayer has two more, and the
-    step one behind the loss. They are named, but not counted.
+    values; queries), or all in one on Transformer-XL, and the forward one again where projections
+    are computed again. A feed-forward sublayer has two more, and the step one behind the loss. They
+    are named, but not counted.
 sums between slices
     Of several TPU slices: no more bytes than are summed within one.
 unexpected
