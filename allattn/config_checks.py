@@ -37,7 +37,7 @@ TWO_SOFTMAX_INTEGRATIONS = ("split", "head_split", "single_head")
 DTYPES = ("float32", "bfloat16", "float64")
 # model.implementation; "" is the best for the device.
 IMPLEMENTATIONS = ("", "reference", "xla", "pallas_tpu", "pallas_gpu")
-# train.remat; "" recomputes nothing, on a TPU the projections of long contexts.
+# train.remat; "" recomputes nothing, on a TPU the projections (`train.recomputation`).
 REMAT = ("", "projections", "layer")
 
 

@@ -100,7 +100,8 @@ def get_config() -> ConfigDict:
     c.train.block = 512  # tokens of each row per step
     c.train.accumulation = 1  # parts that a batch is split into, for memory; changes nothing else
     # what the backward pass computes again, for memory: projections (all except attention), layer;
-    # "": nothing, on a TPU projections of long contexts, since keeping them takes longer there
+    # "": nothing, on a TPU projections, unless short contexts and a feed-forward sublayer make
+    # keeping them the faster way
     c.train.remat = ""
     c.train.init_from = ""  # workdir whose newest parameters this run starts from; "": random ones
     # share of the pairs' weight for pairs that init_from's model lacks or has removed; 0: they are

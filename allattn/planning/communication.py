@@ -10,7 +10,7 @@ gradient reduction
 fsdp gather
     Gathers over `fsdp` of arrays as large as a parameter. A TPU may also send their parts around a
     ring while it multiplies. Together at most three times the parameters, four where the backward
-    pass computes something again (`train.remat`; on a TPU, long contexts).
+    pass computes something again (`train.recomputation`).
 whole matrices
     With `optimizer.name=muon`, gathers of gradients and of their means before the update, over
     `fsdp` and `tensor`: of each along each axis no more numbers than the parameters have.

@@ -198,9 +198,9 @@ def loss(
 def recomputation(config: ml_collections.ConfigDict, context_length: int, platform: str) -> str:
     """What the backward pass computes again, of `train.remat`'s choices.
 
-    On a TPU at least the projections of a context that is longer than the block: to keep keys and
-    values of all of it in every layer, and to fetch them, takes longer than to project what the
-    layer reaches.
+    On a TPU at least the projections: to keep keys and values of the context in every layer, and to
+    fetch them, takes longer than to project what the layer reaches. With a feed-forward sublayer,
+    which would be computed again as well, that pays for contexts longer than the block.
 
     Args:
       config: the whole configuration.
@@ -208,7 +208,8 @@ def recomputation(config: ml_collections.ConfigDict, context_length: int, platfo
       platform: of the devices, such as `tpu`.
     """
     remat = config.train.remat
-    if platform == "tpu" and context_length > config.train.block:
+    pays = not config.model.feed_forward or context_length > config.train.block
+    if platform == "tpu" and pays:
         return remat or "projections"
     return remat
 

@@ -35,16 +35,20 @@ def test_a_text_begins_with_zeros() -> None:
 
 
 @pytest.mark.parametrize(
-    ("platform", "context", "remat", "expected"),
+    ("platform", "context", "feed_forward", "remat", "expected"),
     [
-        ("cpu", 8192, "", ""),
-        ("tpu", 8192, "", "projections"),
-        ("tpu", 8192, "layer", "layer"),
-        # No longer than the block: keys and values are kept.
-        ("tpu", 512, "", ""),
+        ("cpu", 8192, 0, "", ""),
+        ("tpu", 8192, 0, "", "projections"),
+        ("tpu", 8192, 0, "layer", "layer"),
+        ("tpu", 8192, 2048, "", "projections"),
+        # A short context is kept rather than a feed-forward sublayer computed again.
+        ("tpu", 512, 2048, "", ""),
     ],
 )
-def test_what_is_computed_again(platform: str, context: int, remat: str, expected: str) -> None:
+def test_what_is_computed_again(
+    platform: str, context: int, feed_forward: int, remat: str, expected: str
+) -> None:
     c = base.get_config()
+    c.model.feed_forward = feed_forward
     c.train.remat = remat
     assert recomputation(c, context, platform) == expected
