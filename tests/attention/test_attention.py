@@ -35,8 +35,6 @@ from allattn.attention import tuning
 from allattn.attention.tpu import skew
 
 IMPLEMENTATIONS = [name for name in attention.IMPLEMENTATIONS if name != "reference"]
-# Implementations that know offsets of pairs; the others refuse them by name.
-OFFSETS = ("reference", "xla", "pallas_gpu")
 # Implementations that know the papers' normaliser; the others refuse it by name.
 EPSILON = ("reference", "xla")
 
@@ -62,8 +60,6 @@ def test_equals_reference(name: str, implementation: str) -> None:
     case = CASES[name]
     if case.epsilon and implementation not in EPSILON:
         pytest.skip(f"{implementation} has no span_epsilon")
-    if case.offsets and implementation not in OFFSETS:
-        pytest.skip(f"{implementation} has no offsets")
     inputs = arrays(case)
     expected = exact(case)
     run = program(case, implementation)
@@ -82,7 +78,7 @@ def test_equals_reference(name: str, implementation: str) -> None:
             assert not found[key][:, list(case.removed)].any(), key
 
 
-@pytest.mark.parametrize("implementation", OFFSETS)
+@pytest.mark.parametrize("implementation", attention.IMPLEMENTATIONS)
 def test_removed_pairs(implementation: str) -> None:
     """A call in which -inf removes pairs equals one without them, dropout's draws included; one
     offset for all pairs, as low as may be, leaves only what float32 keeps of their differences.
@@ -548,8 +544,6 @@ def check_any_case(draw: st.DataObject) -> None:
     )
     expected = exact(case)
     for implementation in IMPLEMENTATIONS:
-        if offsets and implementation not in OFFSETS:
-            continue
         with jax.default_matmul_precision("highest"):
             found = results(case, arrays(case), implementation)
         assert error(found, expected) <= 1e-5, implementation
@@ -598,7 +592,6 @@ def run(operation, implementation):
         return jax.value_and_grad(loss)(inputs)
     return value_and_gradients(inputs)
 for implementation in IMPLEMENTATIONS[1:]:  # all but the definition
-    if implementation == "pallas_tpu": inputs.pop("persistent_bias_HN", None)
     single = run(all_attention, implementation)
     spread = run(attention_over(mesh, 8), implementation)
     for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(spread), strict=True):

@@ -37,11 +37,8 @@ def all_attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Arr
       out_BTHK in the query's dtype and mass_BTH in float32.
 
     Raises:
-      NotImplementedError: pairs have offsets, there is a span_epsilon, or the dtype is neither
-        float32 nor bfloat16.
+      NotImplementedError: there is a span_epsilon, or the dtype is neither float32 nor bfloat16.
     """
-    if inputs.persistent_bias_HN is not None:
-        raise NotImplementedError("pallas_tpu: expected persistent_bias_HN None, found an array")
     if static.span_epsilon:
         raise NotImplementedError(
             f"pallas_tpu: expected span_epsilon 0, found {static.span_epsilon}"
@@ -66,7 +63,7 @@ def _attention_forward(
     inputs = forbid_second_derivative(inputs)
     sizes = sizes_of(static, inputs)
     scalars = scalars_of(static, inputs, dynamic)
-    outputs = run_forward(static, sizes, scalars, operands_of(sizes, inputs, scalars))
+    outputs = run_forward(static, sizes, scalars, operands_of(static, sizes, inputs, scalars))
 
     # What the backward pass starts from is named, so that rematerialisation may keep it.
     out_BTHK = heads_apart(outputs.out, inputs.query_BTHK)
@@ -99,7 +96,7 @@ def _attention_backward(
     delta_BTH = jnp.pad(delta_BTH, ((0, 0), (0, sizes.T - delta_BTH.shape[1]), (0, 0)))
     delta_BTGP = delta_BTH.reshape(sizes.B, sizes.T, -1, sizes.heads)
     operands = BackwardOperands(
-        operands=operands_of(sizes, inputs, scalars),
+        operands=operands_of(static, sizes, inputs, scalars),
         d_out=side_by_side(sizes, d_out_BTHK, sizes.T),
         lse=lse_BGTP,
         delta=delta_BTGP.transpose(0, 2, 1, 3),

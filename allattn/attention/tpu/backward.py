@@ -44,12 +44,21 @@ from allattn.attention.tpu.call import (
     Grid,
     Step,
     loaded,
+    offset_block,
     operand_blocks,
     query_block,
     run,
     statistic_block,
 )
-from allattn.attention.tpu.operands import SMALL_VMEM, Operands, heads_apart, pair_steps, vmem
+from allattn.attention.tpu.operands import (
+    SMALL_VMEM,
+    Operands,
+    heads_apart,
+    logit_unit,
+    offsets_of,
+    pair_steps,
+    vmem,
+)
 from allattn.attention.tpu.skew import LANES, SUBLANES, lanes_of
 from allattn.attention.tpu.tile import Blocks, Scalars, Sizes, Tile, stacked, stretch, unstacked
 
@@ -87,6 +96,8 @@ class Gradients(NamedTuple):
     d_persistent_value: Any
     # (R, 128): parts of the sum over pairs on the ramp, but for the factors
     d_span: Any
+    # (P, N), but for a factor; None where there are no offsets
+    d_persistent_bias: Any = None
     # (all T, E); None where the same queries ask keys and positions: d_query then has both parts
     d_position_query: Any = None
 
@@ -155,8 +166,10 @@ def backward_kernel(
 
 def _start_group(tile: Tile, outputs: Gradients) -> None:
     """Sums over rows begin at 0."""
-    for output in (outputs.d_persistent_key, outputs.d_persistent_value, outputs.d_span):
-        output[...] = jnp.zeros(output.shape, output.dtype)
+    sums = (outputs.d_persistent_key, outputs.d_persistent_value, outputs.d_persistent_bias)
+    for output in (*sums, outputs.d_span):
+        if output is not None:
+            output[...] = jnp.zeros(output.shape, output.dtype)
 
     # Of the position table only columns that a window of any tile can have: the caller leaves out
     # the others.
@@ -359,6 +372,10 @@ class _TileGradients:
     def _weight_of_pairs(
         self, first: int, column: int, excess_RQ: Array, d_weight_RQ: Array
     ) -> Array:
+        # An offset of -inf removes a pair.
+        if self.sizes.has_offsets:
+            bias_RQ = offsets_of(self.sizes, self.operands, first + column)
+            return jnp.exp2(excess_RQ + bias_RQ * (logit_unit(self.static) * LOG2_E))
         # Pairs that only fill the step do not count.
         # The keys of those are zeros, whose weights may overflow.
         weight_RQ = jnp.exp2(excess_RQ)
@@ -546,6 +563,15 @@ class _TileGradients:
             scratch.d_logits_factor[:, lanes_of(b)] = d_logits_RQ.astype(self.dtype)
             if domain == dropout.CONTEXT:
                 scratch.logits[:, lanes_of(b)] = d_logits_RQ
+            elif self.sizes.has_offsets:
+                self._add_offsets(first + b * LANES, d_logits_RQ)
+
+    def _add_offsets(self, first: int, d_logits_RQ: Array) -> None:
+        """Add to the gradients of the offsets of 128 pairs."""
+        chosen = slice(first, first + LANES)
+        for p in range(self.sizes.heads):
+            d_bias_1Q = jnp.sum(d_logits_RQ[self._of_head(p)], axis=0, keepdims=True)
+            self.outputs.d_persistent_bias[p : p + 1, chosen] += d_bias_1Q
 
     def _add_products(self, chosen: Any, key_XE: Array, d_key: Any, d_value: Any) -> None:
         """Add to the gradients of queries, and to those of keys and values or pairs."""
@@ -638,7 +664,7 @@ def _that_fit(sizes: Sizes) -> Sizes:
 
 
 def _by_kind(
-    static: Static, queries: Any, keys: Any, table: Any, pairs: Any, spans: Any
+    static: Static, queries: Any, keys: Any, table: Any, pairs: Any, offsets: Any, spans: Any
 ) -> Gradients:
     """Shapes or blocks of all gradients, from those of each kind."""
     found = Gradients(
@@ -648,6 +674,7 @@ def _by_kind(
         d_position=table,
         d_persistent_key=pairs,
         d_persistent_value=pairs,
+        d_persistent_bias=offsets,
         d_span=spans,
     )
     if static.one_query:
@@ -659,12 +686,17 @@ def _shapes(static: Static, sizes: Sizes, dtype: Any) -> Gradients:
     # Gradients of keys and values come out turned; groups that share a table have one each.
     lanes = sizes.H * sizes.K
     pairs, steps = pair_steps(sizes)
+    offsets = None
+    if sizes.has_offsets:
+        numbers = (sizes.groups, sizes.heads, pairs * steps)
+        offsets = jax.ShapeDtypeStruct(numbers, jnp.float32)
     return _by_kind(
         static,
         queries=jax.ShapeDtypeStruct((sizes.B, sizes.T, lanes), jnp.float32),
         keys=jax.ShapeDtypeStruct((sizes.B, lanes, sizes.S), dtype),
         table=jax.ShapeDtypeStruct((lanes, sizes.positions), jnp.float32),
         pairs=jax.ShapeDtypeStruct((lanes, pairs * steps), jnp.float32),
+        offsets=offsets,
         spans=jax.ShapeDtypeStruct((sizes.groups * sizes.rows, LANES), jnp.float32),
     )
 
@@ -680,12 +712,16 @@ def _blocks(static: Static, sizes: Sizes) -> Gradients:
     all_queries = (None, sizes.T, sizes.lanes)
     keys = (None, sizes.lanes, sizes.segment)
     pairs, steps = pair_steps(sizes)
+    offsets = None
+    if sizes.has_offsets:
+        offsets = offset_block(sizes, lambda group, *_: group)
     return _by_kind(
         static,
         queries=pl.BlockSpec(all_queries, lambda group, row, *_: (row, 0, group), **once),
         keys=pl.BlockSpec(keys, lambda group, row, segment, *_: (row, group, segment)),
         table=of_group(sizes.lanes, sizes.positions),
         pairs=of_group(sizes.lanes, pairs * steps),
+        offsets=offsets,
         spans=of_group(sizes.rows, LANES),
     )
 
@@ -750,6 +786,11 @@ def in_shape_of(
         d_position_query_BTHK = jnp.zeros_like(inputs.query_BTHK)
     else:
         d_position_query_BTHK = heads_apart(gradients.d_position_query, inputs.query_BTHK)
+    # Without the pairs that only fill; no factor of the scale.
+    d_bias_HN = None
+    if gradients.d_persistent_bias is not None:
+        d_bias_HN = gradients.d_persistent_bias.reshape(sizes.H, -1)[:, : sizes.N]
+        d_bias_HN *= weight_factor(static)
     # The lanes and queries of every head.
     d_span_H = gradients.d_span.reshape(sizes.H, -1).sum(1)
     found = Inputs(
@@ -760,6 +801,7 @@ def in_shape_of(
         position_HLK=d_position_HKL.transpose(0, 2, 1) * logit_factor(static),
         persistent_key_HNK=_pairs(sizes, gradients.d_persistent_key, K) * logit_factor(static),
         persistent_value_HNK=_pairs(sizes, gradients.d_persistent_value, K) * weight_factor(static),
+        persistent_bias_HN=d_bias_HN,
         span_H=d_span_H * (weight_factor(static) / static.ramp),
     )
     return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), found, inputs)

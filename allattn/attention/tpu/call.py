@@ -137,6 +137,9 @@ def operand_blocks(sizes: Sizes, place: Callable[..., Step]) -> Operands:
         lambda *point: (0, place(*point).group),
         pipeline_mode=pl.Buffered(1),
     )
+    offsets = None
+    if sizes.has_offsets:
+        offsets = offset_block(sizes, lambda *point: place(*point).group)
     query = query_block(sizes, place)
     key = pl.BlockSpec(
         (None, sizes.segment, sizes.lanes),
@@ -150,6 +153,17 @@ def operand_blocks(sizes: Sizes, place: Callable[..., Step]) -> Operands:
         position=position,
         persistent_key=persistent,
         persistent_value=persistent,
+        persistent_bias=offsets,
+    )
+
+
+def offset_block(sizes: Sizes, group: Callable[..., Any]) -> pl.BlockSpec:
+    """The block of an array (G, P, N), from the function of a grid point that gives the group."""
+    pairs, steps = pair_steps(sizes)
+    return pl.BlockSpec(
+        (None, sizes.heads, pairs * steps),
+        lambda *point: (group(*point), 0, 0),
+        pipeline_mode=pl.Buffered(1),
     )
 
 

@@ -42,7 +42,7 @@ from allattn.attention.tpu.call import (
     run,
     statistic_block,
 )
-from allattn.attention.tpu.operands import Operands, pair_steps
+from allattn.attention.tpu.operands import Operands, logit_unit, offsets_of, pair_steps
 from allattn.attention.tpu.skew import LANES, lanes_of
 from allattn.attention.tpu.tile import Blocks, Scalars, Sizes, Tile, stacked, stretch, unstacked
 
@@ -189,7 +189,7 @@ class _Softmax:
         _, pair_passes = pair_steps(self.sizes)
         self.begins_with_pairs = self.sizes.segments == 1 and pair_passes == 1
         # The scale, for exponentials to base 2; its sign is that of the queries.
-        self.factor = (abs(self.static.scale) or 1) * LOG2_E
+        self.factor = logit_unit(self.static) * LOG2_E
 
     def ask(self) -> None:
         """Stack the queries of the group's heads."""
@@ -303,8 +303,10 @@ class _Softmax:
         blocks = []
         for column in range(0, key_XE.shape[0], LANES):
             block_RQ = logits_RX[:, column : column + LANES]
-            # Pairs that only fill the step do not count.
-            if self.sizes.N % key_XE.shape[0]:
+            # Pairs that only fill the step do not count; their offset says so where there are some.
+            if self.sizes.has_offsets:
+                block_RQ += offsets_of(self.sizes, self.inputs, first + column)
+            elif self.sizes.N % key_XE.shape[0]:
                 is_pair_RQ = number_RQ < self.sizes.N - first - column
                 block_RQ = jnp.where(is_pair_RQ, block_RQ, MASKED_LOGIT)
             blocks.append(block_RQ)

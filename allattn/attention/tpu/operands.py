@@ -16,7 +16,7 @@ from allattn.attention.contract import Dynamic, Inputs, Static, seed_and_offsets
 from allattn.attention.span import reach
 from allattn.attention.tpu import kept, skew
 from allattn.attention.tpu.skew import LANES
-from allattn.attention.tpu.tile import Scalars, Sizes, round_up
+from allattn.attention.tpu.tile import Scalars, Sizes, round_up, stretch
 
 Array = jax.Array
 
@@ -45,6 +45,9 @@ class Operands(NamedTuple):
     # (N, H K), N padded to whole steps over the pairs
     persistent_key: Any
     persistent_value: Any
+    # (G, P, N), float32, as logits before the scale; in a kernel (P, N); None: there are no
+    # offsets
+    persistent_bias: Any = None
 
 
 # --- sizes ----------------------------------------------------------------------------------------
@@ -105,6 +108,7 @@ def sizes_of(static: Static, inputs: Inputs) -> Sizes:
         right=right,
         strided=skew.can_stride(),
         multiplies=kept.can_multiply(),
+        has_offsets=inputs.persistent_bias_HN is not None,
     )
 
 
@@ -153,8 +157,11 @@ def scalars_of(static: Static, inputs: Inputs, dynamic: Dynamic) -> Scalars:
     )
 
 
-def operands_of(sizes: Sizes, inputs: Inputs, scalars: Scalars) -> Operands:
+def operands_of(static: Static, sizes: Sizes, inputs: Inputs, scalars: Scalars) -> Operands:
     """The inputs as the kernels read them."""
+    bias_GPN = None
+    if inputs.persistent_bias_HN is not None:
+        bias_GPN = _offsets(static, sizes, inputs.persistent_bias_HN)
     return Operands(
         query=side_by_side(sizes, inputs.query_BTHK, sizes.T),
         position_query=side_by_side(sizes, inputs.position_query_BTHK, sizes.T),
@@ -163,6 +170,7 @@ def operands_of(sizes: Sizes, inputs: Inputs, scalars: Scalars) -> Operands:
         position=_table(sizes, inputs.position_HLK, scalars.reach_H),
         persistent_key=_pairs(sizes, inputs.persistent_key_HNK),
         persistent_value=_pairs(sizes, inputs.persistent_value_HNK),
+        persistent_bias=bias_GPN,
     )
 
 
@@ -247,3 +255,31 @@ def _pairs(sizes: Sizes, x_HNK: Array) -> Array:
     padding = ((0, 0), (0, pairs * steps - N), (0, sizes.K - K))
     x_NHK = jnp.pad(x_HNK, padding).transpose(1, 0, 2)
     return x_NHK.reshape(-1, H * sizes.K)
+
+
+def logit_unit(static: Static) -> float:
+    """What the kernels' logits are multiplied by, whose sign is that of the queries."""
+    return abs(static.scale) or 1
+
+
+def offsets_of(sizes: Sizes, operands: Operands, first: Array | int) -> Array:
+    """Offsets of 128 pairs on the rows of every head, (R, 128).
+
+    Args:
+      sizes: static sizes of the call.
+      operands: references of a kernel.
+      first: number of the first pair, of a whole block.
+    """
+    bias_PQ = operands.persistent_bias[:, stretch(first, LANES)]
+    shape = (sizes.query_tile, LANES)
+    heads = [jnp.broadcast_to(bias_PQ[p : p + 1], shape) for p in range(sizes.heads)]
+    return jnp.concatenate(heads)
+
+
+def _offsets(static: Static, sizes: Sizes, bias_HN: Array) -> Array:
+    """Offsets of pairs as (G, P, N), and -inf for those that only fill a step."""
+    pairs, steps = pair_steps(sizes)
+    bias_HN = bias_HN.astype(jnp.float32) / logit_unit(static)
+    missing = pairs * steps - bias_HN.shape[1]
+    bias_HN = jnp.pad(bias_HN, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+    return bias_HN.reshape(sizes.groups, sizes.heads, -1)

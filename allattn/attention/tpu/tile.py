@@ -50,6 +50,8 @@ class Sizes(CallSizes):
     # Whether the TPU rotates each row by one column more, and whether it multiplies whole numbers.
     strided: bool
     multiplies: bool
+    # Whether numbers are added to the logits of pairs.
+    has_offsets: bool
 
     @property
     def rows(self) -> int:
