@@ -137,7 +137,8 @@ def arrays(case: Case, dtype: Any = np.float32, seed: int = 0) -> dict[str, Any]
     found["persistent_value_HNK"] = normal(H, N, K)
     if case.offsets:
         removed_N = np.isin(np.arange(N), case.removed)
-        found["persistent_bias_HN"] = jnp.where(removed_N, -jnp.inf, 2 * normal(H, N))
+        bias_HN = 2 * normal(H, N).astype(jnp.promote_types(dtype, jnp.float32))
+        found["persistent_bias_HN"] = jnp.where(removed_N, -jnp.inf, bias_HN)
     if case.two_queries:
         found["position_query_BTHK"] = normal(B, T, H, K)
     if case.spans is not None:
@@ -299,3 +300,5 @@ GEOMETRIES = {
     "transformer_xl": _transformer_xl("enwik8_xl", dropout=0.1),
     "wikitext103_xl": _transformer_xl("wikitext103_xl", dropout=0.1),
 }
+# The same with offsets, of pairs that do not fill the last step over them.
+GEOMETRIES["offsets"] = dataclasses.replace(GEOMETRIES["enwik8_small"], N=1000, offsets=True)
