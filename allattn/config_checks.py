@@ -27,12 +27,14 @@ from allattn.errors import UserError
 
 # model.layer, and the values of model.integration that each kind of layer has.
 INTEGRATIONS = {
-    "all_attention": ("joint", "split", "head_split", "single_head"),
+    "all_attention": ("joint", "split", "head_split", "single_head", "sublayer", "pattention"),
     "transformer": ("joint", "ff_attention"),
     "transformer_xl": ("joint",),
 }
-# Integrations whose context and persistent pairs have a softmax each.
-TWO_SOFTMAX_INTEGRATIONS = ("split", "head_split", "single_head")
+# Integrations whose persistent pairs are not in the softmax of the context.
+APART = ("split", "head_split", "single_head", "sublayer", "pattention")
+# Of these, the ones whose pairs may be as wide as the model by model.persistent_heads.
+WIDENED = ("split", "sublayer")
 # model.dtype
 DTYPES = ("float32", "bfloat16", "float64")
 # model.implementation; "" is the best for the device.
@@ -83,6 +85,9 @@ FIELDS = {
     "model.persistent": Field(least=0, shapes=True),
     "model.persistent_bias": Field(shapes=True, later=True),
     "model.persistent_share": Field(least=0, below=1, later=True),
+    "model.persistent_gain": Field(shapes=True, later=True),
+    "model.persistent_heads": Field(least=0, below=2, shapes=True, later=True),
+    "model.sinks": Field(least=0, shapes=True, later=True),
     "model.feed_forward": Field(least=0, shapes=True),
     "model.pre_norm": Field(shapes=True),
     "model.qk_norm": Field(shapes=True, later=True),
@@ -259,13 +264,7 @@ LAYER_RULES = (
         holds=lambda c: c.model.integration in INTEGRATIONS[c.model.layer],
         expected=lambda c: f"one of {INTEGRATIONS[c.model.layer]}",
     ),
-    # Persistent pairs replace the feed-forward sublayer: a layer has one or the other.
-    Rule(
-        name="no feed-forward units in all-attention",
-        field="model.feed_forward",
-        holds=lambda c: _has_feed_forward(c) or c.model.feed_forward == 0,
-        expected="0",
-    ),
+    # Persistent pairs replace the feed-forward sublayer; all-attention may have it beside them.
     Rule(
         name="feed-forward units in transformers",
         field="model.feed_forward",
@@ -281,10 +280,46 @@ LAYER_RULES = (
     Rule(
         name="persistent pairs for a softmax of their own",
         field="model.persistent",
-        holds=lambda c: (
-            c.model.integration not in TWO_SOFTMAX_INTEGRATIONS or c.model.persistent > 0
-        ),
+        holds=lambda c: c.model.integration not in APART or c.model.persistent > 0,
         expected="at least 1",
+    ),
+    Rule(
+        name="a gain that exists",
+        field="model.persistent_gain",
+        holds=lambda c: c.model.persistent_gain in ("", "gain", "norm"),
+        expected="'', gain or norm",
+    ),
+    Rule(
+        name="a gain of pairs that there are",
+        field="model.persistent_gain",
+        holds=lambda c: not c.model.persistent_gain or c.model.persistent > 0,
+        expected=lambda c: f"'' with model.persistent {c.model.persistent}",
+    ),
+    # What is read from pairs can be normalised where it is not summed with the context's part.
+    Rule(
+        name="a norm of pairs that are apart",
+        field="model.persistent_gain",
+        holds=lambda c: c.model.persistent_gain != "norm" or c.model.integration in APART,
+        expected="'' or gain",
+    ),
+    Rule(
+        name="wide pairs in a softmax of their own",
+        field="model.persistent_heads",
+        holds=lambda c: not c.model.persistent_heads or c.model.integration in WIDENED,
+        expected="0",
+    ),
+    # TokenFormer's layer, in which all tokens are seen and logits have no offset.
+    Rule(
+        name="no adaptive span beside pattention",
+        field="model.span.adaptive",
+        holds=lambda c: not (_is_pattention(c) and c.model.span.adaptive),
+        expected="False",
+    ),
+    Rule(
+        name="no offsets in pattention",
+        field="model.persistent_bias",
+        holds=lambda c: not (_is_pattention(c) and c.model.persistent_bias),
+        expected="False",
     ),
     # What offsets say of the shares of two parts needs one softmax over both.
     Rule(
@@ -302,9 +337,7 @@ LAYER_RULES = (
     Rule(
         name="a share of one softmax",
         field="model.persistent_share",
-        holds=lambda c: (
-            not c.model.persistent_share or c.model.integration not in TWO_SOFTMAX_INTEGRATIONS
-        ),
+        holds=lambda c: not c.model.persistent_share or c.model.integration not in APART,
         expected="0",
     ),
     # One half of the heads attends to the context, the other to the persistent pairs.
@@ -453,6 +486,10 @@ RULES = (*MODEL_RULES, *CLUSTER_RULES, *LAYER_RULES, *OPTIMIZER_RULES, *TRAINING
 
 def _has_feed_forward(config: ml_collections.ConfigDict) -> bool:
     return config.model.layer != "all_attention"
+
+
+def _is_pattention(config: ml_collections.ConfigDict) -> bool:
+    return config.model.integration == "pattention"
 
 
 def _is_transformer_xl(config: ml_collections.ConfigDict) -> bool:

@@ -31,7 +31,8 @@ def get_config() -> ConfigDict:
     c.model = ConfigDict()
     c.model.layer = "all_attention"  # or, with model.persistent 0, transformer or transformer_xl
     # joint: one softmax over context and persistent pairs; others: split, head_split, single_head;
-    # ff_attention (a transformer whose ReLU is a softmax)
+    # sublayer, pattention (pairs in a sublayer of their own); ff_attention (a transformer whose
+    # ReLU is a softmax)
     c.model.integration = "joint"
     c.model.depth = 18  # layers
     c.model.width = 512  # of the hidden states (D)
@@ -40,7 +41,14 @@ def get_config() -> ConfigDict:
     c.model.persistent_bias = False  # a learned offset of every pair's logit
     # share of the weight that the pairs have at the start, when logits are alike; 0: offset 0
     c.model.persistent_share = 0.0
-    c.model.feed_forward = 0  # inner units of transformer and transformer_xl
+    # "gain": learned factor on what a head reads from its pairs; "norm": also a norm, where pairs
+    # have a softmax of their own; "": neither
+    c.model.persistent_gain = ""
+    # split and sublayer: 1: pairs as wide as the model; 0: pairs of every head
+    c.model.persistent_heads = 0
+    c.model.sinks = 0  # pairs per head whose key and value are 0, each with a learned offset
+    # inner units; of all_attention beside its pairs, 0: no feed-forward sublayer
+    c.model.feed_forward = 0
     c.model.pre_norm = False  # normalise the sublayers' inputs, not their outputs
     c.model.qk_norm = False  # normalise queries, keys and persistent keys of every head
     # learned factors of both sides of every residual, and of the embedding's output, which every

@@ -388,8 +388,20 @@ def test_combinations_that_exist() -> None:
             "model.integration: .* with transformer_xl and single_head",
         ),
         (
-            {"model__feed_forward": 8},
-            "model.feed_forward: expected 0 with all_attention and joint, found 8",
+            {**TRANSFORMER, "model__persistent_gain": "gain"},
+            "model.persistent_gain: expected '' with model.persistent 0 with transformer and joint",
+        ),
+        (
+            {"model__persistent_gain": "norm"},
+            "model.persistent_gain: expected '' or gain with all_attention and joint, found 'norm'",
+        ),
+        (
+            {"model__integration": "single_head", "model__persistent_heads": 1},
+            "model.persistent_heads: expected 0 with all_attention and single_head, found 1",
+        ),
+        (
+            {"model__integration": "pattention"},
+            "model.span.adaptive: expected False with all_attention and pattention, found True",
         ),
         (
             {**TRANSFORMER, "model__feed_forward": 0},

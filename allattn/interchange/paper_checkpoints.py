@@ -26,6 +26,16 @@ from allattn.storage import checkpoint
 
 # Of names that do not fit, as many of a kind are in the message.
 SHOWN_NAMES = 3
+# Fields of config.model that no model of the papers' code has: there is no place for them.
+OURS_ALONE = (
+    "persistent_bias",
+    "persistent_gain",
+    "persistent_heads",
+    "sinks",
+    "qk_norm",
+    "residual_scalars",
+    "output_gate",
+)
 # How the names of tables end that have a row for every symbol of a text of bytes.
 EMBEDDINGS = ("in_emb.weight", "word_emb.emb_layers.0.weight")
 
@@ -293,5 +303,21 @@ def _source(name: str, config: ml_collections.ConfigDict) -> Source:
         raise UserError(
             f"--source={name}: expected model.layer in {source.layers} and model.integration "
             f"joint, found {model.layer} and {model.integration}"
+        )
+    for field in OURS_ALONE:
+        if model[field]:
+            raise UserError(
+                f"--source={name}: expected model.{field} {type(model[field])()!r}, as the papers' "
+                f"models have none, found {model[field]!r}"
+            )
+    # Their layers have pairs or a feed-forward sublayer; one of the two codes has a choice of norm.
+    if model.layer == "all_attention" and model.feed_forward:
+        raise UserError(
+            f"--source={name}: expected model.feed_forward 0 with all_attention, "
+            f"found {model.feed_forward}"
+        )
+    if model.layer != "transformer_xl" and model.pre_norm:
+        raise UserError(
+            f"--source={name}: expected model.pre_norm False with {model.layer}, found True"
         )
     return source

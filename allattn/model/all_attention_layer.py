@@ -9,19 +9,25 @@ the two are best integrated. With C the context and P the persistent pairs of a 
     head_split    one or the other                          half of the heads each
     single_head   softmax over C + softmax over P           the latter in one head of width D
 
-To add an integration: a function beside the four with the same arguments, an entry in
-`INTEGRATE`, its name in `INTEGRATIONS` here and in config_checks.py (and in
-`TWO_SOFTMAX_INTEGRATIONS`, if it has two), an entry in `KINDS` of tests/support/tiny_model.py, its
-definition in tests/model/test_layers.py, and a file under configs/ablations/.
+Two more have the pairs in a sublayer of their own, with a norm and a residual, between attention
+and what follows:
+
+    sublayer      softmax over C, then softmax over P       without projections
+    pattention    softmax over C, then GeLU over P          TokenFormer's, in one head of width D
+
+To add an integration: a function beside `joint` with the same arguments, an entry in
+`INTEGRATE`, its name in `INTEGRATIONS` here and in config_checks.py (and in `APART`, unless it has
+one softmax over both), an entry in `KINDS` of tests/support/tiny_model.py, its definition in
+tests/model/test_layers.py, and a file under configs/ablations/.
 
 Dimension key: B batch, T position in the block, S context key, L distance, N persistent pair, H
-head, K head width, D model width, E all heads side by side.
+head, K head width, D model width.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,33 +36,12 @@ from flax import nnx
 
 from allattn.model.attention_layer import Operation
 from allattn.model.config import ModelConfig
-from allattn.model.norm import rms_norm
+from allattn.model.norm import normalise_heads, rms_norm
+from allattn.model.pairs import Pairs, attend_alone, join, pattention
 from allattn.model.span_attention import SpanAttention
-from allattn.model.sublayers import DropoutSeeds
+from allattn.model.sublayers import DropoutSeeds, FeedForward, Sublayer
 
 Array = jax.Array
-
-
-class Pairs(NamedTuple):
-    """Persistent pairs of a layer in the dtype of the activations, as they are stored."""
-
-    key_HNK: Array
-    value_HNK: Array
-    # Offsets of the logits, float32; None: the pairs have none.
-    bias_HN: Array | None = None
-
-    def options(self) -> dict[str, Any]:
-        """Arguments of the operation that concern the pairs.
-
-        They are stored so that the logit is q.key and the value sqrt(N) val. The operation divides
-        every logit by sqrt(K) and takes values as they are, so both factors are applied here.
-        """
-        _, N, K = self.key_HNK.shape
-        return {
-            "persistent_key_HNK": self.key_HNK * math.sqrt(K),
-            "persistent_value_HNK": self.value_HNK * math.sqrt(N),
-            "persistent_bias_HN": self.bias_HN,
-        }
 
 
 # --- integrations
@@ -83,9 +68,11 @@ def joint(
     Returns:
       out_BTHK of all heads, and as mass_BH the mean share of the weight on persistent pairs.
     """
-    # Without pairs this is attention alone: `model.persistent` 0.
+    # Without pairs this is attention alone: `model.persistent` 0. Sinks are pairs, too.
     options = dict(context)
-    if pairs is not None:
+    if pairs is not None and "persistent_bias_HN" in context:
+        options |= join(pairs.options(), context)
+    elif pairs is not None:
         options |= pairs.options()
     out_BTHK, mass_BTH = operation(
         query_BTHK, key_BSHK, value_BSHK, **options, return_persistent_mass=True
@@ -101,16 +88,15 @@ def split(
     context: dict[str, Any],
     pairs: Pairs,
 ) -> tuple[Array, Array]:
-    """The sum of a softmax over the context and one over the persistent pairs, in every head.
+    """The sum of a softmax over the context and one over the persistent pairs.
 
+    Both are in every head, or wide pairs (`single_head`) are in one head as wide as the model.
     Arguments and results are those of `joint`.
     """
     # Both softmaxes see the same queries.
-    options = pairs.options()
     context_BTHK = operation(query_BTHK, key_BSHK, value_BSHK, **context)
-    persistent_out_BTHK = _persistent_softmax(operation, query_BTHK, key_BSHK, context, options)
-    mass_BH = _half(query_BTHK)
-    return context_BTHK + persistent_out_BTHK, mass_BH
+    persistent_out_BTHK = attend_alone(operation, query_BTHK, key_BSHK, context, pairs)
+    return context_BTHK + persistent_out_BTHK, _half(query_BTHK)
 
 
 def head_split(
@@ -127,7 +113,6 @@ def head_split(
     those of `joint`.
     """
     C = query_BTHK.shape[2] // 2
-    options = pairs.options()
 
     # Heads of the context.
     context_query_BTHK = query_BTHK[:, :, :C]
@@ -135,16 +120,14 @@ def head_split(
 
     # Heads of the persistent pairs.
     persistent_query_BTHK = query_BTHK[:, :, C:]
-    persistent_out_BTHK = _persistent_softmax(
-        operation, persistent_query_BTHK, key_BSHK, context, options
-    )
+    persistent_out_BTHK = attend_alone(operation, persistent_query_BTHK, key_BSHK, context, pairs)
 
     # The output projection sees them side by side.
     out_BTHK = jnp.concatenate([context_BTHK, persistent_out_BTHK], axis=2)
     return out_BTHK, _half(query_BTHK)
 
 
-def single_head(
+def apart(
     operation: Operation,
     query_BTHK: Array,
     key_BSHK: Array,
@@ -152,52 +135,16 @@ def single_head(
     context: dict[str, Any],
     pairs: Pairs,
 ) -> tuple[Array, Array]:
-    """As `split`, but the persistent pairs have one head as wide as the model.
+    """The context alone: the persistent pairs are in the sublayer that follows.
 
     Arguments and results are those of `joint`.
     """
-    B, T, H, K = query_BTHK.shape
-    # The pairs are stored by heads, as in `split`, and joined for the one head that has them.
-    key_1NE = _side_by_side(pairs.key_HNK)
-    value_1NE = _side_by_side(pairs.value_HNK)
-    options = Pairs(key_1NE, value_1NE, pairs.bias_HN).options()
-    context_BTHK = operation(query_BTHK, key_BSHK, value_BSHK, **context)
-
-    # The queries of all heads side by side are the one head's query.
-    persistent_query_BTHK = query_BTHK.reshape(B, T, 1, H * K)
-    persistent_out_BTHK = _persistent_softmax(
-        operation, persistent_query_BTHK, key_BSHK, context, options
-    )
-    mass_BH = _half(query_BTHK)
-    return context_BTHK + persistent_out_BTHK.reshape(B, T, H, K), mass_BH
-
-
-def _persistent_softmax(
-    operation: Operation,
-    persistent_query_BTHK: Array,
-    key_BSHK: Array,
-    context: dict[str, Any],
-    options: dict[str, Array],
-) -> Array:
-    """A softmax over the persistent pairs alone, as persistent_out_BTHK."""
-    B, _, H, K = persistent_query_BTHK.shape
-    # No keys, cut from those at hand: from constants alone, XLA cannot compile a shard_map inside
-    # a scan.
-    no_key_BSHK = key_BSHK[:, :0].reshape(B, 0, H, K)
-    no_position_HLK = context["position_HLK"][:, :0].reshape(1, 0, K)
-    return operation(
-        persistent_query_BTHK, no_key_BSHK, no_key_BSHK, position_HLK=no_position_HLK, **options
-    )
-
-
-def _side_by_side(x_HNK: Array) -> Array:
-    """Pairs of all heads as those of one head of width H K."""
-    H, N, K = x_HNK.shape
-    return x_HNK.transpose(1, 0, 2).reshape(1, N, H * K)
+    del pairs
+    return operation(query_BTHK, key_BSHK, value_BSHK, **context), _half(query_BTHK)
 
 
 def _half(query_BTHK: Array) -> Array:
-    """mass_BH of two softmaxes, which weigh the same, whatever is learned."""
+    """mass_BH of context and pairs apart, which weigh the same, whatever is learned."""
     B, _, H, _ = query_BTHK.shape
     return jnp.full((B, H), 0.5)
 
@@ -227,41 +174,58 @@ INTEGRATE: dict[str, Callable[..., tuple[Array, Array]]] = {
     "joint": joint,
     "split": split,
     "head_split": head_split,
-    "single_head": single_head,
+    "single_head": split,
+    "sublayer": apart,
+    "pattention": apart,
 }
+# Those whose pairs have a sublayer of their own.
+SUBLAYERS = ("sublayer", "pattention")
 
 
 class AllAttention(SpanAttention):
-    """h = LayerNorm(h + attention(h)), which is the whole layer (arXiv 1907.01470, equation 11)."""
+    """h = LayerNorm(h + attention(h)), which is the whole layer (arXiv 1907.01470, equation 11).
+
+    It may have more: pairs in a sublayer of their own, and a feed-forward sublayer beside pairs.
+    """
 
     INTEGRATIONS = tuple(INTEGRATE)
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
-        H = config.heads
-        K = config.head_width
+        if config.persistent:
+            self._make_pairs(config, rngs)
+        # Both after the pairs: the order is that of the draws.
+        if config.integration in SUBLAYERS:
+            self.persistent_sublayer = Sublayer(config)
+        if config.feed_forward:
+            self.feed_forward = FeedForward(config, rngs, output_dropout=0.0)
+
+    def _make_pairs(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        """Draw the pairs, and begin what belongs to them."""
         N = config.persistent
-        if N == 0:
-            return
-        # Heads with persistent pairs: all, but in head_split those without a context.
-        heads = H
-        if config.integration == "head_split":
-            heads = H - config.context_heads
-        # Pairs of one head as wide as the model have one offset each.
-        softmaxes = heads
-        if config.integration == "single_head":
-            softmaxes = 1
+        # The papers' deviation of keys is 1 / sqrt(width of the head that has them); TokenFormer's
+        # are 0.02, and 2 / (depth sqrt(D)) of values.
+        key_divisor = math.sqrt(config.pair_width)
+        value_divisor = math.sqrt(N)
+        if config.integration == "pattention":
+            key_divisor = 1 / 0.02
+            value_divisor = config.depth * math.sqrt(config.width) / 2
+        # The order is that of the draws: a run is repeated from its seed.
+        shape = (config.stored_heads, N, config.head_width)
+        self.persistent_key = nnx.Param(jax.random.normal(rngs.params(), shape) / key_divisor)
+        self.persistent_value = nnx.Param(jax.random.normal(rngs.params(), shape) / value_divisor)
+
+        # What is not drawn. Pairs of one head as wide as the model have one offset and one gain.
         if config.persistent_bias:
-            bias_HN = jnp.full((softmaxes, N), initial_bias(config), jnp.float32)
+            bias_HN = jnp.full((config.pair_heads, N), initial_bias(config), jnp.float32)
             self.persistent_bias = nnx.Param(bias_HN)
-        # The deviation of keys is 1 / sqrt(width of the head that has them). The order is that of
-        # the draws: a run is repeated from its seed.
-        key_HNK = jax.random.normal(rngs.params(), (heads, N, K)) / math.sqrt(config.pair_width)
-        value_HNK = jax.random.normal(rngs.params(), (heads, N, K)) / math.sqrt(N)
-        self.persistent_key = nnx.Param(key_HNK)
-        self.persistent_value = nnx.Param(value_HNK)
-        if config.qk_norm:
-            self.persistent_key_gain = nnx.Param(jnp.ones(heads))
+        if config.persistent_gain:
+            self.persistent_gain = nnx.Param(jnp.ones(config.pair_heads))
+        # Pattention normalises its logits.
+        if config.qk_norm and config.integration != "pattention":
+            self.persistent_key_gain = nnx.Param(jnp.ones(config.stored_heads))
+        if config.qk_norm and config.integration == "sublayer":
+            self.persistent_query_gain = nnx.Param(jnp.ones(config.heads))
 
     def attend(
         self,
@@ -273,7 +237,10 @@ class AllAttention(SpanAttention):
         dropout_seeds: DropoutSeeds | None = None,
         **starts: Any,
     ) -> tuple[Array, Array]:
-        """Attention, residual and norm: as in `AttentionLayer`, with position_LK as position."""
+        """Attention, residual and norm: as in `AttentionLayer`, with position_LK as position.
+
+        A sublayer of the pairs is part of it.
+        """
         config = self.config
         query_BTHK = self.queries(h_BTD)
 
@@ -288,20 +255,62 @@ class AllAttention(SpanAttention):
         pairs = self._pairs(h_BTD.dtype)
         integrate = INTEGRATE[config.integration]
         out_BTHK, mass_BH = integrate(operation, query_BTHK, key_BSHK, value_BSHK, context, pairs)
-        return self.leave(h_BTD, self.merge(out_BTHK, h_BTD)), mass_BH
+        h_BTD = self.leave(h_BTD, self.merge(out_BTHK, h_BTD))
+
+        # The sublayer that has only pairs.
+        if pairs is None or config.integration not in SUBLAYERS:
+            return h_BTD, mass_BH
+        x_BTD = self.persistent_sublayer.enter(h_BTD)
+        if config.integration == "pattention":
+            out_BTD = pattention(x_BTD, pairs, dropout_seeds, config.dropout)
+        else:
+            out_BTD = self._attend_pairs(x_BTD, key_BSHK, operation, context, pairs)
+        return self.persistent_sublayer.leave(h_BTD, out_BTD), mass_BH
+
+    def _attend_pairs(
+        self,
+        x_BTD: Array,
+        key_BSHK: Array,
+        operation: Operation,
+        context: dict[str, Any],
+        pairs: Pairs,
+    ) -> Array:
+        """Attention to the pairs alone without projections, as out_BTD.
+
+        Args:
+          x_BTD: what the sublayer reads; cut into heads it is their queries.
+          key_BSHK, operation, context, pairs: those of `attend_alone`.
+        """
+        query_BTHK = x_BTD.reshape(*x_BTD.shape[:2], self.config.heads, self.config.head_width)
+        if self.config.qk_norm:
+            query_BTHK = normalise_heads(query_BTHK, self.persistent_query_gain[...])
+
+        # What the heads read is the output, side by side.
+        out_BTHK = attend_alone(operation, query_BTHK, key_BSHK, context, pairs)
+        return out_BTHK.reshape(x_BTD.shape)
 
     def _pairs(self, dtype: Any) -> Pairs | None:
-        if self.config.persistent == 0:
+        config = self.config
+        if config.persistent == 0:
             return None
         key_HNK = self.persistent_key[...]
-        if self.config.qk_norm:
+        if config.qk_norm and config.integration != "pattention":
             # As long as a context key, less the factor by which `Pairs` makes its keys longer.
-            gain_H = self.persistent_key_gain[...] / math.sqrt(self.config.pair_width)
+            gain_H = self.persistent_key_gain[...] / math.sqrt(config.pair_width)
             key_HNK = rms_norm(key_HNK) * gain_H[:, None, None]
 
-        # Parameters are in float32; products are in the dtype of the activations.
+        # A gain on what is read is one on the values, unless a norm comes between.
         value_HNK = self.persistent_value[...]
+        norm_H = None
+        if config.persistent_gain == "gain":
+            value_HNK = value_HNK * self.persistent_gain[...][:, None, None]
+        if config.persistent_gain == "norm":
+            norm_H = self.persistent_gain[...]
         bias_HN = None
-        if self.config.persistent_bias:
+        if config.persistent_bias:
             bias_HN = self.persistent_bias[...]
-        return Pairs(key_HNK.astype(dtype), value_HNK.astype(dtype), bias_HN)
+
+        # Parameters are in float32; products are in the dtype of the activations.
+        return Pairs(
+            key_HNK.astype(dtype), value_HNK.astype(dtype), config.wide_pairs, bias_HN, norm_H
+        )

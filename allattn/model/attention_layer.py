@@ -105,6 +105,8 @@ class AttentionLayer(Sublayer, abc.ABC):
             self.key_gain = nnx.Param(jnp.ones(C))
         if config.output_gate:
             self.gate = nnx.Param(jnp.zeros((D, H)))
+        if config.sinks:
+            self.sink_bias = nnx.Param(jnp.zeros((C, config.sinks)))
 
     def receive(self, h_BTD: Array, embedded_BTD: Array) -> Array:
         """The layer's input: what the layer before gives and, with residual_scalars, the embedding.
@@ -225,6 +227,24 @@ class AttentionLayer(Sublayer, abc.ABC):
         if not self.config.qk_norm:
             return key_BSHK
         return normalise_heads(key_BSHK, self.key_gain[...])
+
+    # --- sinks
+
+    def sinks(self, dtype: Any) -> dict[str, Any]:
+        """Arguments of the operation for pairs that only take weight: key and value 0, an offset.
+
+        Args:
+          dtype: of the activations.
+        """
+        if not self.config.sinks:
+            return {}
+        bias_HN = self.sink_bias[...]
+        zeros_HNK = jnp.zeros((*bias_HN.shape, self.config.head_width), dtype)
+        return {
+            "persistent_key_HNK": zeros_HNK,
+            "persistent_value_HNK": zeros_HNK,
+            "persistent_bias_HN": bias_HN,
+        }
 
     # --- queries and output
 

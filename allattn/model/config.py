@@ -54,6 +54,12 @@ class ModelConfig:
     persistent_share: float = 0.0
     # Of the papers' normaliser; 0: weights add up to 1.
     epsilon: float = 0.0
+    # What multiplies or normalises what is read from pairs ("": nothing), and 1 where they are as
+    # wide as the model.
+    persistent_gain: str = ""
+    persistent_heads: int = 0
+    # Pairs of every head whose key and value are 0, so that only their offset is learned.
+    sinks: int = 0
 
     @classmethod
     def from_config(cls, config: ml_collections.ConfigDict) -> "ModelConfig":
@@ -95,6 +101,9 @@ class ModelConfig:
             pre_norm=model.pre_norm,
             persistent_bias=model.persistent_bias,
             persistent_share=model.persistent_share,
+            persistent_gain=model.persistent_gain,
+            persistent_heads=model.persistent_heads,
+            sinks=model.sinks,
             qk_norm=model.qk_norm,
             residual_scalars=model.residual_scalars,
             output_scale=model.output_scale,
@@ -115,11 +124,30 @@ class ModelConfig:
         return self.heads
 
     @property
+    def wide_pairs(self) -> bool:
+        """Whether persistent pairs are as wide as the model."""
+        return self.integration in ("single_head", "pattention") or self.persistent_heads == 1
+
+    @property
     def pair_width(self) -> int:
         """Features of a persistent key, as its logit has them."""
-        if self.integration == "single_head":
+        if self.wide_pairs:
             return self.width
         return self.head_width
+
+    @property
+    def stored_heads(self) -> int:
+        """Number of heads by which persistent pairs are stored: those that attend to them."""
+        if self.integration == "head_split":
+            return self.heads - self.context_heads
+        return self.heads
+
+    @property
+    def pair_heads(self) -> int:
+        """Number of heads whose softmax has persistent pairs."""
+        if self.wide_pairs:
+            return 1
+        return self.stored_heads
 
     @property
     def drops(self) -> bool:

@@ -318,6 +318,10 @@ class Model:
             layers/persistent_key               X H N K     N(0, 1/sqrt(K)) (1)    -
             layers/persistent_value             X H N K     N(0, 1/sqrt(N))        -
             layers/persistent_bias (5)          X H N       0 (6)                  -
+            layers/persistent_gain (5)          X H         1                      -
+            layers/sink_bias                    X H sinks   0                      0
+            layers/persistent_sublayer/ (9)
+                norm_scale, norm_bias           X D         1, 0                   -
             layers/span                         X H         model.span.init        -
             layers/norm_scale                   X D         1                      N(1, 0.02)
             layers/norm_bias                    X D         0                      0
@@ -333,9 +337,10 @@ class Model:
           with model.qk_norm:
             layers/query_gain, key_gain (8)     X H         1                      1
             layers/persistent_key_gain (8)      X H         1                      -
+            layers/persistent_query_gain (9)    X H         1                      -
           with model.output_gate:
             layers/gate                         X D H       0                      0
-          with model.residual_scalars, and the first two under feed_forward as well:
+          with model.residual_scalars, and the first two in other sublayers as well:
             layers/residual_scale               X           1                      1
             layers/branch_scale                 X           1                      1
             layers/embedding_scale              X           0                      0
@@ -354,10 +359,13 @@ class Model:
             io/kernel/i (3)                     n d         U(d)                   -
             io/output_projection/i (2, 3)       D d         U(d)                   N(0, 0.01) (4)
 
-        (1) 1/sqrt(D) in single_head. (2) Only with a division above 1. (3) Only when not tied.
-        (4) Of the head alone, though tied. (5) Only with model.persistent_bias; X 1 N in
-        single_head. (6) Or what model.persistent_share asks for, docs/method.md. (7) Times
-        model.output_scale. (8) In head_split, of the heads that have one.
+        (1) N(0, 1/sqrt(D)) of pairs as wide as the model; in pattention N(0, 0.02), and values
+        N(0, 2/(X sqrt(D))). (2) Only with a division above 1. (3) Only when not tied.
+        (4) Of the head alone, though tied. (5) Only with the field of that name; H is 1 for pairs
+        as wide as the model. (6) Or what model.persistent_share asks for, docs/method.md.
+        (7) Times model.output_scale. (8) In head_split, of the heads that have one. (9) In sublayer
+        and pattention, of which the latter has no query_gain; with model.residual_scalars also
+        residual_scale and branch_scale.
         """
         params = nnx.to_pure_dict(nnx.state(Network(self.config, nnx.Rngs(key)), nnx.Param))
         return LAYERS[self.config.layer].initialise(self.config, params, key)

@@ -97,7 +97,7 @@ class SpanAttention(AttentionLayer):
         return jnp.searchsorted(jnp.array(lengths(S, T)), needed)
 
     def context_options(self, position_LK: Array, starts: dict[str, Any]) -> dict[str, Any]:
-        """Arguments of the operation that concern the context: positions, spans and starts.
+        """Arguments of the operation that concern the context: positions, spans, sinks and starts.
 
         Args:
           position_LK: position keys of the distances in the context, nearest first.
@@ -112,6 +112,7 @@ class SpanAttention(AttentionLayer):
             "span_H": span_H,
             "ramp": self.config.ramp,
             "span_epsilon": self.config.epsilon,
+            **self.sinks(position_LK.dtype),
             **starts,
         }
 

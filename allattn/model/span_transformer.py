@@ -46,7 +46,7 @@ class SpanTransformer(SpanAttention):
         if dropout_seeds is not None:
             weights = dropout_seeds.weights(self.config.dropout)
 
-        # The operation without pairs; their share of the weight is then 0.
+        # The operation without pairs but sinks; without those, their share of the weight is 0.
         out_BTHK, mass_BTH = attention(
             query_BTHK,
             key_BSHK,

@@ -186,20 +186,20 @@ class TransformerXL(AttentionLayer):
         weights = {}
         if dropout_seeds is not None:
             weights = dropout_seeds.weights(config.attention_dropout)
-        out_BTHK = attention(
+        out_BTHK, mass_BTH = attention(
             content_query_BTHK,
             key_BSHK,
             value_BSHK,
             position_query_BTHK=distance_query_BTHK,
             position_HLK=position_HLK,
             first_distance=0,
+            return_persistent_mass=True,
             implementation=config.implementation,
             **weights,
+            **self.sinks(h_BTD.dtype),
             **starts,
         )
 
-        # Sites 0 and 1 are those of the feed-forward sublayer. There are no persistent pairs.
+        # Sites 0 and 1 are those of the feed-forward sublayer.
         out_BTD = drop(dropout_seeds, self.merge(out_BTHK, h_BTD), config.dropout, site=2)
-        h_BTD = self.leave(h_BTD, out_BTD)
-        B, _, H, _ = query_BTHK.shape
-        return h_BTD, jnp.zeros((B, H))
+        return self.leave(h_BTD, out_BTD), mass_BTH.mean(1)

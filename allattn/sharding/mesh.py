@@ -56,7 +56,8 @@ def heads_to_spread(config: ml_collections.ConfigDict) -> int:
     Args:
       config: the whole configuration.
     """
-    if config.model.integration in ("head_split", "single_head"):
+    apart = config.model.integration in ("head_split", "single_head", "pattention")
+    if apart or config.model.persistent_heads == 1:
         return 1
     return config.model.heads
 

@@ -48,11 +48,11 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/relative$", P(None, None, "tensor", None)),  # XDHK
     (r"layers/output$", P(None, "tensor", None, "fsdp")),  # XHKD
     (r"layers/persistent_(key|value)$", P(None, "tensor", "fsdp", None)),  # XHNK
-    (r"layers/persistent_bias$", P(None, "tensor")),  # XHN
-    (r"layers/(span|query_gain|(persistent_)?key_gain)$", P(None, "tensor")),  # XH
+    (r"layers/(persistent|sink)_bias$", P(None, "tensor")),  # XHN
+    (r"layers/(span|(persistent_)?(query|key)_gain|persistent_gain)$", P(None, "tensor")),  # XH
     (r"layers/gate$", P(None, "fsdp", "tensor")),  # XDH
     # Norms and scalars are small, so every device has them whole.
-    (r"(layers|feed_forward|final)/norm_(scale|bias)$", P()),  # XD, D
+    (r"(layers|feed_forward|persistent_sublayer|final)/norm_(scale|bias)$", P()),  # XD, D
     (r"layers/.*(residual|branch|embedding)_scale$", P()),  # X
     # Feed-forward: inner units over `tensor`, as heads are.
     (r"feed_forward/inner$", P(None, "fsdp", "tensor")),  # XDF

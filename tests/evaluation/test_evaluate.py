@@ -160,6 +160,7 @@ def test_words_of_nothing_but_line_ends() -> None:
         "transformer_xl",
         "pre_norm",
         "stable",
+        "sublayer",
     ],
 )
 def test_kinds(name: str) -> None:

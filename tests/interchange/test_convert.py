@@ -250,6 +250,23 @@ def test_other_mistakes(trained: tuple[Path, Path], tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists() and not (tmp_path / "x.npz").exists()
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("sinks", 2), ("qk_norm", True), ("persistent_gain", "gain"), ("pre_norm", True)]
+    + [("feed_forward", 8), ("persistent_bias", True)],
+)
+def test_models_that_are_ours_alone(
+    trained: tuple[Path, Path], tmp_path: Path, field: str, value: Any
+) -> None:
+    """What the papers' code does not have is refused by name, before a file is written."""
+    run, texts = trained
+    exported(run, tmp_path / "out.npz")
+    found = convert(tmp_path / "out.npz", texts, tmp_path / "b", **{f"model__{field}": value})
+    expected = f"allattn: --source=adaptive-span: expected model.{field} "
+    assert found.code == 2 and found.err.startswith(expected) and found.err.count("\n") == 1
+    assert not (tmp_path / "b").exists()
+
+
 def test_torch_files(trained: tuple[Path, Path], tmp_path: Path) -> None:
     """A state dict alone or under `model`; anything that is not a tensor is not unpickled."""
     torch = pytest.importorskip("torch")

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from scipy.special import softmax
+from scipy.special import erf, softmax
 from tiny_model import KINDS, geometry, random_params
 
 from allattn.attention import all_attention
 from allattn.model import Model, ModelConfig, Params, forward_flops
 from allattn.model.all_attention_layer import initial_bias
 from allattn.model.network import LAYERS
+from allattn.model.pairs import Pairs, pattention
 from allattn.model.sublayers import DropoutSeeds, FeedForward
 
 VARIANTS = {
@@ -57,14 +58,25 @@ def dense_layer(
         z_H11 = p["span"][:, None, None] * L
         mask_HTS = np.clip((config.ramp - distance_TS + 1 + z_H11) / config.ramp, 0, 1)
 
+    # A sink is a place of the context with an offset for its logit and a value of 0.
+    if config.sinks:
+        bias_BHTN = np.broadcast_to(p["sink_bias"][:, None], (*logits_BHTS.shape[:3], config.sinks))
+        logits_BHTS = np.concatenate([logits_BHTS, bias_BHTN], axis=-1)
+        mask_HTS = np.concatenate([mask_HTS, np.ones((C, T, config.sinks))], axis=-1)
+        zeros_BHNK = np.zeros((*value_BHSK.shape[:2], config.sinks, K))
+        value_BHSK = np.concatenate([value_BHSK, zeros_BHNK], axis=2)
+
     def renormalised(logits: np.ndarray, mask: np.ndarray) -> np.ndarray:
         weight = softmax(logits, axis=-1) * mask
         return weight / (weight.sum(-1, keepdims=True) + config.epsilon)
 
-    if not config.persistent:
+    alone = not config.persistent or config.integration in ("sublayer", "pattention")
+    if alone:
         out_BHTK = renormalised(logits_BHTS, mask_HTS) @ value_BHSK
     else:
         pair_value_HNK = math.sqrt(config.persistent) * p["persistent_value"]
+        if config.persistent_gain == "gain":
+            pair_value_HNK = pair_value_HNK * p["persistent_gain"][:, None, None]
         bias_HN = p.get("persistent_bias", np.zeros(p["persistent_key"].shape[:2]))
         pairs = stored_key_HNK(config, p), pair_value_HNK, bias_HN
         out_BHTK = INTEGRATE[config.integration](
@@ -74,6 +86,10 @@ def dense_layer(
         gate_BTH = 2 / (1 + np.exp(-input_BTD @ p["gate"]))
         out_BHTK = out_BHTK * gate_BTH.transpose(0, 2, 1)[..., None]
     h_BTD = left(config, h_BTD, np.einsum("bhtk,hkd->btd", out_BHTK, p["output"]), p)
+    if config.integration in ("sublayer", "pattention"):
+        own = p["persistent_sublayer"]
+        read = {"sublayer": sublayer, "pattention": token_attention}[config.integration]
+        h_BTD = left(config, h_BTD, read(config, p, entered(config, h_BTD, own)), own)
     if config.feed_forward:
         ff = p["feed_forward"]
         inner_BTF = entered(config, h_BTD, ff) @ ff["inner"] + ff["inner_bias"]
@@ -106,13 +122,48 @@ def stored_key_HNK(config: ModelConfig, p: Params) -> np.ndarray:
     """Persistent keys whose product with a query is the logit; as long as context keys."""
     if not config.qk_norm:
         return p["persistent_key"]
-    width = config.width if config.integration == "single_head" else config.head_width
+    wide = config.integration == "single_head" or config.persistent_heads == 1
+    width = config.width if wide else config.head_width
     return unit(config, p["persistent_key"], p, "persistent_key_gain") / math.sqrt(width)
 
 
 def norm(x_BTD: np.ndarray, p: Params) -> np.ndarray:
     x_BTD = (x_BTD - x_BTD.mean(-1, keepdims=True)) / np.sqrt(x_BTD.var(-1, keepdims=True) + 1e-5)
     return x_BTD * p["norm_scale"] + p["norm_bias"]
+
+
+def sublayer(config: ModelConfig, p: Params, x_BTD: np.ndarray) -> np.ndarray:
+    """Pairs alone: queries are the input cut into heads, the output is the heads side by side."""
+    B, T, D = x_BTD.shape
+    query_BHTK = x_BTD.reshape(B, T, config.heads, -1).transpose(0, 2, 1, 3)
+    query_BHTK = unit(config, query_BHTK, p, "persistent_query_gain")
+    key_HNK = stored_key_HNK(config, p)
+    value_HNK = math.sqrt(config.persistent) * p["persistent_value"]
+    # As wide as the model: one head.
+    if config.persistent_heads == 1:
+        query_BHTK = query_BHTK.transpose(0, 2, 1, 3).reshape(B, 1, T, D)
+        key_HNK = np.concatenate(list(key_HNK), axis=-1)[None]
+        value_HNK = np.concatenate(list(value_HNK), axis=-1)[None]
+    logits_BHTN = query_BHTK @ key_HNK.transpose(0, 2, 1)
+    if config.persistent_bias:
+        logits_BHTN = logits_BHTN + p["persistent_bias"][:, None]
+    out_BHTK = softmax(logits_BHTN, axis=-1) @ value_HNK
+    if config.persistent_gain == "norm":
+        size_BHT1 = np.sqrt((out_BHTK**2).mean(-1, keepdims=True) + 1e-6)
+        out_BHTK = out_BHTK / size_BHT1 * p["persistent_gain"][:, None, None]
+    return out_BHTK.transpose(0, 2, 1, 3).reshape(B, T, D)
+
+
+def token_attention(config: ModelConfig, p: Params, x_BTD: np.ndarray) -> np.ndarray:
+    """TokenFormer's: GeLU(A / |A| sqrt(N)) V with A = X K', and a gain on it."""
+    key_ND = np.concatenate(list(p["persistent_key"]), axis=-1)
+    value_ND = np.concatenate(list(p["persistent_value"]), axis=-1)
+    logits_BTN = x_BTD @ key_ND.T
+    norm_BT1 = np.sqrt((logits_BTN**2).sum(-1, keepdims=True)) + 1e-5
+    unit_BTN = logits_BTN / norm_BT1 * math.sqrt(config.persistent)
+    weight_BTN = unit_BTN * 0.5 * (1 + erf(unit_BTN / math.sqrt(2)))
+    gain_1 = p.get("persistent_gain", np.ones(1))
+    return gain_1 * (weight_BTN @ value_ND)
 
 
 def joint(query_BHTK, logits_BHTS, mask_HTS, value_BHSK, pairs, renormalised):
@@ -186,7 +237,7 @@ def test_against_the_definition(name: str) -> None:
         h_BTD = norm(h_BTD, exact["final"])
     np.testing.assert_allclose(forward.hidden_BTD, h_BTD, atol=2e-5, rtol=0)
     mass = forward.mass_XBH
-    if name in ("joint", "bias", "epsilon", "stable"):
+    if config.integration == "joint" and (config.persistent or config.sinks):
         assert ((mass > 0.1) & (mass < 0.9)).all()
     else:
         np.testing.assert_array_equal(mass, 0.5 if config.persistent else 0)
@@ -214,6 +265,69 @@ def test_share_of_the_pairs(changes: dict, count: float) -> None:
         return model.bind(params).train_forward(tokens_BT, states_XBSD).mass_XBH
 
     assert mass().mean() == pytest.approx(0.3, abs=0.03)
+
+
+def test_pairs_as_wide_as_the_model() -> None:
+    """`single_head` is `split` with one head of pairs."""
+    wide = Model(geometry(integration="split", persistent_heads=1))
+    named = Model(geometry(integration="single_head"))
+    params = random_params(named)
+    tokens_BT = np.arange(6)[None]
+    found = []
+    for model in (wide, named):
+        cache_XBSD = model.empty_cache(1, 16)
+        forward = jax.jit(lambda p, m=model, c=cache_XBSD: m.bind(p).train_forward(tokens_BT, c))
+        found.append(forward(params).hidden_BTD)
+    np.testing.assert_array_equal(*found)
+
+
+def test_pattention() -> None:
+    """The formula in float64, with its gradients; a row of zeros reads zeros and has a gradient
+    of 0; weights are dropped.
+    """
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x_BTD = jnp.asarray(rng.normal(size=(2, 3, 8))).at[0, 1].set(0)
+        key_HNK = jnp.asarray(0.02 * rng.normal(size=(2, 5, 4)))
+        value_HNK = jnp.asarray(rng.normal(size=(2, 5, 4)))
+        weight_BTD = jnp.asarray(rng.normal(size=(2, 3, 8)))
+
+        def ours(x_BTD, key_HNK, value_HNK):
+            out_BTD = pattention(x_BTD, Pairs(key_HNK, value_HNK, True), None, 0.0)
+            return (out_BTD * weight_BTD).sum()
+
+        def formula(x_BTD, key_HNK, value_HNK):
+            key_ND = jnp.concatenate(list(key_HNK), axis=-1)
+            value_ND = jnp.concatenate(list(value_HNK), axis=-1)
+            logits_BTN = x_BTD @ key_ND.T
+            # Of zeros the plain norm has no derivative.
+            is_zero_BT1 = (x_BTD == 0).all(-1, keepdims=True)
+            square_BT1 = jnp.where(is_zero_BT1, 1, (logits_BTN**2).sum(-1, keepdims=True))
+            unit_BTN = logits_BTN / (jnp.sqrt(square_BT1) + 1e-5) * math.sqrt(5)
+            gelu_BTN = unit_BTN * 0.5 * (1 + jax.lax.erf(unit_BTN / math.sqrt(2)))
+            return (jnp.where(is_zero_BT1, 0, gelu_BTN) @ value_ND * weight_BTD).sum()
+
+        arrays = (x_BTD, key_HNK, value_HNK)
+        found = jax.value_and_grad(ours, argnums=(0, 1, 2))(*arrays)
+        expected = jax.value_and_grad(formula, argnums=(0, 1, 2))(*arrays)
+        # The gradient of a row of zeros only has to be finite.
+        assert np.isfinite(found[1][0]).all()
+        for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+            off = np.array(np.abs(one - other))
+            if one.shape == x_BTD.shape:
+                off[0, 1] = 0
+            assert off.max() <= 1e-12 * max(1, np.abs(other).max())
+
+    # Values that tell the weights apart.
+    eye_HNK = jnp.eye(8)[None]
+    x_BTD = jnp.asarray(rng.normal(size=(8, 64, 8)), jnp.float32)
+    seeds = DropoutSeeds(jnp.uint32(1), jnp.arange(8))
+    pairs = Pairs(eye_HNK, eye_HNK, True)
+    dropped_BTN = pattention(x_BTD, pairs, seeds, 0.25)
+    whole_BTN = pattention(x_BTD, pairs, None, 0.25)
+    kept_BTN = dropped_BTN != 0
+    np.testing.assert_allclose(dropped_BTN, jnp.where(kept_BTN, whole_BTN / 0.75, 0), rtol=1e-5)
+    assert kept_BTN.mean() == pytest.approx(0.75, abs=0.03)
 
 
 def test_feed_forward_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,6 +388,9 @@ def test_dropout_seeds_argument(name: str) -> None:
         ("head_split", 6 * 16**2 + 2 * 16**2 * 30 / 10 + 16 * (3 * 30 + 2 * 5)),
         ("no_pairs", 8 * 16**2 + 4 * 16**2 * 30 / 10 + 2 * 16 * 3 * 30),
         ("transformer", 8 * 16**2 + 4 * 16**2 * 30 / 10 + 2 * 16 * 3 * 30 + 4 * 16 * 24),
+        ("sublayer", 8 * 16**2 + 4 * 16**2 * 30 / 10 + 2 * 16 * (3 * 30 + 2 * 5)),
+        ("pattention", 8 * 16**2 + 4 * 16**2 * 30 / 10 + 2 * 16 * (3 * 30 + 2 * 5)),
+        ("stable", 8 * 16**2 + 4 * 16**2 * 30 / 10 + 2 * 16 * (3 * 30 + 2 * 5) + 2 * 16 * 2),
         ("transformer_xl", 8 * 16**2 + 4 * 16**2 * 30 / 10 + 2 * 16 * 3 * (30 + 5.5) + 4 * 16 * 24),
     ],
 )

@@ -23,6 +23,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "single_head_bias": {"integration": "single_head", "persistent_bias": True},
     "epsilon": {"epsilon": 0.05},
     "no_pairs": {"persistent": 0},
+    "sublayer": {"integration": "sublayer", "persistent_gain": "norm", "sinks": 1},
+    "wide_sublayer": {
+        "integration": "sublayer",
+        "persistent_heads": 1,
+        "persistent_bias": True,
+        "pre_norm": True,
+        "qk_norm": True,
+    },
+    "pattention": {"integration": "pattention", "adaptive": False, "persistent_gain": "gain"},
+    "pairs_and_feed_forward": {"feed_forward": 24, "sinks": 2, "persistent_gain": "gain"},
     "transformer": {"layer": "transformer", **_FEEDS},
     "ff_attention": {"layer": "transformer", "integration": "ff_attention", **_FEEDS},
     "transformer_xl": {"layer": "transformer_xl", **_FEEDS, "adaptive": False, "limit": 12},
@@ -35,19 +45,20 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "stable": {"pre_norm": True, **_STABLE},
     "stable_single_head": {"integration": "single_head", "pre_norm": True, "qk_norm": True},
-    "stable_transformer": {"layer": "transformer", **_FEEDS, **_STABLE},
+    "stable_transformer": {"layer": "transformer", **_FEEDS, **_STABLE, "sinks": 2},
     "stable_xl": {
         "layer": "transformer_xl",
         **_FEEDS,
         "adaptive": False,
         "limit": 12,
         **_STABLE,
+        "sinks": 1,
     },
 }
 
 # Parameters of which 1 changes nothing.
 NEAR_ONE = ("norm_scale", "residual_scale", "branch_scale", "query_gain", "key_gain")
-NEAR_ONE += ("persistent_key_gain",)
+NEAR_ONE += ("persistent_key_gain", "persistent_query_gain", "persistent_gain")
 
 
 def geometry(**changes: Any) -> ModelConfig:
