@@ -32,7 +32,7 @@ MATRICES: tuple[tuple[str, MuonDimensionNumbers | None], ...] = (
     (r"^layers/(.+/)?persistent_value$", MuonDimensionNumbers((2,), (3,))),  # XHNK
     (r"^layers/(.+/)?(inner|outer)$", MuonDimensionNumbers((1,), (2,))),  # XDF, XFD
     # A number of every pair, and one of every head: no maps to speak of.
-    (r"^layers/(.+/)?(persistent_bias|gate)$", None),  # XHN, XDH
+    (r"^layers/(.+/)?((persistent|sink)_bias|gate)$", None),  # XHN, XDH
     # Rows that are looked up or scored, with their projections and biases.
     (r"^(io|position)/", None),
 )

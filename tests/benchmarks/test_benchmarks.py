@@ -33,6 +33,7 @@ from benchmarks import (
     overhead,
     peers,
     profile,
+    stability,
     table,
     train,
     vocabulary,
@@ -390,3 +391,26 @@ def test_a_checkout_with_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     subprocess.run(["git", "checkout", "-q", "code.py"], check=True)
     code.with_name("new.py").touch()
     assert machine.provenance()["commit"] == f"{commit}-dirty"
+
+
+def test_leap() -> None:
+    """Of means over five updates; a loss that is no number is an infinite leap."""
+    falling = [5.0 - i / 4 for i in range(12)]
+    assert stability.leap(falling) == 0
+    assert stability.leap([*falling, 2.25 + 5.0]) == pytest.approx(0.8)
+    assert stability.leap([*falling, float("nan")]) == float("inf")
+
+
+@pytest.mark.parametrize("kind", stability.KINDS)
+def test_stability_is_of_the_paper(kind: str) -> None:
+    """The network of `text8_small` but for norms, context and warm-up."""
+    sizes = argparse.Namespace(depth=18, width=512, rows=4, updates=100)
+    c = stability.configuration(
+        argparse.Namespace(**vars(sizes), optimizer="adagrad", rate=0.07), kind
+    )
+    paper = config.load(str(ROOT / "configs" / "text8_small.py"))
+    for name in ("depth", "width", "heads", "persistent", "integration"):
+        assert c.model[name] == paper.model[name]
+    assert c.optimizer.learning_rate == paper.optimizer.learning_rate
+    assert (c.optimizer.clip, c.optimizer.warmup) == (paper.optimizer.clip, 30)
+    config_checks.check_experiment(c)

@@ -130,6 +130,14 @@ def test_tables_too_narrow_to_split() -> None:
             {"mesh.tensor": "2", "model.integration": "head_split"},
             "mesh.tensor: expected 1, as head_split has heads of two kinds, found 2",
         ),
+        (
+            {
+                "mesh.tensor": "2",
+                "model.integration": "sublayer",
+                "model.persistent_heads": "1",
+            },
+            "mesh.tensor: expected 1, as sublayer has heads of two kinds, found 2",
+        ),
     ],
 )
 def test_mistakes(changes: dict[str, str], message: str) -> None:
