@@ -162,6 +162,7 @@ def convert(
     config = with_vocabulary(config, dataset.vocabulary.size, dataset.name)
     model = Model(ModelConfig.from_config(config))
     table = _source(source, config)
+    _check_parameters(source, model)
 
     # Their parameters, each once, in our arrangement.
     state = _read(file, table, model)
@@ -277,6 +278,7 @@ def export(source: str, workdir: str, file: str, step: int | str | None = None) 
     run = load(workdir, step)
     config = run.model.config
     table = _source(source, run.config)
+    _check_parameters(source, run.model)
 
     # The parameters, then what their code stores beside them.
     params = jax.tree.map(np.asarray, run.params)
@@ -290,6 +292,19 @@ def export(source: str, workdir: str, file: str, step: int | str | None = None) 
     named: dict[str, Any] = {table.prefix + name: x for name, x in state.items()}
     np.savez(file, **named)
     return {"parameters": parameter_count(params), "tensors": tensors}
+
+
+def _check_parameters(name: str, model: Model) -> None:
+    """Refuse a model with parameters that a code base does not have."""
+    theirs = {entry.ours for entry in SOURCES[name].entries(model.config)}
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(abstract)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    ours = [path for path in paths if path not in theirs]
+    if ours:
+        raise UserError(
+            f"--source={name}: expected parameters that its code has, found {_first(ours)}"
+        )
 
 
 def _source(name: str, config: ml_collections.ConfigDict) -> Source:

@@ -596,6 +596,14 @@ for implementation in IMPLEMENTATIONS[1:]:  # all but the definition
     spread = run(attention_over(mesh, 8), implementation)
     for a, b in zip(jax.tree.leaves(single), jax.tree.leaves(spread), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=implementation)
+# The largest span of a layer is not that of a device's heads.
+try:
+    epsilon = dict(span_epsilon=1e-8, implementation="xla")
+    rest = {n: x for n, x in inputs.items() if n not in ("query", "key", "value")}
+    attention_over(mesh, 8)(inputs["query"], inputs["key"], inputs["value"], **rest, **epsilon)
+    raise SystemExit("span_epsilon was not refused")
+except NotImplementedError as error:
+    assert "mesh.tensor 1" in str(error), error
 print(mesh.size)
 """
 

@@ -309,6 +309,16 @@ def test_recorded_state_dicts(name: str) -> None:
         np.testing.assert_array_equal(back[key], state[key])
 
 
+def test_parameters_that_they_lack(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """Neither left out of an export nor made up in an import."""
+    run, texts = trained
+    exported(run, tmp_path / "out.npz")
+    found = convert(tmp_path / "out.npz", texts, tmp_path / "back", model__persistent_bias=True)
+    message = "expected parameters that its code has, found layers/persistent_bias"
+    assert found.code == 2 and f"--source=adaptive-span: {message}" in found.err
+    assert not (tmp_path / "back").exists()
+
+
 WORD_MODELS = ["model_pers_span_adaptio_tied", "model_pers_span_adaptio_untied"]
 
 
