@@ -8,7 +8,9 @@ its start to its scores. The rest, in the order in which a run needs it:
     start.py                 from which checkpoint a run starts
     context.py               how far back the heads look, and when that grows
     accumulation.py optim.py gradients of a batch in parts, and the papers' update rules
+    muon.py                  the update rule that knows matrices, and the table of them
     trainer.py               the pieces of a run: data, step, evaluation
+    spikes.py                when a run goes back before a leap of its loss
     recorder.py metrics.py   what is measured, and what the logs and the screen show of it
     logs.py event_files.py jsonl.py progress.py   the writers
 """

@@ -142,14 +142,15 @@ def factors_by_name(factors: Mapping[str, float]) -> optax.GradientTransformatio
     """Updates of some parameters times a factor, which gives them a rate of their own.
 
     Args:
-      factors: by the name of a parameter, such as "layers/span"; the others are left as they are.
+      factors: by the last part of a parameter's name, such as "span" of "layers/span"; the others
+        are left as they are.
     """
 
     def update(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
         del params  # the factors do not depend on them
 
         def scaled(path: tuple, x: Array) -> Array:
-            return x * factors.get(parameter_name(path), 1)
+            return x * factors.get(parameter_name(path).rpartition("/")[2], 1)
 
         return jax.tree_util.tree_map_with_path(scaled, updates)
 
@@ -177,7 +178,7 @@ def optimizer(
     rule = _rule(config, mesh, rate_factor)
     # Keys of pairs and spans may have rates of their own. Without any the state has no place for
     # them, as it had none in older checkpoints.
-    factors = {"layers/persistent_key": c.pairs_rate, "layers/span": c.span_rate}
+    factors = {"persistent_key": c.pairs_rate, "span": c.span_rate}
     if all(factor == 1 for factor in factors.values()):
         return rule
     return optax.chain(rule, factors_by_name(factors))

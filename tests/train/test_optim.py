@@ -52,6 +52,7 @@ SHAPES = {
         "output": (2, 2, 4, 6),
         "persistent_key": (2, 2, 5, 4),
         "persistent_value": (2, 2, 5, 4),
+        "pairs": {"persistent_key": (2, 2, 5, 4)},
         "span": (2, 2),
         "norm_scale": (2, 6),
     },
@@ -120,12 +121,14 @@ def test_a_stored_run_without_the_fields() -> None:
 
 @pytest.mark.parametrize("name", ["adagrad", "muon"])
 def test_rates_of_their_own(name: str) -> None:
-    """The first update of pairs' keys and of spans is so much larger or smaller, and no other."""
+    """The first update of pairs' keys, also in a sublayer of their own, and of spans is so much
+    larger or smaller, and no other.
+    """
     plain = updates(rule(name))[0]
     scaled = updates(rule(name, pairs_rate=4.0, span_rate=0.25))[0]
-    factors = {"layers/persistent_key": 4, "layers/span": 0.25}
+    factors = {"persistent_key": 4, "span": 0.25}
     for parameter, change in plain.items():
-        expected = change * np.float32(factors.get(parameter, 1))
+        expected = change * np.float32(factors.get(parameter.rpartition("/")[2], 1))
         np.testing.assert_array_equal(scaled[parameter], expected)
 
 
