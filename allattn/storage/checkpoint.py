@@ -588,12 +588,12 @@ class Checkpointer:
         """Move checkpoints out of the way whose parameters may be spoiled.
 
         Args:
-          step: the first of them; that of step 0 is never one, as it comes from elsewhere.
+          step: the first of them.
 
         Raises:
           RunError: one cannot be moved.
         """
-        self._set_aside([known for known in self.steps() if known >= max(step, 1)])
+        self._set_aside([known for known in self.steps() if known >= step])
 
     def restore_meta(self, step: Step = None) -> dict[str, Any]:
         """What a checkpoint says besides its arrays, from `describe`.

@@ -119,29 +119,33 @@ def _go_back(trainer: Trainer, checkpoints: checkpoint.Checkpointer, error: Spik
     """Leave a checkpoint from before a leap as the newest, or end the run.
 
     Raises:
-      RunError: the run does not go back, or has done so before.
+      RunError: the run does not go back, has done so before, or has no good checkpoint left.
     """
     spikes = trainer.spikes
     # The loss of a step is that of the parameters before it, which only a later loss can clear.
-    suspect = error.step - 1
-    if not spikes.may_go_back:
+    # The checkpoint of step 0 comes from elsewhere.
+    suspect = max(error.step - 1, 1)
+    steps = checkpoints.steps()
+    good = [step for step in steps if step < suspect]
+
+    # A run that has saved nothing yet begins anew; one that has is not to lose all of it.
+    if not spikes.may_go_back or (steps and not good):
         before = ""
         if spikes.went_back:
             before = f"; the run had gone back once, before the leap of step {spikes.spike_step}"
-        raise RunError(f"{error}{before}; {_last_good(checkpoints, suspect)}") from error
+        raise RunError(f"{error}{before}; {_left(good)}") from error
+
     # Orbax writes no step at or before its newest, and this run is about to write them again.
     if not jax.process_index():
-        print(f"{error}: going back to a checkpoint before it, at {SLOWER} of the rate", flush=True)
+        print(f"{error}: going back to before it, and on at {SLOWER} of the rate", flush=True)
     checkpoints.set_aside_from(suspect)
 
 
-def _last_good(checkpoints: checkpoint.Checkpointer, suspect: int) -> str:
-    """What a run that failed has left, before the step whose parameters may be spoiled."""
-    # That of step 0 comes from elsewhere.
-    steps = [step for step in checkpoints.steps() if step < suspect or not step]
-    if not steps:
+def _left(good: list[int]) -> str:
+    """What a run that failed has left."""
+    if not good:
         return "there is no checkpoint from before"
-    return f"the last good checkpoint is that of step {steps[-1]}"
+    return f"the last good checkpoint is that of step {good[-1]}"
 
 
 def _differences(leader: str, own: str) -> str:

@@ -170,6 +170,7 @@ def test_killed_before_and_behind_a_leap(
 
 @pytest.mark.slow
 def test_without_a_checkpoint_it_begins_anew(texts: Path, tmp_path: Path) -> None:
+    """The second leap ends it."""
     c = leaping(texts, optimizer__learning_rate=4.0, checkpoint__every=100)
     message = "gone back once, before the leap of step 3; there is no checkpoint from before$"
     with pytest.raises(RunError, match=message):
@@ -177,12 +178,18 @@ def test_without_a_checkpoint_it_begins_anew(texts: Path, tmp_path: Path) -> Non
     (told,) = [row for row in read_jsonl(str(tmp_path / "run")) if "spike_step" in row]
     assert told == {"step": 0, "spike_step": 3, "restored_step": 0, "rate_factor": 0.5}
 
+    # With one alone, whose own loss leapt, it ends rather than losing everything.
+    c = leaping(texts, checkpoint__every=9)
+    with pytest.raises(RunError, match="leapt to .* nats: .*; there is no checkpoint from before$"):
+        train.train_and_evaluate(c, str(tmp_path / "one"))
+    assert list(metas(tmp_path / "one")) == [9]
+
 
 @pytest.mark.slow
 def test_two_processes_go_back_together(texts: Path, tmp_path: Path) -> None:
     with run(texts, tmp_path / "run", 2, 1, **LEAPS) as two:
         results = two.results()
     assert [result.code for result in results] == [0, 0], results
-    assert "going back to a checkpoint before it" in results[0].out
+    assert "going back to before it" in results[0].out
     last = metas(tmp_path / "run")[16]
     assert last["rate_factor"] == 0.5 and last["restored_step"] < last["spike_step"] - 1
