@@ -236,6 +236,7 @@ RUN = {
 }
 
 
+@pytest.mark.slow
 def test_muon_learns_and_resumes(
     tmp_path: Path, own_data_dir: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
