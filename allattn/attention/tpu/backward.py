@@ -8,7 +8,7 @@ tiles of keys within reach (`tile.Tile`): 256 keys with the mask of the spans at
 keys without any mask between them. Each costs eight products,
 
     logits, and gradients of the weights     q k'  (q p' skewed)  do v'       keys stream
-    gradients, from those of the logits      ds k                             keys stream
+    gradients, from those of the logits      ds k                             keys or lanes stream
         of the position queries              p (ds unskewed)'                 lanes stream
         of values, keys and positions        do' w   q' ds   q' (ds unskewed)
 
@@ -64,8 +64,11 @@ from allattn.attention.tpu.tile import Blocks, Scalars, Sizes, Tile, stacked, st
 
 Array = jax.Array
 
-# Keys that a step of the grid holds, and keys of a tile, where there is little memory, at most.
-SMALL_STEP = 2 * LANES
+# Where there is little memory: keys of a tile, and keys that a step of the grid holds, at most; the
+# latter are half as many if the table, the pairs and their gradients take more bytes than these.
+SMALL_TILE = 2 * LANES
+SMALL_STEP = 2 * SMALL_TILE
+SMALL_GROUP = 9 * 2**20
 # Of a logit less the log-sum-exp, where the span mask is 0 and nothing bounds it: exp(80) x 0 is 0,
 # inf x 0 is not a number.
 LARGEST_EXCESS = 80 * LOG2_E
@@ -121,9 +124,11 @@ class Scratch(NamedTuple):
     delta: Any
     # what dropout knows of the queries; None without dropout
     kept: Any
-    # float32: (T, E); sums of gradients (R, E); and turned (E, T), with reversed rows
+    # float32: (T, E); sums of gradients (R, E); of pairs, turned (E, T); and of positions, turned
+    # (E, T), with reversed rows
     queries: Any
     d_query: Any
+    d_query_of_pairs: Any
     d_position_query: Any
     # of the tile of keys, (R, C) or (R, X): float32; gradients of logits take the place of these
     logits: Any
@@ -151,17 +156,32 @@ def backward_kernel(
     stretch = _reached(sizes, tile_at, segment)
     pl.when(query_block == 0)(lambda: _start_keys(sizes, outputs, scratch, stretch))
 
+    def gradients_of(number: Array | int) -> _TileGradients:
+        first_query = query_block * sizes.query_block + number * sizes.query_tile
+        return _TileGradients(tile_at(first_query), inputs, outputs, scratch, number)
+
     # Every tile of queries adds its part.
     def one_tile(number: Array, _: None) -> None:
-        first_query = query_block * sizes.query_block + number * sizes.query_tile
-        _TileGradients(tile_at(first_query), inputs, outputs, scratch, number).add(segment)
+        # It ends beside the beginning of the next one. Before the first there is none: what is
+        # written there is written again.
+        if all_at_once(sizes):
+            gradients_of(jnp.maximum(number - 1, 0)).finish()
+        gradients_of(number).add(segment)
 
-    jax.lax.fori_loop(0, sizes.query_block // sizes.query_tile, one_tile, None)
+    tiles = sizes.query_block // sizes.query_tile
+    jax.lax.fori_loop(0, tiles, one_tile, None)
+    if all_at_once(sizes):
+        gradients_of(tiles - 1).finish()
 
     # The last block of queries completes the gradients of keys and values.
     @pl.when(query_block == sizes.T // sizes.query_block - 1)
     def _finish() -> None:
         _finish_keys(static, sizes, outputs, scratch, stretch)
+
+
+def all_at_once(sizes: Sizes) -> bool:
+    """Whether a tile of queries meets all its keys in one step, and pairs in any case."""
+    return sizes.segments == 1 and sizes.N > 0
 
 
 def _start_group(tile: Tile, outputs: Gradients) -> None:
@@ -253,7 +273,7 @@ class _TileGradients:
         inputs: BackwardOperands,
         outputs: Gradients,
         scratch: Scratch,
-        number: Array,
+        number: Array | int,
     ):
         self.tile = tile
         # What is known, what is read and what is written.
@@ -276,7 +296,14 @@ class _TileGradients:
         ]
 
     def add(self, segment: Array) -> None:
-        """Add the part of a segment of keys."""
+        """Add the part of a segment of keys; `finish` completes it if all is added at once."""
+        if all_at_once(self.sizes):
+            self._lay_out()
+            first, stop = self.tile.reached(segment)
+            nearest = jnp.maximum(stop - self.sizes.edge_tile // LANES, first)
+            self._add_pairs_and_nearest(segment, Blocks(nearest, stop))
+            self._add_reached(segment, Blocks(first, nearest))
+            return
         pl.when(segment == 0)(self._start)
         # The pairs come with the segment of the newest key, so that most tiles are laid out once.
         reached = self.tile.reached(segment)
@@ -290,8 +317,8 @@ class _TileGradients:
             self._lay_out()
             if self.sizes.N:
                 pl.when(has_pairs)(self._add_pairs)
-            self._add_reached(segment)
-            self._finish()
+            self._add_reached(segment, reached)
+            self.finish()
 
     def _of_head(self, p: int) -> slice:
         """The rows of a head in the stack."""
@@ -331,7 +358,7 @@ class _TileGradients:
         if self.static.dropout_rate:
             scratch.kept.lay_out(self.tile)
         # Sums over keys.
-        for sums in (scratch.d_query, scratch.d_position_query):
+        for sums in (scratch.d_query, scratch.d_query_of_pairs, scratch.d_position_query):
             sums[...] = jnp.zeros(sums.shape, jnp.float32)
 
     def _lay_out_queries(self, stack: Any, turned: Any, x: Any) -> None:
@@ -340,11 +367,13 @@ class _TileGradients:
         stack[...] = stacked(self.sizes, x_TE)
         turned[...] = x_TE.astype(jnp.float32).T.astype(self.dtype)
 
-    def _finish(self) -> None:
-        """Add the gradients of the queries."""
+    def finish(self) -> None:
+        """Write the gradients of the queries, or add them to those of other segments."""
         # Each row's own lanes.
         factor = logit_factor(self.static)
         d_query_TE = unstacked(self.sizes, self.scratch.d_query[...])
+        if self.sizes.N:
+            d_query_TE += self.scratch.d_query_of_pairs[...].T
         # What came from positions has reversed rows.
         self.scratch.queries[...] = self.scratch.d_position_query[...].T
         d_position_query_TE = skew.reversed_rows(self.scratch.queries, self.sizes.strided)
@@ -352,22 +381,46 @@ class _TileGradients:
         if self.static.one_query:
             d_query_TE += d_position_query_TE
         else:
-            self.outputs.d_position_query[self.all_rows] += d_position_query_TE * factor
-        self.outputs.d_query[self.all_rows] += d_query_TE * factor
+            self._put(self.outputs.d_position_query, d_position_query_TE * factor)
+        self._put(self.outputs.d_query, d_query_TE * factor)
+
+    def _put(self, output: Any, gradient_TE: Array) -> None:
+        if not all_at_once(self.sizes):
+            gradient_TE += output[self.all_rows]
+        output[self.all_rows] = gradient_TE
 
     # --- persistent pairs
 
     def _add_pairs(self) -> None:
+        for part in self._pairs():
+            self._add(part)
+
+    def _add_pairs_and_nearest(self, segment: Array, blocks: Blocks) -> None:
+        """Both at once, so that the compiler can do the one while it waits for the other."""
+        nearest = self._edge(segment, blocks, self.sizes.key_tile)
+        self._save(nearest)
+        self._add_pairs()
+        self._weigh(nearest)
+        self._add_products(nearest)
+
+    def _pairs(self) -> list["_Part"]:
         pairs = pairs_at_once(self.sizes)
-        for first in range(0, self.operands.persistent_key.shape[0], pairs):
+        parts = []
+        for first in range(0, self.operands.persistent_value.shape[0], pairs):
             # The sums over rows are in the outputs.
             chosen = slice(first, first + pairs)
-            key_XE = self.operands.persistent_key[chosen]
-            self._save(key_XE, self.operands.persistent_value[chosen])
-            weight_of = functools.partial(self._weight_of_pairs, first)
-            self._weigh(pairs, dropout.PERSISTENT, first, weight_of)
-            sums = (self.outputs.d_persistent_key, self.outputs.d_persistent_value)
-            self._add_products(chosen, key_XE, *sums)
+            part = _Part(
+                self.operands.persistent_key[:, chosen],
+                self.operands.persistent_value[chosen],
+                dropout.PERSISTENT,
+                first,
+                chosen,
+                self.outputs.d_persistent_key,
+                self.outputs.d_persistent_value,
+                functools.partial(self._weight_of_pairs, first),
+            )
+            parts.append(part)
+        return parts
 
     def _weight_of_pairs(
         self, first: int, column: int, excess_RQ: Array, d_weight_RQ: Array
@@ -387,9 +440,9 @@ class _TileGradients:
 
     # --- keys
 
-    def _add_reached(self, segment: Array) -> None:
-        """The keys of a segment that are within reach."""
-        first, stop = self.tile.reached(segment)
+    def _add_reached(self, segment: Array, blocks: Blocks) -> None:
+        """Blocks of keys of a segment, all within reach of a head."""
+        first, stop = blocks
         # Keys that one head alone reaches are that head's. Which one is known only at run time: its
         # lanes must then begin at a whole register's row where they are turned.
         turns_one = self.sizes.K % SUBLANES == 0 and not self.sizes.has_few_keys
@@ -434,45 +487,46 @@ class _TileGradients:
         begin = cut.first * LANES - segment * self.sizes.segment
 
         def one_edge(number: Array, _: None) -> None:
-            self._add_edge(segment, cut.edge(number))
+            self._add(self._edge(segment, cut.edge(number)))
 
         def one_inside(number: Array, _: None) -> None:
-            self._add_inside(segment, begin + number * self.sizes.key_tile)
+            self._add(self._inside(segment, begin + number * self.sizes.key_tile))
 
         jax.lax.fori_loop(0, cut.before + cut.behind, one_edge, None)
         if not self.sizes.has_few_keys:
             jax.lax.fori_loop(0, cut.tiles, one_inside, None)
 
-    def _add_edge(self, segment: Array, blocks: Blocks) -> None:
+    def _edge(self, segment: Array, blocks: Blocks, column: int = 0) -> "_Part":
         """A tile with the mask of the spans, of which the keys of some blocks count."""
         local = self.tile.place(segment, blocks.first, self.sizes.edge_tile)
         first_key = segment * self.sizes.segment + local
         # Where no query looks keys and values may be anything, and become 0.
         chosen = stretch(local, self.sizes.edge_tile)
-        key_CE = self.tile.keys(first_key, self.operands.key[chosen])
-        value_CE = self.tile.keys(first_key, self.operands.value[chosen])
         counted = (blocks.first * LANES, blocks.stop * LANES)
-        weight_of = functools.partial(self._weight_on_edge, first_key, counted)
-        self._add_tile(first_key, chosen, key_CE, value_CE, weight_of)
+        return self._keys(
+            first_key,
+            chosen,
+            self.tile.keys(first_key, self.operands.key[chosen]),
+            self.tile.keys(first_key, self.operands.value[chosen]),
+            functools.partial(self._weight_on_edge, first_key, counted),
+        )._replace(column=column)
 
-    def _add_inside(self, segment: Array, local: Array) -> None:
+    def _inside(self, segment: Array, local: Array) -> "_Part":
         """A tile whose pairs all exist, before the ramp."""
         chosen = stretch(local, self.sizes.key_tile)
         # All of them are reached, so all keys and values are numbers.
         first_key = segment * self.sizes.segment + local
         key_CE = self.operands.key[chosen]
         value_CE = self.operands.value[chosen]
-        self._add_tile(first_key, chosen, key_CE, value_CE, lambda _, excess, __: jnp.exp2(excess))
+        return self._keys(
+            first_key, chosen, key_CE, value_CE, lambda _, excess, __: jnp.exp2(excess)
+        )
 
-    def _add_tile(
+    def _keys(
         self, first_key: Array, chosen: Any, key_CE: Array, value_CE: Array, weight_of: Callable
-    ) -> None:
-        # Two products with keys, then the weights, then all that is summed.
-        columns = key_CE.shape[0]
-        self._save(key_CE, value_CE, self._by_position(first_key, columns))
-        self._weigh(columns, dropout.CONTEXT, first_key, weight_of)
-        self._add_products(chosen, key_CE, self.scratch.d_key, self.scratch.d_value)
-        self._add_position_products(first_key, columns)
+    ) -> "_Part":
+        sums = (self.scratch.d_key, self.scratch.d_value)
+        return _Part(key_CE, value_CE, dropout.CONTEXT, first_key, chosen, *sums, weight_of)
 
     def _weight_on_edge(
         self,
@@ -518,53 +572,55 @@ class _TileGradients:
         column, remainder = self.tile.window(first_key)
         return stretch(column, skew.window_blocks(columns, remainder) * LANES), remainder
 
-    def _save(self, key_XE: Array, value_XE: Array, by_position: list[Array] | None = None) -> None:
+    def _add(self, part: "_Part") -> None:
+        # Two products with keys, then the weights, then all that is summed.
+        self._save(part)
+        self._weigh(part)
+        self._add_products(part)
+
+    def _save(self, part: "_Part") -> None:
         """Logits, and gradients of the weights."""
-        columns = key_XE.shape[0]
+        # The longest way first.
+        if part.domain == dropout.CONTEXT:
+            by_position = self._by_position(part.first, part.columns)
         # Each row has the lanes of its own head, and zeros in the others'.
-        logits_RX = dot(self.scratch.query[...], key_XE, NT_DIMENSIONS)
-        d_weight_RX = dot(self.scratch.d_out[...], value_XE, NT_DIMENSIONS)
-        for b in range(columns // LANES):
+        axes = NT_DIMENSIONS if part.domain == dropout.CONTEXT else (1, 0)
+        logits_RX = dot(self.scratch.query[...], part.key, axes)
+        d_weight_RX = dot(self.scratch.d_out[...], part.value_XE, NT_DIMENSIONS)
+        for b in range(part.columns // LANES):
             logits_RQ = logits_RX[:, lanes_of(b)]
-            if by_position is not None:
+            if part.domain == dropout.CONTEXT:
                 logits_RQ = logits_RQ + by_position[b]
-            self.scratch.logits[:, lanes_of(b)] = logits_RQ
-            self.scratch.d_weights[:, lanes_of(b)] = d_weight_RX[:, lanes_of(b)]
+            self.scratch.logits[:, part.lanes_of(b)] = logits_RQ
+            self.scratch.d_weights[:, part.lanes_of(b)] = d_weight_RX[:, lanes_of(b)]
 
-    def _weigh(self, columns: int, domain: int, first: Any, weight_of: Callable) -> None:
-        """Weights, and gradients of the logits.
-
-        Args:
-          columns: how many keys or pairs.
-          domain: of dropout.
-          first: number of the first one.
-          weight_of: function of a column and the block that begins there: logits less the
-            log-sum-exp, and gradients of the weights, less delta.
-        """
+    def _weigh(self, part: "_Part") -> None:
+        """Weights, and gradients of the logits."""
         scratch = self.scratch
         factor = self.static.scale * LOG2_E
         if self.static.dropout_rate:
-            keeps = scratch.kept.keeps(self.tile, domain, first, columns // LANES)
-        for b in range(columns // LANES):
+            blocks = part.columns // LANES
+            keeps = scratch.kept.keeps(self.tile, part.domain, part.first, blocks)
+        for b in range(part.columns // LANES):
             # Logits less the log-sum-exp, and what a weight that is kept adds.
-            excess_RQ = scratch.logits[:, lanes_of(b)] * factor - scratch.lse[...]
-            d_weight_RQ = scratch.d_weights[:, lanes_of(b)]
+            excess_RQ = scratch.logits[:, part.lanes_of(b)] * factor - scratch.lse[...]
+            d_weight_RQ = scratch.d_weights[:, part.lanes_of(b)]
             if self.static.dropout_rate:
                 kept_RQ = keeps(b)
                 d_weight_RQ = jnp.where(kept_RQ, d_weight_RQ, 0)
             d_weight_RQ = d_weight_RQ - scratch.delta[...]
             # The gradient of a logit belongs to the weight before dropout.
-            weight_RQ = weight_of(b * LANES, excess_RQ, d_weight_RQ)
+            weight_RQ = part.weight_of(b * LANES, excess_RQ, d_weight_RQ)
             d_logits_RQ = weight_RQ * d_weight_RQ
             if self.static.dropout_rate:
                 weight_RQ = jnp.where(kept_RQ, weight_RQ, 0)
             # As factors of products, and once more for the skew, which moves 32-bit numbers.
-            scratch.weights_factor[:, lanes_of(b)] = weight_RQ.astype(self.dtype)
-            scratch.d_logits_factor[:, lanes_of(b)] = d_logits_RQ.astype(self.dtype)
-            if domain == dropout.CONTEXT:
-                scratch.logits[:, lanes_of(b)] = d_logits_RQ
+            scratch.weights_factor[:, part.lanes_of(b)] = weight_RQ.astype(self.dtype)
+            scratch.d_logits_factor[:, part.lanes_of(b)] = d_logits_RQ.astype(self.dtype)
+            if part.domain == dropout.CONTEXT:
+                scratch.logits[:, part.lanes_of(b)] = d_logits_RQ
             elif self.sizes.has_offsets:
-                self._add_offsets(first + b * LANES, d_logits_RQ)
+                self._add_offsets(part.first + b * LANES, d_logits_RQ)
 
     def _add_offsets(self, first: int, d_logits_RQ: Array) -> None:
         """Add to the gradients of the offsets of 128 pairs."""
@@ -573,26 +629,32 @@ class _TileGradients:
             d_bias_1Q = jnp.sum(d_logits_RQ[self._of_head(p)], axis=0, keepdims=True)
             self.outputs.d_persistent_bias[p : p + 1, chosen] += d_bias_1Q
 
-    def _add_products(self, chosen: Any, key_XE: Array, d_key: Any, d_value: Any) -> None:
+    def _add_products(self, part: "_Part") -> None:
         """Add to the gradients of queries, and to those of keys and values or pairs."""
         scratch = self.scratch
-        columns = key_XE.shape[0]
+        columns = part.all_columns
         # Of all heads at once; only each row's own lanes are kept.
-        scratch.d_query[...] += dot(scratch.d_logits_factor[:, :columns], key_XE)
+        if part.domain == dropout.CONTEXT:
+            scratch.d_query[...] += dot(scratch.d_logits_factor[:, columns], part.key)
         # Of each head alone.
         for lanes, rows in self.heads:
-            weight_TX = scratch.weights_factor[rows, :columns]
-            d_logits_TX = scratch.d_logits_factor[rows, :columns]
-            d_value[lanes, chosen] += dot(scratch.d_out_turned[lanes], weight_TX)
-            d_key[lanes, chosen] += dot(scratch.query_turned[lanes], d_logits_TX)
+            weight_TX = scratch.weights_factor[rows, columns]
+            d_logits_TX = scratch.d_logits_factor[rows, columns]
+            part.d_value[lanes, part.chosen] += dot(scratch.d_out_turned[lanes], weight_TX)
+            part.d_key[lanes, part.chosen] += dot(scratch.query_turned[lanes], d_logits_TX)
+            if part.domain == dropout.PERSISTENT:
+                d_query_KT = dot(part.key[lanes], d_logits_TX, NT_DIMENSIONS)
+                scratch.d_query_of_pairs[lanes] += d_query_KT
+        if part.domain == dropout.CONTEXT:
+            self._add_position_products(part)
 
-    def _add_position_products(self, first_key: Array, columns: int) -> None:
+    def _add_position_products(self, part: "_Part") -> None:
         """Add to the gradients of queries and of the position table."""
         sizes = self.sizes
         scratch = self.scratch
         # From the keys' columns to the window's.
-        window, remainder = self._window(first_key, columns)
-        d_logits = scratch.logits.at[:, :columns]
+        window, remainder = self._window(part.first, part.columns)
+        d_logits = scratch.logits.at[:, part.all_columns]
         blocks = skew.unskewed(d_logits, sizes.query_tile, remainder, sizes.strided)
         for b, block_RQ in enumerate(blocks):
             scratch.d_window_factor[:, lanes_of(b)] = block_RQ.astype(self.dtype)
@@ -604,6 +666,40 @@ class _TileGradients:
             self.outputs.d_position[lanes, window] += dot(turned_KT, d_window_TW)
             position_KW = self.operands.position[lanes, window]
             scratch.d_position_query[lanes] += dot(position_KW, d_window_TW, NT_DIMENSIONS)
+
+
+class _Part(NamedTuple):
+    """Keys or pairs that are worked on at once."""
+
+    # of keys (X, E), of pairs (E, X)
+    key: Array
+    value_XE: Array
+    # dropout's domain, and the number of the first key or pair
+    domain: int
+    first: Any
+    # where their sums are: which columns of what
+    chosen: Any
+    d_key: Any
+    d_value: Any
+    # function of a column and the block that begins there: logits less the log-sum-exp, and
+    # gradients of the weights, less delta
+    weight_of: Callable
+    # where the tile begins in the scratch memory
+    column: int = 0
+
+    @property
+    def columns(self) -> int:
+        """How many keys or pairs."""
+        return self.value_XE.shape[0]
+
+    @property
+    def all_columns(self) -> slice:
+        """Their columns in the scratch memory."""
+        return slice(self.column, self.column + self.columns)
+
+    def lanes_of(self, block: int) -> slice:
+        """The columns of a block of 128 in the scratch memory."""
+        return lanes_of(self.column // LANES + block)
 
 
 def pairs_at_once(sizes: Sizes) -> int:
@@ -655,11 +751,15 @@ def _that_fit(sizes: Sizes) -> Sizes:
     """Sizes of steps that fit the chip's memory beside the gradients of a group."""
     if vmem() > SMALL_VMEM:
         return sizes
+    # What a group keeps: arrays of two bytes, and their gradients of four.
+    pairs, steps = pair_steps(sizes)
+    group = 6 * sizes.lanes * (sizes.positions + 2 * pairs * steps)
+    step = SMALL_STEP if group <= SMALL_GROUP else SMALL_STEP // 2
     return dataclasses.replace(
         sizes,
         query_block=sizes.query_tile,
-        segment=min(sizes.segment, SMALL_STEP),
-        key_tile=min(sizes.key_tile, SMALL_STEP),
+        segment=min(sizes.segment, step),
+        key_tile=min(sizes.key_tile, SMALL_TILE),
     )
 
 
@@ -735,8 +835,12 @@ def _scratch(static: Static, sizes: Sizes, dtype: Any) -> Scratch:
     number = pltpu.VMEM((sizes.rows, LANES), jnp.float32)
     sums = pltpu.VMEM((sizes.rows, sizes.lanes), jnp.float32)
     columns = max(sizes.key_tile, sizes.edge_tile)
-    wide = pltpu.VMEM((sizes.rows, columns), jnp.float32)
-    factor = pltpu.VMEM((sizes.rows, columns), dtype)
+    # The nearest keys are worked on beside pairs.
+    both = columns
+    if all_at_once(sizes):
+        both += sizes.edge_tile
+    wide = pltpu.VMEM((sizes.rows, both), jnp.float32)
+    factor = pltpu.VMEM((sizes.rows, both), dtype)
     # What not every call has.
     position_query: Any = None
     dropped: Any = None
@@ -758,6 +862,7 @@ def _scratch(static: Static, sizes: Sizes, dtype: Any) -> Scratch:
         kept=dropped,
         queries=pltpu.VMEM((T, sizes.lanes), jnp.float32),
         d_query=sums,
+        d_query_of_pairs=pltpu.VMEM((sizes.lanes, T), jnp.float32),
         d_position_query=pltpu.VMEM((sizes.lanes, T), jnp.float32),
         logits=wide,
         d_weights=wide,

@@ -132,7 +132,12 @@ def operand_blocks(sizes: Sizes, place: Callable[..., Step]) -> Operands:
         # What changes with the group alone needs no second buffer.
         pipeline_mode=pl.Buffered(1),
     )
-    persistent = pl.BlockSpec(
+    persistent_key = pl.BlockSpec(
+        (sizes.lanes, pairs * steps),
+        lambda *point: (place(*point).group, 0),
+        pipeline_mode=pl.Buffered(1),
+    )
+    persistent_value = pl.BlockSpec(
         (pairs * steps, sizes.lanes),
         lambda *point: (0, place(*point).group),
         pipeline_mode=pl.Buffered(1),
@@ -151,8 +156,8 @@ def operand_blocks(sizes: Sizes, place: Callable[..., Step]) -> Operands:
         key=key,
         value=key,
         position=position,
-        persistent_key=persistent,
-        persistent_value=persistent,
+        persistent_key=persistent_key,
+        persistent_value=persistent_value,
         persistent_bias=offsets,
     )
 

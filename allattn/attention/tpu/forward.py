@@ -1,7 +1,7 @@
 """The forward TPU kernel: an online softmax over persistent pairs and keys, tile by tile.
 
 One step of the grid holds a block of queries and a segment of keys of one group of heads. For each
-tile of queries it works on the persistent pairs and the 384 nearest keys together, and then on the
+tile of queries it works on the persistent pairs and the 256 nearest keys together, and then on the
 other keys within reach (`tile.Tile`): tiles of 256 keys with the mask of the spans at both edges,
 tiles of 512 without any mask between them. Those have two stages, which the compiler interleaves,
 
@@ -94,18 +94,29 @@ def forward_kernel(
     """Grid (group, row, query block, segment of keys); all but the last may run at once."""
     group, row, query_block, segment = (pl.program_id(axis) for axis in range(4))
 
-    def one_tile(number: Array, _: None) -> None:
+    def softmax_of(number: Array | int) -> _Softmax:
         first_query = query_block * sizes.query_block + number * sizes.query_tile
         # Its state lies in the scratch memory from segment to segment.
         tile = Tile(static, sizes, scalars, group, row, first_query)
-        softmax = _Softmax(tile, inputs, outputs, scratch, number)
+        return _Softmax(tile, inputs, outputs, scratch, number)
+
+    def one_tile(number: Array, _: None) -> None:
+        # A tile ends beside the beginning of the next one. Before the first there is none: what is
+        # written there is written again.
+        if sizes.segments == 1:
+            softmax_of(jnp.maximum(number - 1, 0)).finish()
+        softmax = softmax_of(number)
         softmax.ask()
         if not softmax.begins_with_pairs:
             pl.when(segment == 0)(softmax.begin)
         softmax.attend(segment)
-        pl.when(segment == sizes.segments - 1)(softmax.finish)
+        if sizes.segments > 1:
+            pl.when(segment == sizes.segments - 1)(softmax.finish)
 
-    jax.lax.fori_loop(0, sizes.query_block // sizes.query_tile, one_tile, None)
+    tiles = sizes.query_block // sizes.query_tile
+    jax.lax.fori_loop(0, tiles, one_tile, None)
+    if sizes.segments == 1:
+        softmax_of(tiles - 1).finish()
 
 
 def run_forward(static: Static, sizes: Sizes, scalars: Scalars, operands: Operands) -> Outputs:
@@ -220,7 +231,10 @@ class _Softmax:
         first, stop = self.tile.reached(segment)
         nearest = jnp.maximum(stop - self.sizes.nearest_tile // LANES, first)
         is_home = segment == self.tile.home()
-        pl.when(is_home)(lambda: self._pairs_and_nearest(segment, Blocks(nearest, stop)))
+        if self.sizes.segments == 1:
+            self._pairs_and_nearest(segment, Blocks(nearest, stop))
+        else:
+            pl.when(is_home)(lambda: self._pairs_and_nearest(segment, Blocks(nearest, stop)))
         # Of few keys all are near.
         if self.sizes.has_few_keys:
             return
@@ -283,8 +297,8 @@ class _Softmax:
     ) -> None:
         """Add persistent pairs, and the part of other logits beside them."""
         pairs, _ = pair_steps(self.sizes)
-        chosen = pl.ds(first, pairs)
-        logits = self._pair_logits(first, self.inputs.persistent_key[chosen])
+        chosen = stretch(first, pairs)
+        logits = self._pair_logits(first, self.inputs.persistent_key[:, chosen])
         top_RQ, shrink_RQ = self._raise_top([*logits, *others], first=self.begins_with_pairs)
         weights = [self._weight(block_RQ, top_RQ) for block_RQ in logits]
         # Their share of all weights is a result of its own.
@@ -296,17 +310,17 @@ class _Softmax:
             parts.append(finish(top_RQ))
         self._add(parts, shrink_RQ)
 
-    def _pair_logits(self, first: Array | int, key_XE: Array) -> list[Array]:
+    def _pair_logits(self, first: Array | int, key_EX: Array) -> list[Array]:
         """Logits of persistent pairs, in blocks of 128."""
-        logits_RX = dot(self.scratch.query[...], key_XE, NT_DIMENSIONS)
+        logits_RX = dot(self.scratch.query[...], key_EX)
         number_RQ = jax.lax.broadcasted_iota(jnp.int32, (self.sizes.rows, LANES), 1)
         blocks = []
-        for column in range(0, key_XE.shape[0], LANES):
+        for column in range(0, key_EX.shape[1], LANES):
             block_RQ = logits_RX[:, column : column + LANES]
             # Pairs that only fill the step do not count; their offset says so where there are some.
             if self.sizes.has_offsets:
                 block_RQ += offsets_of(self.sizes, self.inputs, first + column)
-            elif self.sizes.N % key_XE.shape[0]:
+            elif self.sizes.N % key_EX.shape[1]:
                 is_pair_RQ = number_RQ < self.sizes.N - first - column
                 block_RQ = jnp.where(is_pair_RQ, block_RQ, MASKED_LOGIT)
             blocks.append(block_RQ)

@@ -27,7 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 from allattn.attention import dropout
 from allattn.attention.numerics import dot
 from allattn.attention.tpu.skew import LANES, SUBLANES
-from allattn.attention.tpu.tile import Sizes, Tile, round_up, stacked
+from allattn.attention.tpu.tile import Sizes, Tile, in_all_lanes, round_up, stacked
 
 Array = jax.Array
 
@@ -91,17 +91,15 @@ class Products(NamedTuple):
 
     def lay_out(self, tile: Tile) -> None:
         """Write the factors of a tile's queries."""
-        T = tile.sizes.query_tile
-        query_1T = tile.first_query + jax.lax.broadcasted_iota(jnp.int32, (1, T), 1)
+        query_1T = tile.queries()
         words = [dropout.query_words(*owner, query_1T, dropout.CONTEXT) for owner in tile.owners()]
         sizes = dataclasses.replace(tile.sizes, K=WIDTH)
         for half in range(2):
             factors_UT = jnp.concatenate([query_factors(word, half) for word in words])
             factors_RU = stacked(sizes, factors_UT.T)
             self.factors[half] = factors_RU.astype(self.factors.dtype)
-            # Of every query in all lanes.
-            offsets = [jnp.broadcast_to(query_offsets(word, half), (LANES, T)) for word in words]
-            self.offsets[half] = jnp.concatenate([offset_QT.T for offset_QT in offsets])
+            offsets = [in_all_lanes(query_offsets(word, half)) for word in words]
+            self.offsets[half] = jnp.concatenate(offsets)
 
     def of_rows(self, rows: Any) -> "Products":
         """Those of some rows."""

@@ -28,7 +28,7 @@ QUERY_TILES = 4
 # Keys of a tile at an edge, keys of the one nearest to the queries, and persistent pairs that are
 # worked on at once, at most.
 EDGE_TILE = 2 * LANES
-NEAREST_TILE = 3 * LANES
+NEAREST_TILE = 2 * LANES
 PAIRS = 1024
 
 
@@ -42,7 +42,7 @@ class Operands(NamedTuple):
     value: Any
     # (H K, positions), reversed; or (E, positions) if heads share it
     position: Any
-    # (N, H K), N padded to whole steps over the pairs
+    # (H K, N) and (N, H K), N padded to whole steps over the pairs
     persistent_key: Any
     persistent_value: Any
     # (G, P, N), float32, as logits before the scale; in a kernel (P, N); None: there are no
@@ -168,7 +168,7 @@ def operands_of(static: Static, sizes: Sizes, inputs: Inputs, scalars: Scalars) 
         key=side_by_side(sizes, inputs.key_BSHK, sizes.S),
         value=side_by_side(sizes, inputs.value_BSHK, sizes.S),
         position=_table(sizes, inputs.position_HLK, scalars.reach_H),
-        persistent_key=_pairs(sizes, inputs.persistent_key_HNK),
+        persistent_key=_pairs(sizes, inputs.persistent_key_HNK).T,
         persistent_value=_pairs(sizes, inputs.persistent_value_HNK),
         persistent_bias=bias_GPN,
     )

@@ -324,11 +324,14 @@ class Tile:
 
     def query_words(self) -> dropout.QueryWords:
         """Words of the tile's queries, (R, 128): the same in all lanes."""
-        # Hashing whole registers costs no more than hashing a column and spreading it.
-        shape = (self.sizes.query_tile, LANES)
-        query_TQ = self.first_query + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-        words = [dropout.query_words(*owner, query_TQ, dropout.CONTEXT) for owner in self.owners()]
-        return jax.tree.map(lambda *heads: jnp.concatenate(heads), *words)
+        query_1T = self.queries()
+        words = [dropout.query_words(*owner, query_1T, dropout.CONTEXT) for owner in self.owners()]
+        return jax.tree.map(lambda *heads: jnp.concatenate([*map(in_all_lanes, heads)]), *words)
+
+    def queries(self) -> Array:
+        """Numbers of the queries, (1, T)."""
+        shape = (1, self.sizes.query_tile)
+        return self.first_query + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
     def column_words(self, first: Array | int, domain: int) -> Array:
         """Words of 128 keys or pairs, (R, 128): the same in all rows of a head.
@@ -369,8 +372,15 @@ class Tile:
         return found
 
 
+def in_all_lanes(x_1T: Array) -> Array:
+    """What the lanes have, as rows (T, 128) that are the same in all lanes."""
+    return jnp.broadcast_to(x_1T, (LANES, x_1T.shape[1])).T
+
+
 def stretch(first: Any, size: int) -> Any:
     """So many rows or columns from an aligned one."""
+    if isinstance(first, int):
+        return pl.ds(first, size)
     return pl.ds(pl.multiple_of(first, math.gcd(size, LANES)), size)
 
 
