@@ -397,11 +397,15 @@ class _TileGradients:
 
     def _add_pairs_and_nearest(self, segment: Array, blocks: Blocks) -> None:
         """Both at once, so that the compiler can do the one while it waits for the other."""
-        nearest = self._edge(segment, blocks, self.sizes.key_tile)
-        self._save(nearest)
-        self._add_pairs()
-        self._weigh(nearest)
-        self._add_products(nearest)
+        # Each has columns of the scratch memory of its own: pairs, then keys.
+        parts = [part._replace(column=part.first) for part in self._pairs()]
+        nearest = self._edge(segment, blocks, self.operands.persistent_value.shape[0])
+        parts.insert(0, nearest)
+        for part in parts:
+            self._save(part)
+        for part in parts:
+            self._weigh(part)
+            self._add_products(part)
 
     def _pairs(self) -> list["_Part"]:
         pairs = pairs_at_once(self.sizes)
@@ -838,7 +842,8 @@ def _scratch(static: Static, sizes: Sizes, dtype: Any) -> Scratch:
     # The nearest keys are worked on beside pairs.
     both = columns
     if all_at_once(sizes):
-        both += sizes.edge_tile
+        pairs, steps = pair_steps(sizes)
+        both = max(both, pairs * steps + sizes.edge_tile)
     wide = pltpu.VMEM((sizes.rows, both), jnp.float32)
     factor = pltpu.VMEM((sizes.rows, both), dtype)
     # What not every call has.

@@ -180,7 +180,12 @@ class _Softmax:
     """The softmax of one tile of queries; of all heads of the group, or of one of them."""
 
     def __init__(
-        self, tile: Tile, inputs: Operands, outputs: Outputs, scratch: Scratch, number: Array
+        self,
+        tile: Tile,
+        inputs: Operands,
+        outputs: Outputs,
+        scratch: Scratch,
+        number: Array | int,
     ):
         self.tile = tile
         self.static = tile.static
