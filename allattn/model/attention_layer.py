@@ -2,7 +2,7 @@
 
     AttentionLayer                 projections of queries, keys, values and output
     |- SpanAttention               learned position keys and adaptive spans
-    |  |- AllAttention             persistent pairs, integrated in one of four ways
+    |  |- AllAttention             persistent pairs, integrated in one of six ways
     |  `- SpanTransformer          a feed-forward sublayer
     `- TransformerXL               sinusoids, relative positions, a feed-forward sublayer
 

@@ -17,7 +17,7 @@ A token's way, and where to read it:
 pure functions of a nested dict of arrays, which is all that training, evaluation and storage see.
 
 Read the files in this order: config.py, network.py, attention_layer.py, span_attention.py,
-all_attention_layer.py, sublayers.py, span_transformer.py, transformer_xl.py, token_io.py,
+all_attention_layer.py, pairs.py, sublayers.py, span_transformer.py, transformer_xl.py, token_io.py,
 adaptive_softmax.py. You can skip reach_projection.py, norm.py and flops.py at first.
 
 Dimension key: X layer, B batch, T position in the block, S cached position, H head, K head width,
