@@ -295,7 +295,7 @@ def export(source: str, workdir: str, file: str, step: int | str | None = None) 
 
 
 def _check_parameters(name: str, model: Model) -> None:
-    """Refuse a model with parameters that a code base does not have."""
+    """Refuse a model with parameters that a code base does not have, whatever field they are of."""
     theirs = {entry.ours for entry in SOURCES[name].entries(model.config)}
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract)

@@ -16,6 +16,7 @@ from command_line import ROOT, call, flags, write_texts
 import allattn
 from allattn import sharding
 from allattn.evaluation import scoring
+from allattn.interchange import paper_checkpoints
 from allattn.interchange.paper_checkpoints import to_ours, to_theirs
 from allattn.interchange.paper_state_dicts import SOURCES
 from allattn.model import Model
@@ -309,8 +310,13 @@ def test_recorded_state_dicts(name: str) -> None:
         np.testing.assert_array_equal(back[key], state[key])
 
 
-def test_parameters_that_they_lack(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    """Neither left out of an export nor made up in an import."""
+def test_parameters_that_they_lack(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither left out of an export nor made up in an import, also of a field that is not listed
+    as ours alone.
+    """
+    monkeypatch.setattr(paper_checkpoints, "OURS_ALONE", ())
     run, texts = trained
     exported(run, tmp_path / "out.npz")
     found = convert(tmp_path / "out.npz", texts, tmp_path / "back", model__persistent_bias=True)
