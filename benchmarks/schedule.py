@@ -96,7 +96,7 @@ _FOUR = 4 * 128 * 128 * 2
 _TWO = 2 * 256 * 256 * 2 * 2
 
 CORES = {
-    "v4": Core("v4:2x2x1", 2, _FOUR, branch_slots=2, granule=512, bandwidth=1228e9),
+    "v4": Core("v4:2x2x1", 2, _FOUR, branch_slots=1, granule=512, bandwidth=1228e9),
     "v5e": Core("v5e:2x2", 1, _FOUR, branch_slots=4, granule=32, bandwidth=819e9),
     "v5p": Core("v5p:2x2x1", 2, _FOUR, branch_slots=4, granule=32, bandwidth=2765e9),
     "v6e": Core("v6e:2x2", 1, _TWO, branch_slots=4, granule=32, bandwidth=1638e9),
