@@ -187,7 +187,7 @@ def test_without_a_checkpoint_it_begins_anew(texts: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_two_processes_go_back_together(texts: Path, tmp_path: Path) -> None:
-    with run(texts, tmp_path / "run", 2, 1, **LEAPS) as two:
+    with run(texts, tmp_path / "run", 2, 1, **{**LEAPS, "checkpoint__every": 2}) as two:
         results = two.results()
     assert [result.code for result in results] == [0, 0], results
     assert "going back to before it" in results[0].out
