@@ -131,7 +131,7 @@ def meshes(config: Any, platform: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """One device; on a CPU also four, and two with accumulation and recomputation."""
     yield "one", {"data": 1, "fsdp": 1, "tensor": 1, "accumulation": 1, "remat": ""}
     if platform == "cpu":
-        apart = config.model.integration in ("head_split", "single_head", "pattention")
+        apart = config.model.integration in ("head_split", "single_head", "sublayer", "pattention")
         split = (
             {"data": 2, "fsdp": 2, "tensor": 1} if apart else {"data": 1, "fsdp": 2, "tensor": 2}
         )

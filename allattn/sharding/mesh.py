@@ -56,8 +56,10 @@ def heads_to_spread(config: ml_collections.ConfigDict) -> int:
     Args:
       config: the whole configuration.
     """
-    apart = config.model.integration in ("head_split", "single_head", "pattention")
-    if apart or config.model.persistent_heads == 1:
+    # In `sublayer` the pairs' heads cut what the others projected; over `tensor` and accumulation
+    # together XLA's partitioner gives them wrong numbers.
+    apart = ("head_split", "single_head", "sublayer", "pattention")
+    if config.model.integration in apart or config.model.persistent_heads == 1:
         return 1
     return config.model.heads
 

@@ -133,10 +133,10 @@ def test_tables_too_narrow_to_split() -> None:
         (
             {
                 "mesh.tensor": "2",
-                "model.integration": "sublayer",
+                "model.integration": "split",
                 "model.persistent_heads": "1",
             },
-            "mesh.tensor: expected 1, as sublayer has heads of two kinds, found 2",
+            "mesh.tensor: expected 1, as split has heads of two kinds, found 2",
         ),
     ],
 )

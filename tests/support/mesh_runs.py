@@ -23,7 +23,6 @@ XL = {
 WHOLE = {"mesh__tensor": 1, "train__accumulation": 1}  # 4 x 2 x 1 devices, as many as rows
 STABLE = {"model__pre_norm": True, "model__qk_norm": True, "model__residual_scalars": True}
 STABLE |= {"model__output_gate": True, "model__output_scale": 0.3, "model__sinks": 1}
-STABLE |= {"model__integration": "sublayer", "model__persistent_gain": "norm"}
 KINDS: dict[str, dict[str, Any]] = {
     "joint": {"model__embedding_dropout": 0.2, "model__persistent_bias": True, **MUON},
     "adaptive_io": {
@@ -34,6 +33,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "head_split": {"model__integration": "head_split", **WHOLE},
     "single_head": {"model__integration": "single_head", **WHOLE, **ADAGRAD},
     "transformer": {"model__layer": "transformer", **FEEDS},
-    "stable_sublayer": STABLE,
+    "stable": STABLE,
+    "sublayer": {"model__integration": "sublayer", "model__persistent_gain": "norm", **WHOLE},
     "transformer_xl": {**XL, **FEEDS},
 }
