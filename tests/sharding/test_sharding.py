@@ -138,6 +138,10 @@ def test_tables_too_narrow_to_split() -> None:
             },
             "mesh.tensor: expected 1, as split has heads of two kinds, found 2",
         ),
+        (
+            {"mesh.tensor": "2", "model.integration": "sublayer"},
+            "mesh.tensor: expected 1, as sublayer has heads of two kinds, found 2",
+        ),
     ],
 )
 def test_mistakes(changes: dict[str, str], message: str) -> None:
