@@ -14,7 +14,15 @@ def get_config() -> ConfigDict:
     """All fields; `--config.a.b=value` on the command line overrides one."""
     c = ConfigDict()
     c.seed = 0  # of initialisation, dropout and the stream's offsets; below 2^32
+    _add_dataset(c)
+    _add_model(c)
+    _add_training(c)
+    _add_the_rest(c)
+    # Locked: a misspelt field in an experiment file is an error.
+    return c.lock()
 
+
+def _add_dataset(c: ConfigDict) -> None:
     c.dataset = ConfigDict()
     c.dataset.name = "enwik8"  # enwik8, text8, wikitext103, stdlib or files
     # folder or bucket URL of prepared data, or for `files` a text, a file or folder;
@@ -28,6 +36,8 @@ def get_config() -> ConfigDict:
     c.dataset.min_count = 1
     c.dataset.vocab_size = 4096  # of byte pairs, for `files` only: as many symbols are learnt
 
+
+def _add_model(c: ConfigDict) -> None:
     c.model = ConfigDict()
     c.model.layer = "all_attention"  # or, with model.persistent 0, transformer or transformer_xl
     # joint: one softmax over context and persistent pairs; others: split, head_split, single_head;
@@ -86,6 +96,8 @@ def get_config() -> ConfigDict:
     c.model.adaptive_io.division = 4  # each cluster's vectors are narrower by this factor
     c.model.adaptive_io.tied = True  # the output uses the embeddings and projections of the input
 
+
+def _add_training(c: ConfigDict) -> None:
     c.optimizer = ConfigDict()
     # adagrad (the paper's rule), adam, adamw or muon (matrices; adamw for the rest)
     c.optimizer.name = "adagrad"
@@ -125,6 +137,8 @@ def get_config() -> ConfigDict:
     # FLOP/s of one device in this dtype, for the MFU metric; 0: not reported
     c.train.peak_flops = 0.0
 
+
+def _add_the_rest(c: ConfigDict) -> None:
     # Devices along each axis of the mesh; -1: the rest of them.
     c.mesh = ConfigDict()
     c.mesh.data = -1  # rows
@@ -143,6 +157,3 @@ def get_config() -> ConfigDict:
     c.evaluate.memory_length = 2100  # protocol `xl`: distances that every query sees
     c.evaluate.clamp_length = 820  # protocol `xl`: farther ones look like this one; 0: as they are
     c.evaluate.max_tokens = 0  # of dev, for the evaluations while training; 0: all
-
-    # Locked: a misspelt field in an experiment file is an error.
-    return c.lock()

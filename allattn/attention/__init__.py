@@ -42,9 +42,9 @@ Array = jax.Array
 
 # The names that a configuration may give, and the packages behind all of them but the definition.
 IMPLEMENTATIONS = ("reference", "xla", "pallas_tpu", "pallas_gpu")
+_FUSED: dict[str, types.ModuleType] = {"xla": xla, "pallas_tpu": tpu, "pallas_gpu": gpu}
 # The least finite offset of a pair.
 LEAST_BIAS = -1e20
-_FUSED: dict[str, types.ModuleType] = {"xla": xla, "pallas_tpu": tpu, "pallas_gpu": gpu}
 
 
 def all_attention(
@@ -127,18 +127,15 @@ def all_attention(
     """
     # Shapes first: everything after reads sizes from them.
     _check_shapes(query_BTHK, key_BSHK, value_BSHK, position_HLK, position_query_BTHK)
-    B, T, H, K = query_BTHK.shape
+    B, T, _, K = query_BTHK.shape
     S = key_BSHK.shape[1]
-    L = position_HLK.shape[1]
-    persistent_HNK = _pairs(query_BTHK, persistent_key_HNK, persistent_value_HNK)
-    persistent_bias_HN = _pair_bias(persistent_key_HNK, persistent_bias_HN)
-    _check_numbers(first_distance, dropout_rate, dropout_seed, span_epsilon)
-    if span_H is not None:
-        ramp = _checked_ramp(H, L, span_H, ramp)
+    _check_numbers(first_distance, dropout_rate, dropout_seed)
+    pairs = _pairs(query_BTHK, persistent_key_HNK, persistent_value_HNK, persistent_bias_HN)
+    spans = _spans(query_BTHK, position_HLK, span_H, ramp, span_epsilon)
 
     # Fill in the defaults. Whether some were left out decides which code an implementation builds.
     whole_context = query_start is None and isinstance(key_start, int) and key_start == 0
-    one_query = position_query_BTHK is None
+    hints = {"whole_context": whole_context, "one_query": position_query_BTHK is None}
     if position_query_BTHK is None:
         position_query_BTHK = query_BTHK
     if query_start is None:
@@ -147,11 +144,8 @@ def all_attention(
         dropout_seed = 0
     if scale is None:
         scale = K**-0.5
-    # All distances count fully, and the two sums are one.
-    if span_H is None:
-        span_epsilon = 0.0
     if not implementation:
-        implementation = best_here(query_BTHK.dtype, span_epsilon)
+        implementation = best_here(query_BTHK.dtype, spans["span_epsilon"])
 
     # What every implementation receives, the definition too: plain numbers if they are static,
     # arrays if they are known only at run time.
@@ -159,28 +153,19 @@ def all_attention(
         "position_HLK": position_HLK,
         "position_query_BTHK": position_query_BTHK,
         "first_distance": int(first_distance),
-        "persistent_key_HNK": persistent_HNK[0],
-        "persistent_value_HNK": persistent_HNK[1],
-        "persistent_bias_HN": persistent_bias_HN,
-        "span_H": _within_table(span_H, L),
-        "ramp": ramp,
+        **pairs,
+        **spans,
         "query_start_B": _per_row("query_start", query_start, B),
         "key_start_B": _per_row("key_start", key_start, B),
         "dropout_rate": float(dropout_rate),
         "dropout_seed": jnp.asarray(dropout_seed).astype(jnp.uint32),
         "row_offset": jnp.asarray(row_offset, jnp.int32),
         "head_offset": jnp.asarray(head_offset, jnp.int32),
-        "span_epsilon": float(span_epsilon),
         "scale": float(scale),
     }
-
-    # What was left out is a hint; then the implementation runs.
-    hints = {"whole_context": whole_context, "one_query": one_query}
     inputs = (query_BTHK, key_BSHK, value_BSHK)
     out_BTHK, mass_BTH = _run(implementation, inputs, arguments, hints)
-    if return_persistent_mass:
-        return out_BTHK, mass_BTH
-    return out_BTHK
+    return (out_BTHK, mass_BTH) if return_persistent_mass else out_BTHK
 
 
 def _run(
@@ -245,13 +230,6 @@ def _whole_tokens(name: str, number: Any) -> int:
     return whole
 
 
-def _within_table(span_H: Array | None, L: int) -> Array | None:
-    """Spans within [0, L], with the gradient of the spans themselves: one outside can return."""
-    if span_H is None:
-        return None
-    return span_H + jax.lax.stop_gradient(jnp.clip(span_H, 0, L) - span_H)
-
-
 def _per_row(name: str, start: Array | int, rows: int) -> Array:
     """A start for every row, from one for all or one each."""
     start = jnp.asarray(start, jnp.int32)
@@ -307,13 +285,22 @@ def _check_shapes(
 
 
 def _pairs(
-    query_BTHK: Array, persistent_key_HNK: Array | None, persistent_value_HNK: Array | None
-) -> tuple[Array, Array]:
-    """Persistent keys and values; no pairs are N = 0 pairs."""
+    query_BTHK: Array,
+    persistent_key_HNK: Array | None,
+    persistent_value_HNK: Array | None,
+    persistent_bias_HN: Array | None,
+) -> dict[str, Array | None]:
+    """The arguments that concern persistent pairs; no pairs are N = 0 pairs."""
     _, _, H, K = query_BTHK.shape
+    dtype = query_BTHK.dtype
     if persistent_key_HNK is None and persistent_value_HNK is None:
-        none_HNK = jnp.zeros((H, 0, K), query_BTHK.dtype)
-        return none_HNK, none_HNK
+        if persistent_bias_HN is not None:
+            raise ValueError(
+                "persistent_bias_HN: expected None without pairs, found shape "
+                f"{persistent_bias_HN.shape}"
+            )
+        persistent_key_HNK = jnp.zeros((H, 0, K), dtype)
+        persistent_value_HNK = persistent_key_HNK
     if persistent_key_HNK is None:
         raise ValueError("persistent_key_HNK: expected an array beside its partner, found None")
     if persistent_value_HNK is None:
@@ -322,24 +309,26 @@ def _pairs(
     N = -1
     if persistent_key_HNK.ndim == 3:
         N = persistent_key_HNK.shape[1]
-    _expect("persistent_key_HNK", persistent_key_HNK, (H, N, K), query_BTHK.dtype)
-    _expect("persistent_value_HNK", persistent_value_HNK, (H, N, K), query_BTHK.dtype)
-    return persistent_key_HNK, persistent_value_HNK
+    _expect("persistent_key_HNK", persistent_key_HNK, (H, N, K), dtype)
+    _expect("persistent_value_HNK", persistent_value_HNK, (H, N, K), dtype)
+    return {
+        "persistent_key_HNK": persistent_key_HNK,
+        "persistent_value_HNK": persistent_value_HNK,
+        "persistent_bias_HN": _pair_bias(persistent_bias_HN, (H, N)),
+    }
 
 
-def _pair_bias(persistent_key_HNK: Array | None, bias_HN: Array | None) -> Array | None:
-    """What is added to the pairs' logits, as far as it makes a difference."""
-    name = "persistent_bias_HN"
+def _pair_bias(bias_HN: Array | None, shape: tuple[int, int]) -> Array | None:
+    """What is added to the logits of pairs, of this shape, as far as it makes a difference."""
     if bias_HN is None:
         return None
-    if persistent_key_HNK is None:
-        raise ValueError(f"{name}: expected None without pairs, found shape {bias_HN.shape}")
-    H, N, _ = persistent_key_HNK.shape
-    if bias_HN.shape != (H, N):
-        raise ValueError(f"{name}: expected shape {(H, N)}, found {bias_HN.shape}")
+    if bias_HN.shape != shape:
+        raise ValueError(f"persistent_bias_HN: expected shape {shape}, found {bias_HN.shape}")
     if bias_HN.dtype not in (jnp.float32, jnp.float64):
-        raise ValueError(f"{name}: expected dtype float32 or float64, found {bias_HN.dtype}")
-    if N == 0:
+        raise ValueError(
+            f"persistent_bias_HN: expected dtype float32 or float64, found {bias_HN.dtype}"
+        )
+    if bias_HN.size == 0:
         return None
     # What removes a pair is -inf alone. Implementations have finite numbers of their own for what
     # does not count, and any real one lies far above them; its gradient is its own.
@@ -348,35 +337,46 @@ def _pair_bias(persistent_key_HNK: Array | None, bias_HN: Array | None) -> Array
     return jnp.where(finite_HN < LEAST_BIAS, least_HN, bias_HN)
 
 
-def _check_numbers(
-    first_distance: Any, dropout_rate: Any, dropout_seed: Any, span_epsilon: Any
-) -> None:
+def _spans(
+    query_BTHK: Array, position_HLK: Array, span_H: Array | None, ramp: Any, span_epsilon: Any
+) -> dict[str, Any]:
+    """The arguments that concern spans."""
+    H = query_BTHK.shape[2]
+    L = position_HLK.shape[1]
+    if not 0 <= span_epsilon < math.inf:
+        raise ValueError(f"span_epsilon: expected a number, at least 0, found {span_epsilon}")
+    # All distances count fully, and the two sums of the normaliser are one.
+    if span_H is None:
+        return {"span_H": None, "ramp": ramp, "span_epsilon": 0.0}
+    ramp = _whole_tokens("ramp", ramp)
+    if ramp < 1:
+        raise ValueError(f"ramp: expected at least 1 token, found {ramp}")
+    _check_span(span_H, H, L)
+    # Within the table, with the gradient of the spans themselves: one outside can return.
+    inside_H = span_H + jax.lax.stop_gradient(jnp.clip(span_H, 0, L) - span_H)
+    return {"span_H": inside_H, "ramp": ramp, "span_epsilon": float(span_epsilon)}
+
+
+def _check_span(span_H: Array, H: int, L: int) -> None:
+    if span_H.shape != (H,):
+        raise ValueError(f"span_H: expected shape ({H},), found {span_H.shape}")
+    # The values of a traced array are not known yet; `_spans` clips them.
+    if isinstance(span_H, jax.core.Tracer):
+        return
+    span = np.asarray(span_H, np.float64)
+    inside = (span >= 0) & (span <= L)
+    if not inside.all():
+        raise ValueError(f"span_H: expected spans in [0, {L}], found {span[~inside][:1]}")
+
+
+def _check_numbers(first_distance: Any, dropout_rate: Any, dropout_seed: Any) -> None:
     # The current token is attended (0) or it is not (1); nothing else is meant.
     if first_distance not in (0, 1):
         raise ValueError(f"first_distance: expected 0 or 1, found {first_distance}")
     if not 0 <= dropout_rate < 1:
         raise ValueError(f"dropout_rate: expected a number in [0, 1), found {dropout_rate}")
-    if not 0 <= span_epsilon < math.inf:
-        raise ValueError(f"span_epsilon: expected a number, at least 0, found {span_epsilon}")
     # Dropout without a seed would drop the same weights in every step.
     if dropout_rate and dropout_seed is None:
         raise ValueError(
             f"dropout_seed: expected an integer with dropout_rate {dropout_rate}, found None"
         )
-
-
-def _checked_ramp(H: int, L: int, span_H: Array, ramp: Any) -> int:
-    """The ramp as a whole number, with spans that it can end."""
-    ramp = _whole_tokens("ramp", ramp)
-    if span_H.shape != (H,):
-        raise ValueError(f"span_H: expected shape ({H},), found {span_H.shape}")
-    if ramp < 1:
-        raise ValueError(f"ramp: expected at least 1 token, found {ramp}")
-    # The values of a traced array are not known yet; `_within_table` clips them.
-    if isinstance(span_H, jax.core.Tracer):
-        return ramp
-    span = np.asarray(span_H, np.float64)
-    inside = (span >= 0) & (span <= L)
-    if not inside.all():
-        raise ValueError(f"span_H: expected spans in [0, {L}], found {span[~inside][:1]}")
-    return ramp

@@ -158,6 +158,23 @@ def pack(
     return static, inputs, Dynamic(**dynamic)
 
 
+def refuse_what_kernels_lack(name: str, static: Static, inputs: Inputs) -> None:
+    """Refuse a call that no kernel supports.
+
+    Args:
+      name: of the implementation, for the message.
+      static, inputs: of the call.
+
+    Raises:
+      NotImplementedError: there is a span_epsilon, or the dtype is neither float32 nor bfloat16.
+    """
+    if static.span_epsilon:
+        raise NotImplementedError(f"{name}: expected span_epsilon 0, found {static.span_epsilon}")
+    dtype = inputs.query_BTHK.dtype
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f"{name}: expected dtype float32 or bfloat16, found {dtype}")
+
+
 def seed_and_offsets(dynamic: Dynamic) -> Array:
     """Dropout seed, row offset and head offset as the kernels read them, int32 of shape (3,)."""
     # A seed of 32 bits keeps them all; its value as an integer may become negative.

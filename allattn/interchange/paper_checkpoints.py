@@ -20,7 +20,7 @@ from allattn.errors import UserError
 from allattn.interchange import state_files
 from allattn.interchange.paper_state_dicts import SOURCES, Entry, Source, State
 from allattn.model import Model, ModelConfig, Params
-from allattn.model.parameters import check_spans, parameter_count
+from allattn.model.parameters import check_spans, parameter_count, parameter_name
 from allattn.run import load
 from allattn.storage import checkpoint
 
@@ -299,7 +299,7 @@ def _check_parameters(name: str, model: Model) -> None:
     theirs = {entry.ours for entry in SOURCES[name].entries(model.config)}
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    paths = [parameter_name(path) for path, _ in leaves]
     ours = [path for path in paths if path not in theirs]
     if ours:
         raise UserError(

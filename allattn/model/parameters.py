@@ -1,4 +1,4 @@
-"""How large a network is, and whether its parameters can be one's.
+"""How large a network is, what its parameters are called, and whether they can be one's.
 
 Dimension key: X layer, H head.
 """
@@ -18,6 +18,11 @@ def parameter_count(params: Any) -> int:
       params: tree of arrays, or of anything else with a size, such as jax.ShapeDtypeStruct.
     """
     return sum(array.size for array in jax.tree.leaves(params))
+
+
+def parameter_name(path: tuple[Any, ...]) -> str:
+    """A path of JAX's tree functions as text, such as "layers/query"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def check_spans(params: Any, where: str) -> None:

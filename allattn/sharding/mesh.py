@@ -56,8 +56,9 @@ def heads_to_spread(config: ml_collections.ConfigDict) -> int:
     Args:
       config: the whole configuration.
     """
-    # In `sublayer` the pairs' heads cut what the others projected; over `tensor` and accumulation
-    # together XLA's partitioner gives them wrong numbers.
+    # In `sublayer` the pairs' heads cut what the others projected. Over `fsdp`, `tensor` and
+    # accumulation together XLA gives that wrong numbers, and right ones where a constraint spreads
+    # the output projection's result over rows alone, which should change no value.
     apart = ("head_split", "single_head", "sublayer", "pattention")
     if config.model.integration in apart or config.model.persistent_heads == 1:
         return 1

@@ -51,14 +51,14 @@ def attention_over(mesh: Mesh, rows: int) -> Callable[..., Any]:
     by_row_head = P(ROWS, None, "tensor", None)  # BTHK, BSHK
 
     def attention(query_BTHK, key_BSHK, value_BSHK, **options):
-        # Arrays among the options are split as well; what is left in `options` is the same on all
-        # devices, such as the length of the ramp.
         # Each device would find the largest span of its own heads.
         if options.get("span_epsilon") and mesh.shape["tensor"] > 1:
             raise NotImplementedError(
                 "span_epsilon: expected all heads of a layer on a device, as mesh.tensor 1 has "
                 f"them, for it depends on their largest span; found {mesh.shape['tensor']}"
             )
+        # Arrays among the options are split as well; what is left in `options` is the same on all
+        # devices, such as the length of the ramp.
         specs = _option_specs(options["position_HLK"])
         names = [name for name in specs if options.get(name) is not None]
         arrays = {name: jnp.asarray(options.pop(name)) for name in names}

@@ -26,6 +26,7 @@ from allattn.config import changed_fields
 from allattn.config_checks import MAY_CHANGE_ON_WARM_START
 from allattn.errors import UserError
 from allattn.model import Params
+from allattn.model.parameters import parameter_name
 
 Array = jax.Array
 
@@ -85,10 +86,11 @@ def grow_pairs(params: Params, fresh: Params, share: float) -> Params:
     Returns:
       Parameters in the structure and the shapes of `fresh`.
     """
-    before = {_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    before = {parameter_name(path): x for path, x in leaves}
 
     def grown(path: tuple, new: Array) -> Array:
-        name = _name(path)
+        name = parameter_name(path)
         # The pairs that were there come first.
         if name.endswith("persistent_key"):
             old_XHNK = before[name]
@@ -103,10 +105,6 @@ def grow_pairs(params: Params, fresh: Params, share: float) -> Params:
         return before[name]
 
     return jax.tree_util.tree_map_with_path(grown, fresh)
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def _more_values(value_XHNK: Array, pairs: int) -> Array:

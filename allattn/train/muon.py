@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers, muon
 
 from allattn.errors import UserError
+from allattn.model.parameters import parameter_name
 
 # From the name of a parameter to the dimensions that go into its matrices and those that come out
 # of them; the others, such as layers, count matrices. None: AdamW. The first pattern that matches
@@ -114,8 +115,3 @@ def dimensions(path: tuple, x: jax.Array) -> MuonDimensionNumbers | None:
             f"does not know {name} of shape {x.shape}; train/muon.py has the table"
         )
     return None
-
-
-def parameter_name(path: tuple) -> str:
-    """A path of JAX's tree functions as text, such as "layers/query"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -16,7 +16,8 @@ import optax
 from jax.sharding import Mesh
 
 from allattn.config_checks import check_optimizer
-from allattn.train.muon import matrices_by_muon, parameter_name
+from allattn.model.parameters import parameter_name
+from allattn.train.muon import matrices_by_muon
 
 Array = jax.Array
 

@@ -22,6 +22,7 @@ from allattn import config as configuration
 from allattn import train
 from allattn.errors import UserError
 from allattn.model import Model
+from allattn.model.parameters import parameter_name
 from allattn.train import muon, optim
 from allattn.train.jsonl import read_jsonl
 from configs import base
@@ -80,7 +81,7 @@ def updates(of: optax.GradientTransformation, dtype: str = "float32") -> list[di
         change, state = update(gradient, state, params)
         params = optax.apply_updates(params, change)
         flat = jax.tree_util.tree_flatten_with_path(change)[0]
-        found.append({muon.parameter_name(path): np.asarray(x) for path, x in flat})
+        found.append({parameter_name(path): np.asarray(x) for path, x in flat})
     return found
 
 
@@ -146,7 +147,7 @@ def test_every_parameter_is_grouped(kind: str) -> None:
     """Projections, pairs and feed-forward maps are matrices; nothing else is."""
     params = jax.eval_shape(Model(geometry(**KINDS[kind])).init, jax.random.key(0))
     flat = jax.tree_util.tree_flatten_with_path(params)[0]
-    groups = {muon.parameter_name(path): muon.dimensions(path, x) for path, x in flat}
+    groups = {parameter_name(path): muon.dimensions(path, x) for path, x in flat}
     matrices = {name for name, numbers in groups.items() if numbers}
     maps = ("query", "key", "value", "relative", "output", "inner", "outer")
     last = {name: name.rpartition("/")[2].removeprefix("persistent_") for name in groups}

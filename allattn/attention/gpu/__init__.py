@@ -31,7 +31,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from allattn.attention.autodiff import forbid_second_derivative, name_for_remat
-from allattn.attention.contract import Dynamic, Inputs, Static, seed_and_offsets
+from allattn.attention.contract import (
+    Dynamic,
+    Inputs,
+    Static,
+    refuse_what_kernels_lack,
+    seed_and_offsets,
+)
 from allattn.attention.gpu import backward, forward
 from allattn.attention.gpu.head_row import Scalars, Sizes
 from allattn.attention.gpu.memory import Refs
@@ -59,14 +65,7 @@ def all_attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Arr
       NotImplementedError: there is a span_epsilon, the dtype is neither float32 nor bfloat16, or
         the logits by position of one head of one row do not fit into the scratch array.
     """
-    if static.span_epsilon:
-        raise NotImplementedError(
-            f"pallas_gpu: expected span_epsilon 0, found {static.span_epsilon}"
-        )
-    if inputs.query_BTHK.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(
-            f"pallas_gpu: expected dtype float32 or bfloat16, found {inputs.query_BTHK.dtype}"
-        )
+    refuse_what_kernels_lack("pallas_gpu", static, inputs)
     sizes = _sizes(static, inputs)
     needed = sizes.length * sizes.width(sizes.L) * inputs.query_BTHK.dtype.itemsize
     if needed > SCRATCH:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from allattn.attention.autodiff import forbid_second_derivative, name_for_remat
-from allattn.attention.contract import Dynamic, Inputs, Static
+from allattn.attention.contract import Dynamic, Inputs, Static, refuse_what_kernels_lack
 from allattn.attention.tpu.backward import BackwardOperands, in_shape_of, run_backward
 from allattn.attention.tpu.forward import run_forward
 from allattn.attention.tpu.operands import (
@@ -39,14 +39,7 @@ def all_attention(static: Static, inputs: Inputs, dynamic: Dynamic) -> tuple[Arr
     Raises:
       NotImplementedError: there is a span_epsilon, or the dtype is neither float32 nor bfloat16.
     """
-    if static.span_epsilon:
-        raise NotImplementedError(
-            f"pallas_tpu: expected span_epsilon 0, found {static.span_epsilon}"
-        )
-    if inputs.query_BTHK.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(
-            f"pallas_tpu: expected dtype float32 or bfloat16, found {inputs.query_BTHK.dtype}"
-        )
+    refuse_what_kernels_lack("pallas_tpu", static, inputs)
     return _attention(static, inputs, dynamic)
 
 
